@@ -1,0 +1,222 @@
+"""C5 and C6: how long until a command answers, in fresh processes with a warm file cache, tools in turn.
+
+C5: help texts, beside the interpreter alone and the import of jsonargparse. C6: process start to the first token after a
+prompt of 8 tokens, beside `import torch` alone; the gate is that all tools that compute in fp32 say the same token.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from extensions.benchmarks.artefacts import SHAPES
+from extensions.benchmarks.measure import (
+    Run,
+    default_threads,
+    default_work_dir,
+    median,
+    missing,
+    run,
+    run_json,
+    table,
+    tail,
+    thread_env,
+    write_results,
+)
+from extensions.benchmarks.train_c1 import convert_for_litgpt, must
+
+PROMPT = "The capital of France is the city of"  # 8 tokens in SmolLM's vocabulary
+AIM_HELP = 0.25  # seconds
+AIM_BEYOND_TORCH = 0.5  # seconds over `import torch`
+
+
+@dataclass(frozen=True)
+class Start:
+    """One line of a table: a process, and which of its output is waited for."""
+
+    command: list[str]
+    wanted: Callable[[str], bool] | None = None  # given stdout so far; None: the process's end counts
+    answer: Callable[[str], str] | None = None  # the token's text, out of stdout (tools that compute in fp32)
+
+
+def main() -> int:
+    args = read_arguments()
+    about = run_json([sys.executable, "-m", "extensions.benchmarks.measure", str(args.threads)], env=thread_env(args.threads))
+    if "C5" in args.ids:
+        passed = measure(args, "C5", about, *help_texts(args))
+    if "C6" in args.ids:
+        passed = measure(args, "C6", about, *first_tokens(args)) and ("C5" not in args.ids or passed)
+    return 0 if passed else 1
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--ids", nargs="+", choices=("C5", "C6"), default=["C5", "C6"], help="what to measure (default: both)")
+    parser.add_argument("--tokenizer", type=Path, help="C6: directory with the tokenizer.json of the shape (SmolLM's for 135m)")
+    parser.add_argument(
+        "--python", action="append", default=[], metavar="TOOL=PATH", help="interpreter of litgpt, transformers, trl or litlora"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--work_dir", type=Path, default=default_work_dir())
+    parser.add_argument("--out_dir", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape, once: does everything start?")
+    args = parser.parse_args()
+    if args.quick:
+        args.shape, args.repeats = "tiny", 1
+    elif "C6" in args.ids and args.tokenizer is None:
+        parser.error("C6 needs --tokenizer (only --quick does without)")
+    chosen = dict(pair.partition("=")[::2] for pair in args.python)
+    args.python = {tool: chosen.pop(tool, sys.executable) for tool in ("litlora", "litgpt", "transformers", "trl")}
+    if chosen:
+        parser.error(f"--python: no tool {', '.join(chosen)}")
+    args.work_dir = args.work_dir.resolve()
+    return args
+
+
+# ---- what is started -------------------------------------------------------------------------------------------------
+
+
+def help_texts(args: argparse.Namespace) -> tuple[dict[str, Start], dict[str, str]]:
+    ours = args.python["litlora"]
+    starts = {
+        "python -c pass": Start([ours, "-c", "pass"]),
+        "import jsonargparse": Start([ours, "-c", "import jsonargparse"]),
+        "litlora --help": Start([ours, "-m", "litlora", "--help"]),
+        "litlora finetune lora --help": Start([ours, "-m", "litlora", "finetune", "lora", "--help"]),
+    }
+    absent = {}
+    if missing(args.python["litgpt"], ["litgpt"]):
+        absent["litgpt"] = "not installed (--python litgpt=PATH)"
+    else:
+        starts["litgpt --help"] = Start([args.python["litgpt"], "-m", "litgpt", "--help"])
+        starts["litgpt finetune_lora --help"] = Start([args.python["litgpt"], "-m", "litgpt", "finetune_lora", "--help"])
+    script = Path(args.python["trl"]).with_name("trl")
+    if missing(args.python["trl"], ["trl"]) or not script.is_file():
+        absent["trl"] = "not installed (--python trl=PATH)"
+    else:
+        starts["trl --help"] = Start([str(script), "--help"])
+    return starts, absent
+
+
+def first_tokens(args: argparse.Namespace) -> tuple[dict[str, Start], dict[str, str]]:
+    command = [sys.executable, "-m", "extensions.benchmarks.artefacts", "--work_dir", str(args.work_dir), "--shape", args.shape]
+    must(command + (["--tokenizer", str(args.tokenizer.resolve())] if args.tokenizer else []))
+    place = args.work_dir / args.shape
+    base, once = str(place / "base"), ["--prompt", PROMPT, "--max_new_tokens", "1", "--temperature", "0"]
+    starts = {"import torch": Start([args.python["litlora"], "-c", "import torch"])}
+    absent = {}
+    for tool in ("litgpt", "transformers", "litlora"):
+        if missing(args.python[tool], [tool]):
+            absent[tool] = f"not installed (--python {tool}=PATH)"
+    if "litgpt" not in absent:
+        convert_for_litgpt(args.python["litgpt"], place)
+        litgpt = [args.python["litgpt"], "-m", "litgpt", "generate", str(place / "litgpt"), *once]
+        starts["litgpt generate (default)"] = Start(litgpt, said_by_litgpt)
+        starts["litgpt generate (32-true)"] = Start([*litgpt, "--precision", "32-true"], said_by_litgpt, litgpt_answer)
+    if "transformers" not in absent:
+        transformers = [args.python["transformers"], "-m", "extensions.benchmarks.first_token", base, PROMPT]
+        starts["transformers"] = Start(transformers, bool, str.rstrip)
+    if "litlora" not in absent:
+        starts["litlora generate"] = Start([args.python["litlora"], "-m", "litlora", "generate", base, "--raw", *once], bool, str.rstrip)
+    return starts, absent
+
+
+def said_by_litgpt(stdout: str) -> bool:
+    """It prints its settings, and later the prompt and the answer on a line of their own."""
+    return stdout.startswith(PROMPT) or f"\n{PROMPT}" in stdout
+
+
+def litgpt_answer(stdout: str) -> str:
+    return f"\n{stdout}".rpartition(f"\n{PROMPT}")[2].rstrip()
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(args: argparse.Namespace, id: str, about: Mapping[str, Any], starts: Mapping[str, Start], absent: Mapping[str, str]) -> bool:
+    """Run every start once to warm the file cache, then `repeats` times in turn; write the results; did all go well?"""
+    runs: dict[str, list[Run]] = {name: [] for name in starts}
+    for turn in range(args.repeats + 1):
+        print(f"{id}: {'warm-up' if turn == 0 else f'turn {turn}/{args.repeats}'}", file=sys.stderr, flush=True)
+        for name, start in starts.items():
+            done = run(start.command, env=thread_env(args.threads), wanted=start.wanted)
+            if turn > 0 or done.code != 0:
+                runs[name].append(done)
+    failed = {name: " | ".join(tail(each.stderr)) for name, several in runs.items() for each in several if each.code != 0}
+    for name, why in failed.items():
+        print(f"  failed: {name}: {why}", file=sys.stderr)
+    good = {name: several for name, several in runs.items() if name not in failed}
+    answers = {name: start.answer(good[name][0].stdout) for name, start in starts.items() if start.answer and name in good}
+    same = len(set(answers.values())) <= 1
+    seconds = {name: [each.wall if each.first is None else each.first for each in several] for name, several in good.items()}
+    markdown = report(args, id, about, good, seconds, answers, {**absent, **failed})
+    result = {
+        "id": id,
+        "machine": about,
+        "options": {"shape": args.shape, "repeats": args.repeats, "threads": args.threads, "quick": args.quick},
+        "absent": dict(absent),
+        "failed": failed,
+        "seconds": seconds,
+        "peak_mb": {name: median([each.peak_mb for each in several]) for name, several in good.items()},
+        "cpu_seconds": {name: median([each.cpu for each in several]) for name, several in good.items()},
+        "gate": {"passed": same, "answers": answers},
+    }
+    path = write_results(args.out_dir, id.lower(), result, markdown)
+    print(f"{markdown}\n\nwritten: {path}\n")
+    return same and not failed
+
+
+def report(
+    args: argparse.Namespace,
+    id: str,
+    about: Mapping[str, Any],
+    good: Mapping[str, Sequence[Run]],
+    seconds: Mapping[str, Sequence[float]],
+    answers: Mapping[str, str],
+    left_out: Mapping[str, str],
+) -> str:
+    ours = [name for name in seconds if name.startswith("litlora")]
+    rows = []
+    for name, several in seconds.items():
+        row = {
+            "": name,
+            "median s": f"{median(several):.2f}",
+            "min s": f"{min(several):.2f}",
+            "cpu s": f"{median([each.cpu for each in good[name]]):.2f}",
+            "peak MB": f"{median([each.peak_mb for each in good[name]]):.0f}",
+        }
+        rows.append(row | {f"over {our}": f"{median(several) / median(seconds[our]):.1f}x" for our in ours})
+    what = "help texts" if id == "C5" else f"process start to first token, {args.shape}"
+    text = [
+        f"# {id}: {what}{' (quick: says only that it starts)' if args.quick else ''}",
+        "",
+        f"{about.get('cpu', '?')}, {args.threads} threads; median of {args.repeats}, tools in turn, warm file cache.",
+        "",
+        table(rows) if rows else "nothing ran",
+        "",
+        *verdicts(id, seconds),
+    ]
+    if answers:
+        said = ", ".join(f"{name}: {word!r}" for name, word in answers.items())
+        text.append(f"Gate (same first token in fp32): {'passed' if len(set(answers.values())) == 1 else 'FAILED'}: {said}.")
+    return "\n".join(text + [f"Left out: {name}: {why}" for name, why in left_out.items()])
+
+
+def verdicts(id: str, seconds: Mapping[str, Sequence[float]]) -> list[str]:
+    """What the aims of PERFORMANCE.md say about ours."""
+    lines = []
+    for name in (name for name in seconds if name.startswith("litlora")):
+        if id == "C6" and "import torch" not in seconds:
+            continue
+        aim = AIM_HELP if id == "C5" else median(seconds["import torch"]) + AIM_BEYOND_TORCH
+        took = median(seconds[name])
+        lines.append(f"{name}: {took:.2f} s, aim {aim:.2f} s: {'reached' if took <= aim else 'MISSED'}.")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

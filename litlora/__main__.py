@@ -1,0 +1,103 @@
+"""The door: `litlora COMMAND ...` -> the command's options -> its function. Imports nothing that the command does not need."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from litlora.commands import COMMANDS, Command, Commands
+from litlora.errors import Interrupted, Refusal, UserError, did_you_mean
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit code (errors.py says what each means)."""
+    rest = list(sys.argv[1:] if words is None else words)
+    debug = "--debug" in rest
+    if debug:
+        rest.remove("--debug")
+    try:
+        return run(rest)
+    except (Refusal, Interrupted, OSError, KeyboardInterrupt, MemoryError) as error:
+        if debug:
+            raise
+        return exit_code_of(error)
+
+
+def run(words: list[str]) -> int:
+    table: Command | Commands = COMMANDS
+    taken: list[str] = []
+    while isinstance(table, dict):
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(overview(taken, table))
+            return 0
+        if words[0] in ("--version", "-V") and not taken:
+            from litlora import __version__
+
+            print(f"litlora {__version__}")
+            return 0
+        word = words.pop(0)
+        if word not in table:
+            inner = {f"{outer}_{name}": f"{outer} {name}" for outer, inside in COMMANDS.items() if isinstance(inside, dict) for name in inside}
+            hint = f"here it is litlora {inner[word]}" if word in inner else did_you_mean(word, table)
+            raise UserError(f"no command '{' '.join(['litlora', *taken, word])}'", hint=hint or "litlora --help lists the commands")
+        taken.append(word)
+        table = table[word]
+    from litlora import options, parsing
+
+    kind, command = getattr(options, table.options), " ".join(taken)
+    parsed = parsing.parse(kind, words, command=command)
+    if getattr(parsed, "resume", False):  # a run is taken up with the options it had; what is given now wins
+        parsed = parsing.parse(kind, [*words, *resume_words(parsed.out_dir)], command=command)
+    getattr(importlib.import_module(table.module), table.function)(parsed)
+    return 0
+
+
+def resume_words(out_dir: str) -> list[str]:
+    """The options of the run in `out_dir`, as words for the parser."""
+    from litlora.checkpoint.names import RUN_YAML
+
+    path = os.path.join(out_dir, RUN_YAML)
+    return ["--config", path] if os.path.isfile(path) else []
+
+
+def overview(taken: Sequence[str], table: Commands) -> str:
+    """What `litlora --help` and `litlora finetune --help` print."""
+    rows = []
+    for word, inside in table.items():
+        if isinstance(inside, Command):
+            rows.append((word, inside.help))
+        else:
+            rows += [(f"{word} {name}", leaf.help) for name, leaf in inside.items() if isinstance(leaf, Command)]
+    width = max(len(word) for word, _ in rows) + 2
+    name = " ".join(["litlora", *taken])
+    lines = [f"usage: {name} COMMAND [--option value ...]", ""]
+    lines += [f"  {word:<{width}}{help}" for word, help in rows]
+    lines += ["", f"{name} COMMAND --help lists a command's options. A first bare word is the checkpoint: litlora chat out/step-200"]
+    if not taken:
+        lines += ["Start here, offline, in about two minutes: litlora finetune lora"]
+    return "\n".join(lines)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Tell the user in a few lines what happened; the traceback is for --debug."""
+    if isinstance(error, Interrupted):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    if isinstance(error, BrokenPipeError):  # the reader of our output went away (litlora list | head): not an error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, Refusal):
+        print(error.report(), file=sys.stderr)
+        return int(getattr(error, "exit_code", 1))
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}\nhint: --debug shows where", file=sys.stderr)
+        return 1
+    print("error: out of memory\nhint: a smaller --train.micro_batch_tokens keeps the same result", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""README.md of a step: what it is, and commands that work as they stand."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from litlora.checkpoint import names
+from litlora.checkpoint.manifest import Manifest
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
+
+
+def model_card(manifest: Manifest, directory: str = "") -> str:
+    """The text of README.md; `directory` is the step's path as the user would type it (default: its name)."""
+    here = directory or names.step_name(manifest.step)
+    sections = [_front_matter(manifest), _what(manifest), _use_litlora(manifest, here)]
+    if manifest.base is None:
+        sections.append(_use_transformers(here))
+    else:
+        base = manifest.base.path if manifest.base.path != names.DEMO else str(names.DEMO_BASE)
+        sections += [_use_peft(base, here), _use_vllm(manifest, base, here), _merge(here)]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _front_matter(manifest: Manifest) -> str:
+    adapter = manifest.base is not None
+    lines = ["library_name: peft", "tags: [lora, litlora]"] if adapter else ["library_name: transformers", "tags: [litlora]"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _what(manifest: Manifest) -> str:
+    losses = [
+        f"{name} {loss:.4f}"
+        for name, loss in (("training loss", manifest.train_loss), ("validation loss", manifest.val_loss))
+        if loss is not None
+    ]
+    facts = [f"step {manifest.step}", f"epoch {manifest.epoch:.2f}", *losses]
+    lines = [f"# {names.step_name(manifest.step)}", "", ", ".join(facts) + "."]
+    if manifest.base is not None:
+        what = "DoRA" if manifest.options.get("use_dora") else "LoRA"
+        lines += ["", f"A {what} adapter. It holds no base weights; its base is `{manifest.base.path}` ({manifest.base.model_type}),"]
+        lines += [f"fingerprint `{manifest.base.fingerprint}`."]
+        if manifest.base.path == names.DEMO:
+            lines += ["", "The base is the toy model that comes with litlora: good for trying things, not for answers."]
+    else:
+        lines += ["", "A whole model in Hugging Face's layout."]
+    return "\n".join(lines)
+
+
+def _use_litlora(manifest: Manifest, here: str) -> str:
+    return _block("litlora", "sh", f"litlora chat {_typed(here)}\nlitlora generate {_typed(here)} --prompt 'Hello'")
+
+
+def _use_peft(base: str, here: str) -> str:
+    code = f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({here!r})
+model = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(model, {here!r})"""
+    return _block("PEFT", "python", code)
+
+
+def _use_transformers(here: str) -> str:
+    code = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({here!r})
+model = AutoModelForCausalLM.from_pretrained({here!r})"""
+    return _block("transformers", "python", code)
+
+
+def _use_vllm(manifest: Manifest, base: str, here: str) -> str:
+    """Nothing where vLLM cannot: it has no DoRA, and takes certain ranks only."""
+    rank = _vllm_rank(manifest.options)
+    if rank is None:
+        return ""
+    name = names.step_name(manifest.step)
+    command = f"vllm serve {_typed(base)} --enable-lora --max-lora-rank {rank} --lora-modules {_typed(f'{name}={here}')}"
+    return _block("vLLM", "sh", command)
+
+
+def _vllm_rank(options: Mapping[str, Any]) -> int | None:
+    if options.get("use_dora") or not isinstance(options.get("r"), int):
+        return None
+    return next((rank for rank in VLLM_RANKS if rank >= options["r"]), None)
+
+
+def _merge(here: str) -> str:
+    return _block("Merge into a plain model", "sh", f"litlora merge_lora {_typed(here)}") + f"\n\nThe result is in `{here}/{names.MERGED}`."
+
+
+def _block(title: str, language: str, code: str) -> str:
+    return f"## {title}\n\n```{language}\n{code}\n```"
+
+
+def _typed(path: str) -> str:
+    """As one word of a shell; a path that begins with a dash is not an option."""
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)

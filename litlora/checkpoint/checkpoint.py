@@ -1,0 +1,110 @@
+"""A checkpoint: a directory that was recognised, and what can be asked of it without torch.
+
+base      a Hugging Face model as downloaded or merged: config.json and its weights
+step      one of our own: litlora.json, and either an adapter or (method `full`) a whole model
+adapter   a PEFT adapter without our manifest
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from litlora.checkpoint import fingerprint, names
+from litlora.checkpoint.manifest import BaseRecord, Manifest, has_state, read_state
+from litlora.checkpoint.reading import file_in, read_json
+from litlora.checkpoint.shards import find_shards, has_weights
+from litlora.config import Config
+from litlora.errors import UserError
+from litlora.families import config_from_hf
+from litlora.peft import AdapterConfig, adapter_config_from_peft
+
+Kind = Literal["base", "step", "adapter"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Made by `resolve`. Every method raises UserError, naming the file, where the directory does not hold what is asked."""
+
+    path: Path
+    kind: Kind
+    why: str = ""  # how it was chosen, for the user; empty where the path itself was given
+    manifest: Manifest | None = None  # of a step
+    base_dir: Path | None = None  # where the user says that the base is now
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it holds all weights of a model: a base, or a step of method `full`. If not, it is an adapter on `base()`."""
+        return self.kind == "base" or (self.kind == "step" and has_weights(self.path))
+
+    @property
+    def is_demo(self) -> bool:
+        return self.path == names.DEMO_BASE
+
+    @property
+    def recorded_path(self) -> str:
+        """How a manifest names it as a base: `demo`, or its absolute path."""
+        return names.DEMO if self.is_demo else str(self.path.resolve())
+
+    def base(self) -> "Checkpoint":
+        """The model that an adapter belongs to, with the weights it was trained on; a whole model gives itself."""
+        return self if self.is_model else self._base
+
+    def config(self) -> Config:
+        """The shape of the model."""
+        model = self.base()
+        return config_from_hf(read_json(model.path, names.CONFIG), model.path / names.CONFIG)
+
+    def shards(self) -> dict[str, Path]:
+        """Tensor name as stored -> file that holds it, of the whole model below. Headers and sizes of all files are checked."""
+        return self.base()._shards
+
+    def fingerprint(self) -> str:
+        """Of the model's weights; of an adapter, its base's."""
+        return self.base()._fingerprint
+
+    def tokenizer_dir(self) -> Path:
+        """The directory whose tokenizer goes with it: its own, else its base's."""
+        return self.path if (self.path / names.TOKENIZER).exists() else self.base().path
+
+    def adapter_config(self) -> AdapterConfig:
+        """How the adapter computes; UserError of a whole model."""
+        if self.is_model:
+            raise UserError("is a whole model, not an adapter", where=self.path)
+        return adapter_config_from_peft(read_json(self.path, names.ADAPTER_CONFIG), self.path / names.ADAPTER_CONFIG)
+
+    def adapter_file(self) -> Path:
+        """The adapter's tensors."""
+        return file_in(self.path, names.ADAPTER_WEIGHTS)
+
+    def training_state(self) -> dict[str, Any]:
+        """What `TrainingState.values` was when this step was committed; its tensors were checked against their hash too."""
+        if self.manifest is None or not has_state(self.path):
+            raise UserError("has no training state", where=self.path, hint="train on from its weights: --checkpoint_dir")
+        return read_state(self.path, self.manifest)
+
+    def training_values(self) -> dict[str, Any]:
+        """The values that the run itself saved with its optimizer's state (state.py)."""
+        values: dict[str, Any] = self.training_state()["values"]
+        return values
+
+    def record(self, run: Path) -> BaseRecord:
+        """What the manifests of `run` say about this model when it is their base."""
+        step = run.resolve() / names.step_name(0)
+        relative = "" if self.is_demo else os.path.relpath(self.path.resolve(), step)
+        return BaseRecord(path=self.recorded_path, model_type=self.config().model_type, fingerprint=self.fingerprint(), relative=relative)
+
+    @cached_property
+    def _shards(self) -> dict[str, Path]:
+        return find_shards(self.path)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint.fingerprint(self._shards)
+
+    @cached_property
+    def _base(self) -> "Checkpoint":
+        from litlora.checkpoint.base import find_base  # it resolves paths, and so makes Checkpoints
+
+        return find_base(self)

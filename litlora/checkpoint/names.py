@@ -1,0 +1,99 @@
+"""Every file name that litlora reads or writes, in one place. No other room spells one.
+
+The first block is Hugging Face's layout, the second PEFT's, the third our own.
+"""
+
+import re
+from pathlib import Path
+
+from litlora import __version__
+
+VERSION = __version__
+
+# ---- a Hugging Face directory
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS,
+    CHAT_TEMPLATE,
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "NOTICE", "USE_POLICY.md")
+README = "README.md"
+
+# ---- a PEFT adapter
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OWN_ADAPTER_WEIGHTS = "litlora_adapter.safetensors"  # of a method that PEFT does not know
+
+# ---- ours, in a step
+MANIFEST = "litlora.json"
+TRAINING_STATE = "training_state.safetensors"
+TRAINING_STATE_META = "training_state.json"
+NOTE = "note.md"  # the user's own words: never hashed
+MERGED = "merged"
+MERGE_REPORT = "merge_report.json"
+UNCOVERED = frozenset({MANIFEST, TRAINING_STATE, TRAINING_STATE_META, NOTE})  # what a manifest does not hash
+
+# ---- ours, in a run
+RUN = "out"  # the run that a command takes when it is given no path
+RUN_YAML = "run.yaml"
+METRICS = "metrics.csv"
+VOCABULARY = "vocabulary"  # pretrain: the tokenizer learnt from the rows
+MODEL = "model"  # pretrain: the finished model
+SKIPPED_ROWS = "skipped_rows.txt"
+LOCK = ".litlora.lock"
+
+# ---- the embedded default
+DEMO = "demo"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+DEMO_BASE = ASSETS / "demo_base"
+DEMO_TRAIN = ASSETS / "demo_data" / "train.jsonl"
+DEMO_HELDOUT = ASSETS / "demo_data" / "heldout.jsonl"
+
+_STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+_ASIDE = re.compile(_STEP.pattern + r"\.torn(-[0-9]+)?")
+_TEMPORARY = re.compile(r"\.tmp-(.+)-([0-9]+)", re.DOTALL)
+
+
+def step_name(step: int) -> str:
+    """The directory of step number `step`: `step-200`."""
+    return f"step-{step}"
+
+
+def step_number(path: str | Path) -> int | None:
+    """200 for `out/step-200`, None for a name that is no step's."""
+    found = _STEP.fullmatch(Path(path).name)
+    return int(found[1]) if found else None
+
+
+def aside_name(name: str, count: int) -> str:
+    """What a torn step is called once a resumed run is about to write its number again; `count` from 1 on."""
+    return f"{name}.torn" if count == 1 else f"{name}.torn-{count}"
+
+
+def is_aside(path: str | Path) -> bool:
+    """Whether it is the name of a torn step that was set aside."""
+    return _ASIDE.fullmatch(Path(path).name) is not None
+
+
+def temporary_name(name: str, pid: int) -> str:
+    """What `name` is called while process `pid` still writes it."""
+    return f".tmp-{name}-{pid}"
+
+
+def temporary_owner(path: str | Path) -> int | None:
+    """The process that wrote the temporary `path`, None for a name that is no temporary's."""
+    found = _TEMPORARY.fullmatch(Path(path).name)
+    return int(found[2]) if found else None

@@ -1,0 +1,271 @@
+"""What a path means. Every command that reads a model asks `resolve`, so a path means the same everywhere."""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from litlora.checkpoint import names
+from litlora.checkpoint.checkpoint import Checkpoint, Kind
+from litlora.checkpoint.manifest import Manifest, has_state, read_manifest, verify_files, verify_state
+from litlora.checkpoint.shards import has_weights
+from litlora.console import warn
+from litlora.errors import UserError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # formats that run code when they are read
+
+
+def resolve(path: str | Path | None = None, *, base_dir: str | Path | None = None) -> Checkpoint:
+    """The checkpoint that `path` means.
+
+    A Hugging Face directory, merged ones included; a step; a run (its best step by validation loss, else its newest; torn ones are
+    skipped with a warning); a PEFT adapter; `demo`; None: the run in `out`, else the embedded demo base. `base_dir` is
+    where an adapter's base is now. UserError for anything else: what is there, what is missing, what was perhaps meant.
+    """
+    moved = Path(base_dir) if base_dir is not None else None
+    try:
+        return _resolve(path, moved)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise UserError(f"cannot be looked at: {why}", where=repr(str(path)), hint="check the path and who may read it") from error
+
+
+def _resolve(path: str | Path | None, base_dir: Path | None) -> Checkpoint:
+    if path is None:
+        run = Path(names.RUN)
+        return of_run(run, base_dir) if list_step_paths(run) else demo_base(why=f"no path was given and there is no run in {run}")
+    if str(path) == names.DEMO and not Path(path).exists():
+        return demo_base()
+    path = Path(path)
+    if not path.is_dir():
+        raise _no_directory(path)
+    kind = kind_of(path)
+    if kind == "run":
+        return of_run(path, base_dir)
+    if kind == "step":
+        return Checkpoint(path, "step", manifest=whole_manifest(path), base_dir=base_dir)
+    if kind:
+        return Checkpoint(path, kind, base_dir=base_dir)
+    raise _nothing_here(path)
+
+
+def demo_base(why: str = "") -> Checkpoint:
+    """The toy model that comes with litlora."""
+    if not has_weights(names.DEMO_BASE):
+        raise UserError("the embedded demo base is missing from this installation", where=names.DEMO_BASE, hint="install litlora again")
+    return Checkpoint(names.DEMO_BASE, "base", why=why)
+
+
+# ---- steps of a run --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One `step-N` of a run, looked at closely."""
+
+    path: Path
+    number: int
+    manifest: Manifest | None  # None where litlora.json itself is missing or unsound
+    faults: tuple[str, ...]  # what is wrong with it, each line naming a file
+    state_faults: tuple[str, ...]  # what is wrong with its training state; without one there is nothing to be wrong
+    has_state: bool
+
+    @property
+    def is_whole(self) -> bool:
+        """Every covered file is there, bit for bit."""
+        return not self.faults
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whole, and so is its training state."""
+        return self.is_whole and self.has_state and not self.state_faults
+
+
+def read_step(path: Path, *, with_state: bool = True) -> Step:
+    """Look at a step, reading every byte of it (`with_state=False`: without its training state)."""
+    number = names.step_number(path)
+    try:
+        manifest = read_manifest(path)
+    except UserError as error:
+        fault = f"{names.MANIFEST} {error.what}" if Path(error.where) == path / names.MANIFEST else str(error)
+        return Step(path, number or 0, None, (fault,), (), has_state(path))
+    faults = verify_files(path, manifest)
+    if number is not None and number != manifest.step:
+        faults.append(f"{names.MANIFEST} is of step {manifest.step}; the directory was renamed")
+    state_faults = verify_state(path, manifest) if with_state else []
+    return Step(path, manifest.step, manifest, tuple(faults), tuple(state_faults), has_state(path))
+
+
+def list_step_paths(run: Path) -> list[Path]:
+    """The `step-N` directories of a run in the order of their numbers (step-9 before step-10), looked at no further."""
+    found = [path for path in run.iterdir() if names.step_number(path) is not None and path.is_dir()] if run.is_dir() else []
+    return sorted(found, key=lambda path: names.step_number(path) or 0)
+
+
+def list_steps(run: Path) -> list[Step]:
+    """All steps of a run, whole and torn, in the order of their numbers. Reads every byte of them."""
+    return [read_step(path) for path in list_step_paths(run)]
+
+
+def whole_steps(run: Path) -> list[Step]:
+    """Those that can be used."""
+    return [step for step in list_steps(run) if step.is_whole]
+
+
+def newest_resumable(run: Path) -> tuple[Step | None, list[Step]]:
+    """The newest step that training can go on from, and the newer ones that were passed over."""
+    passed: list[Step] = []
+    for path in reversed(list_step_paths(run)):
+        step = read_step(path)
+        if step.is_resumable:
+            return step, passed
+        passed.append(step)
+    return None, passed
+
+
+def whole_manifest(path: Path) -> Manifest:
+    """The manifest of a step that is whole; UserError naming each bad file otherwise."""
+    step = read_step(path, with_state=False)
+    if step.manifest is None or step.faults:
+        raise UserError("this checkpoint is torn or was altered", where=path, context=step.faults, hint=_other_step_hint(path))
+    return step.manifest
+
+
+def of_run(run: Path, base_dir: Path | None = None) -> Checkpoint:
+    """The best step of a run by validation loss, else the newest; a torn one is named in a warning and the next best taken."""
+    paths = list_step_paths(run)
+    ranked = sorted(paths, key=_rank)
+    for path in ranked:
+        step = read_step(path, with_state=False)
+        if step.manifest is None or step.faults:
+            warn(f"{path} is torn or was altered and is passed over: {step.faults[0]}")
+            continue
+        loss = step.manifest.val_loss
+        others = f" of {len(paths)}" if len(paths) > 1 else ""
+        why = f"newest{others} in {run}" if loss is None else f"lowest validation loss ({loss:.4f}){others} in {run}"
+        return Checkpoint(path, "step", why=why, manifest=step.manifest, base_dir=base_dir)
+    what = f"none of its {len(paths)} checkpoints is whole" if paths else "is a run without a checkpoint yet"
+    raise UserError(what, where=run, hint="train again, or name another directory")
+
+
+def _rank(path: Path) -> tuple[float, int]:
+    """Smaller is better: validation loss where there is one, then the newest. Only the manifest is read."""
+    number = names.step_number(path) or 0
+    try:
+        loss = read_manifest(path).val_loss
+    except UserError:
+        return float("-inf"), -number  # looked at first, so that the user is told of it
+    return float("inf") if loss is None else loss, -number
+
+
+# ---- what a directory is ---------------------------------------------------------------------------------------------
+
+
+def kind_of(path: Path) -> Kind | Literal["run", ""]:
+    """`step`, `base`, `adapter`, `run`, or nothing, from the names of what is in it. UserError where it is two of them at once."""
+    if not path.is_dir():
+        return ""
+    has = {
+        name: (path / name).exists()
+        for name in (names.MANIFEST, names.CONFIG, names.ADAPTER_CONFIG, names.ADAPTER_WEIGHTS, names.TRAINING_STATE_META)
+    }
+    model = has[names.CONFIG] and has_weights(path)
+    adapter = has[names.ADAPTER_CONFIG] and has[names.ADAPTER_WEIGHTS]
+    if has[names.MANIFEST] or ((model or adapter) and (has[names.TRAINING_STATE_META] or names.step_number(path) is not None)):
+        return "step"  # also one whose manifest was lost: it is torn, not a PEFT adapter or a model that may sit on any base
+    if model and (adapter or has[names.ADAPTER_WEIGHTS]):
+        raise UserError("holds a model and an adapter at once", where=path, hint="move the adapter's two files to a directory of their own")
+    if model:
+        return "base"
+    if adapter:
+        return "adapter"
+    return "run" if (path / names.RUN_YAML).exists() or list_step_paths(path) else ""
+
+
+def _no_directory(path: Path) -> UserError:
+    if path.exists():
+        parent = path.parent
+        there = kind_of(parent) if path.is_file() else ""
+        hint = f"give its directory: {parent}" if there else "give a directory"
+        return UserError("is a file, and a checkpoint is a directory", where=path, hint=hint)
+    nearest = _nearest(path)
+    parts = path.parts
+    remote = len(parts) == 2 and not path.is_absolute() and not nearest and not Path(parts[0]).exists()
+    hint = f"if this is a model on a hub, download it first: hf download {path} --local-dir {parts[-1]}" if remote else nearest
+    return UserError("there is no such directory", where=path, hint=hint)
+
+
+def _nothing_here(path: Path) -> UserError:
+    found = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
+    shown = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "") if found else "nothing"
+    pickles = [name for name in found if name.endswith(PICKLES)]
+    missing = _missing_part(set(found))
+    if pickles and missing.startswith(names.WEIGHTS):
+        missing += f" ({pickles[0]} can run code when it is read, and is not)"
+    context = (f"found: {shown}", f"missing: {missing}")
+    nearest = _nearest(path)
+    if pickles and not nearest:
+        nearest = "use a copy of the model in safetensors format"
+    return UserError("is neither a model, nor a checkpoint, nor a run", where=path, context=context, hint=nearest)
+
+
+def _missing_part(found: set[str]) -> str:
+    """What would have to be there for it to be what it looks most like."""
+    if names.ADAPTER_CONFIG in found:
+        return f"{names.ADAPTER_WEIGHTS}, for an adapter"
+    if names.ADAPTER_WEIGHTS in found:
+        return f"{names.ADAPTER_CONFIG}, for an adapter"
+    if found & {names.WEIGHTS, names.WEIGHTS_INDEX}:
+        return f"{names.CONFIG}, for a model"
+    if names.CONFIG in found:
+        return f"{names.WEIGHTS} or {names.WEIGHTS_INDEX}, for a model"
+    return f"{names.CONFIG} and {names.WEIGHTS} (a model), {names.ADAPTER_CONFIG} (an adapter) or step-N directories (a run)"
+
+
+# ---- what was perhaps meant ------------------------------------------------------------------------------------------
+
+
+def _nearest(path: Path) -> str:
+    """`did you mean out/step-200?`: a valid checkpoint below, beside or above `path`, or nothing."""
+    if path.is_dir():
+        inside = next(_valid_below(path), None)
+        if inside:
+            return f"did you mean {inside}?"
+    parent, word = path.parent, path.name
+    while not parent.is_dir() and parent != parent.parent:
+        parent, word = parent.parent, parent.name
+    choices = {entry.name: entry for entry in _valid_below(parent) if entry != path}
+    number = names.step_number(path)
+    steps = [entry for entry in choices.values() if names.step_number(entry) is not None]
+    if number is not None and steps:
+        best = min(steps, key=lambda entry: abs((names.step_number(entry) or 0) - number))
+        return f"did you mean {best}?"
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {choices[close[0]]}?"
+    return f"the nearest checkpoint is {next(iter(choices.values()))}" if choices and parent != Path(parent.anchor) else ""
+
+
+def _valid_below(directory: Path) -> Iterator[Path]:
+    """Directories directly in `directory` that hold something, by their names alone; at most the first thousand entries are seen."""
+    try:
+        entries = sorted(directory.iterdir())[:1000]
+    except OSError:
+        return
+    for entry in entries:
+        try:
+            if names.temporary_owner(entry) is None and kind_of(entry):
+                yield entry
+        except (UserError, OSError):
+            continue
+
+
+def _other_step_hint(path: Path) -> str:
+    others = [step for step in list_step_paths(path.parent) if step != path] if names.step_number(path) is not None else []
+    for other in reversed(others):
+        if read_step(other, with_state=False).is_whole:
+            return f"the newest whole checkpoint is {other}"
+    return "restore the file from a copy, or train again"

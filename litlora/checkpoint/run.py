@@ -1,0 +1,243 @@
+"""The directory of a training run: made ready before any work, and held so that no second trainer writes into it."""
+
+import fcntl
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from litlora.checkpoint import names
+from litlora.checkpoint.checkpoint import Checkpoint
+from litlora.checkpoint.commit import check_free_space, make_directory, remove, remove_leftovers, sync
+from litlora.checkpoint.manifest import read_manifest
+from litlora.checkpoint.resolve import kind_of, list_step_paths, newest_resumable
+from litlora.errors import UserError
+
+MERGED_SUFFIXES = (".safetensors", ".json", ".jinja", ".md", ".txt", ".model")
+STEP_FILES = frozenset(
+    {
+        *names.UNCOVERED,
+        *names.TOKENIZER_FILES,
+        names.ADAPTER_CONFIG,
+        names.ADAPTER_WEIGHTS,
+        names.OWN_ADAPTER_WEIGHTS,
+        names.CONFIG,
+        names.GENERATION_CONFIG,
+        names.WEIGHTS,
+        names.README,
+        *names.LICENCE_FILES,
+    }
+)
+RUN_FILES = (names.RUN_YAML, names.METRICS, names.SKIPPED_ROWS)
+
+
+@dataclass
+class Run:
+    """A run's directory, ours until `close` (or the end of the process, however it comes)."""
+
+    path: Path
+    resume_from: Checkpoint | None = None  # the step to go on from; None: from the beginning
+    messages: list[str] = field(default_factory=list)  # what was found and done, for the user
+    _lock: int = -1
+
+    def close(self) -> None:
+        """Let another trainer in."""
+        if self._lock >= 0:
+            (self.path / names.LOCK).unlink(missing_ok=True)  # while it is still held: see `_take_lock`
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def prepare_run_directory(
+    out_dir: str | Path, *, resume: bool = False, overwrite: bool = False, needed_bytes: int = 0, dry_run: bool = False
+) -> Run:
+    """Everything that could go wrong with `out_dir`, before a model is loaded. UserError; then nothing was changed.
+
+    Refused: a directory that holds a run (unless `resume` or `overwrite`) or a model, a file in the way, no permission, too little
+    space for `needed_bytes`, another trainer at work. Removed: what dead processes left half-written; with `overwrite`, what
+    litlora wrote. `resume` finds the newest whole step. `dry_run` checks the same and writes nothing.
+    """
+    path = Path(out_dir)
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other", hint="--resume goes on with the run, --overwrite deletes it")
+    _check_place(path)
+    if not (resume or overwrite) and _holds_run(path):
+        raise UserError(
+            "holds a run already", where=path, hint="--resume goes on with it, --overwrite deletes it; or choose another --out_dir"
+        )
+    if resume and not _holds_run(path):
+        raise UserError("holds no run to go on with", where=path, hint="leave --resume out to begin one")
+    if overwrite:
+        _ours(path)  # refuses
+    check_free_space(path, needed_bytes)
+    if dry_run:
+        return Run(path, *(_resume_point(path) if resume else (None, [])))
+    _make_writable(path)
+    run = Run(path)
+    try:
+        run._lock = _take_lock(path)
+        remove_leftovers(path)
+        _delete(path, _ours(path) if overwrite else [])  # looked at again: now nobody else writes
+        if resume:
+            run.resume_from, run.messages = _resume_point(path)
+            _set_torn_aside(path, run.resume_from)
+    except OSError as error:
+        run.close()
+        raise _no_access(error, path) from error
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+# ---- what is there ---------------------------------------------------------------------------------------------------
+
+
+def _check_place(path: Path) -> None:
+    """Nothing in the way, and no model's directory: a run in there would make two things of one path."""
+    for place in reversed((path, *path.parents)):
+        try:
+            if place.is_dir():
+                continue
+            if os.path.lexists(place):
+                raise UserError("a directory is needed here, and this is none", where=place, hint="choose another --out_dir")
+        except PermissionError as error:
+            raise _no_access(error, path) from error
+    kind = kind_of(path)
+    if kind in ("base", "adapter", "step"):
+        raise UserError(
+            f"holds a {'model' if kind == 'base' else 'checkpoint'}; a run does not go in there",
+            where=path,
+            hint="choose another --out_dir",
+        )
+
+
+def _holds_run(path: Path) -> bool:
+    return any((path / name).exists() for name in RUN_FILES) or bool(list_step_paths(path))
+
+
+def _make_writable(path: Path) -> None:
+    """The directory exists, durably, and a file can be written into it: tried, because modes do not tell of read-only disks or quotas."""
+    probe = path / names.temporary_name("probe", os.getpid())
+    try:
+        make_directory(path)
+        probe.write_bytes(b"litlora")
+        sync(probe)
+        probe.unlink()
+    except OSError as error:
+        raise _no_access(error, path) from error
+
+
+def _no_access(error: OSError, path: Path) -> UserError:
+    return UserError(f"cannot be written to: {error.strerror or error}", where=error.filename or path, hint="choose another --out_dir")
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+
+def _resume_point(path: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest step to go on from, and what to tell the user. UserError where going on would undo whole work."""
+    step, passed = newest_resumable(path)
+    for other in passed:
+        if other.is_whole and not other.state_faults:
+            earlier = f", and going on from {step.path.name} would write it again" if step else ""
+            raise UserError(
+                f"is whole, but its training state was deleted{earlier}",
+                where=other.path,
+                hint=f"move it out of {path}, or begin a new run from it with --checkpoint_dir {other.path}",
+            )
+    if step is None and passed:
+        faults = tuple(f"{other.path.name}: {(*other.faults, *other.state_faults)[0]}" for other in passed)
+        raise UserError("no checkpoint in it is whole", where=path, context=faults, hint="--overwrite begins anew")
+    messages = [f"{other.path} is torn or was altered and is passed over: {(*other.faults, *other.state_faults)[0]}" for other in passed]
+    if step is None:
+        return None, [f"{path} has no checkpoint yet: training begins at step 0"]
+    return Checkpoint(step.path, "step", why=f"newest whole checkpoint in {path}", manifest=step.manifest), messages
+
+
+def _set_torn_aside(path: Path, step: Checkpoint | None) -> None:
+    """A torn step newer than the one we go on from keeps its bytes under another name: its number will be written again."""
+    paths = list_step_paths(path)
+    newer = paths[paths.index(step.path) + 1 :] if step else paths
+    for other in newer:
+        places = (other.with_name(names.aside_name(other.name, count)) for count in itertools.count(1))
+        os.rename(other, next(place for place in places if not os.path.lexists(place)))
+    if newer:
+        sync(path)
+
+
+# ---- beginning anew --------------------------------------------------------------------------------------------------
+
+
+def _ours(path: Path) -> list[Path]:
+    """What `overwrite` deletes. UserError where a step holds something that litlora did not write; nothing was deleted then."""
+    aside = [entry for entry in path.iterdir() if names.is_aside(entry) and entry.is_dir()] if path.is_dir() else []
+    steps = [*list_step_paths(path), *aside]
+    for step in steps:
+        foreign = [entry for entry in step.iterdir() if not _is_ours(entry)]
+        if step.is_symlink() or foreign:
+            what = f"holds {foreign[0].name}, which litlora did not write" if foreign else "is a link"
+            raise UserError(f"{what}; it is not deleted", where=step, hint="move it away, or choose another --out_dir")
+    return [*reversed(steps), *(path / name for name in RUN_FILES if (path / name).exists())]
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether litlora writes such a file into a step. A merge is ours if it has its report and no subdirectories."""
+    if entry.is_symlink():
+        return False
+    if entry.name == names.MERGED and entry.is_dir():
+        inside = list(entry.iterdir())
+        ours = all(item.is_file() and (item.suffix in MERGED_SUFFIXES or item.name in names.LICENCE_FILES) for item in inside)
+        return ours and names.MERGE_REPORT in {item.name for item in inside}
+    if names.temporary_owner(entry) is not None:
+        return True
+    return entry.is_file() and (entry.name in STEP_FILES or entry.name in _listed(entry.parent))
+
+
+def _listed(step: Path) -> frozenset[str]:
+    """What the step's own manifest says was written; nothing where it is unsound."""
+    try:
+        return frozenset(read_manifest(step).files)
+    except UserError:
+        return frozenset()
+
+
+def _delete(path: Path, doomed: Sequence[Path]) -> None:
+    """All are renamed first, durably, so that a crash in between leaves whole steps and leftovers, and no torn step."""
+    leftovers = [old.with_name(names.temporary_name(old.name, os.getpid())) for old in doomed]
+    for old, leftover in zip(doomed, leftovers, strict=True):
+        os.rename(old, leftover)
+    if doomed:
+        sync(path)
+    for leftover in leftovers:
+        remove(leftover)
+
+
+# ---- one trainer at a time -------------------------------------------------------------------------------------------
+
+
+def _take_lock(path: Path) -> int:
+    """An open lock file. The system lets go of it when its process dies, so a lock file that a crash left behind locks nothing."""
+    lock = path / names.LOCK
+    while True:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(fd)
+            hint = "wait for it to end, or choose another --out_dir"
+            raise UserError(f"another trainer (process {holder}) is writing into it", where=path, hint=hint) from error
+        if lock.exists() and lock.stat().st_ino == os.fstat(fd).st_ino:  # else its owner removed it between our open and our lock
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            return fd
+        os.close(fd)

@@ -1,0 +1,172 @@
+"""From files to a model that computes: torch's side of a checkpoint.
+
+The base is mapped, not read: a weight in its stored dtype takes no memory of this process until it is changed, and two processes
+share it. (The map is private, so the file never changes; do not overwrite a base in place while a model of it lives.)
+Everything is strict: a tensor too many, too few or of another shape is listed and nothing is loaded.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors import safe_open
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from litlora.checkpoint import names
+from litlora.checkpoint.base import check_fingerprint
+from litlora.checkpoint.checkpoint import Checkpoint
+from litlora.checkpoint.commit import Tensors
+from litlora.errors import UserError
+from litlora.families import expected_tensors, is_derived, linear_shapes, tensor_name
+from litlora.methods import add_adapter, attach_from, load_adapter_state
+from litlora.model import GPT
+from litlora.peft import check_tensors, copied_base_tensor, expected_adapter_tensors
+from litlora.safetensors_file import SafetensorsFile
+
+STORED = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # torch's dtype: the file's
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    adapters: Sequence[tuple[Checkpoint, float]] = (),
+    device: str | torch.device = "cpu",
+) -> GPT:
+    """The model that a checkpoint means: a base as it is, a step or PEFT adapter attached to its base.
+
+    `dtype` of the base's weights (None: as stored); adapters are fp32. `adapters`: more of them, with the weights they are added with;
+    each must belong to the same base. UserError where anything is missing, too much, of the wrong shape, or of another base.
+    """
+    base = checkpoint.base()
+    for other, _ in adapters:
+        check_same_base(other, base)
+    model = load_base(base, dtype, device)
+    if not checkpoint.is_model:
+        attach_from(model, checkpoint.adapter_config())
+        load_adapter_state(model, adapter_tensors(checkpoint), checkpoint.adapter_file())
+    for other, weight in adapters:
+        add_adapter(model, other.adapter_config(), adapter_tensors(other, base), weight, where=other.adapter_file())
+    return model
+
+
+def load_base(base: Checkpoint, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> GPT:
+    """A whole model, every parameter of it from the files, requiring gradients as a new one does."""
+    config = base.config()
+    with torch.device("meta"), NothingDrawn():
+        model = GPT(config)
+    tensors = base_tensors(base)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, nn.Parameter(tensor.to(device=device, dtype=dtype)))
+    model.tie()
+    unset = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
+    assert not unset, f"no file fills {unset}"
+    return model
+
+
+def base_tensors(base: Checkpoint) -> dict[str, Tensor]:
+    """Every parameter of a whole model under the model's own names, mapped from its files. UserError listing what does not fit."""
+    config = base.config()
+    expected = expected_tensors(config)
+    stored = mapped(base.shards())
+    tensors = {tensor_name(name): tensor for name, tensor in stored.items() if not is_derived(name)}
+    if len(tensors) < sum(not is_derived(name) for name in stored):
+        raise UserError("a tensor is there twice, with and without the prefix model.", where=base.path)
+    if config.tie_word_embeddings and HEAD in tensors:
+        head, embedding = tensors.pop(HEAD), tensors.get(EMBEDDING)
+        if embedding is not None and (head.shape != embedding.shape or not torch.equal(head, embedding)):
+            what = f"{HEAD} differs from {EMBEDDING}, but tie_word_embeddings says that they are one"
+            raise UserError(what, where=base.path / names.CONFIG, hint="set tie_word_embeddings to false if the head is right")
+    faults = shape_faults({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected)
+    faults += [
+        f"of dtype {tensor.dtype}: {name}" for name, tensor in tensors.items() if not tensor.is_floating_point() or tensor.itemsize < 2
+    ]
+    if faults:
+        what = "\n".join([f"{len(faults)} tensors at fault; nothing was loaded", *(f"  {fault}" for fault in faults)])
+        raise UserError(what, where=base.path, hint=f"the weights and {names.CONFIG} must belong together; download the model again")
+    return tensors
+
+
+def adapter_tensors(checkpoint: Checkpoint, base: Checkpoint | None = None) -> dict[str, Tensor]:
+    """An adapter's tensors under PEFT's names, checked against its config and the base's shapes (`base`: if it is known already).
+
+    UserError that lists every missing, unexpected and wrongly shaped one.
+    """
+    path = checkpoint.adapter_file()
+    with safe_open_checked(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if copied_base_tensor(name) is None}
+    config = (base or checkpoint).config()
+    check_tensors(found, expected_adapter_tensors(checkpoint.adapter_config(), linear_shapes(config)), path)
+    return tensors
+
+
+def check_same_base(adapter: Checkpoint, base: Checkpoint) -> None:
+    """UserError where an adapter is none, or was trained on another base. A PEFT adapter does not say what it was trained on."""
+    if adapter.is_model:
+        raise UserError("is a whole model; only adapters can be added", where=adapter.path)
+    if adapter.manifest and adapter.manifest.base:
+        check_fingerprint(base, adapter.manifest.base, adapter.path)
+
+
+def raw_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
+    """For writing: name -> (dtype, shape, bytes). Tensors on the CPU are not copied, so write them before they change."""
+    return {name: (STORED[tensor.dtype], tuple(tensor.shape), raw_bytes(tensor)) for name, tensor in tensors.items()}
+
+
+class NothingDrawn(TorchFunctionMode):
+    """Modules made inside skip their initialisation: their numbers come from files. (On the meta device torch's own would import
+    its compiler to draw nothing: three seconds and 66 MB at every start.)
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+# ---- details ---------------------------------------------------------------------------------------------------------
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def mapped(shards: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Tensor name -> tensor over the map of its file."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(set(shards.values())):
+        with safe_open_checked(path) as file:
+            tensors |= {name: file.get_tensor(name) for name, home in shards.items() if home == path}
+    return tensors
+
+
+def safe_open_checked(path: Path) -> safe_open:
+    """The file, whose header was checked before (`SafetensorsFile` refuses more, and names the file)."""
+    with SafetensorsFile(path):
+        return safe_open(path, framework="pt")
+
+
+def shape_faults(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """One line for each tensor that is missing, unexpected or of the wrong shape."""
+    faults = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
+    faults += [f"unexpected: {name} {found[name]}" for name in found if name not in expected]
+    wrong = [name for name in expected if name in found and found[name] != expected[name]]
+    return faults + [f"wrong shape: {name} {found[name]}, needed {expected[name]}" for name in wrong]

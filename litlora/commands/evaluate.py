@@ -1,0 +1,97 @@
+"""`litlora evaluate`: loss, perplexity and exact match of a checkpoint on rows, beside its base if asked."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from litlora import console
+from litlora.commands.generate import Opened, open_model
+from litlora.data.samples import IGNORE, DataSet, Sample, load_data
+from litlora.errors import UserError
+from litlora.options import Evaluate, SamplingOptions
+
+if TYPE_CHECKING:
+    from litlora.generation import Answer
+
+BATCH_TOKENS = 2048  # computed at once for the loss
+
+
+def evaluate(options: Evaluate) -> None:
+    """Print one line of figures for the checkpoint, and one for its base alone with `--compare_base`."""
+    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter)
+    config = opened.model.config
+    data = load_data(
+        options.data, opened.prompts, rows=options.rows, max_seq_length=config.max_position_embeddings, heldout=True
+    )
+    samples = data.train[: options.max_samples]
+    console.header([("model", f"{opened.checkpoint.path}" + (f" ({opened.checkpoint.why})" if opened.checkpoint.why else "")), ("data", summary(data, samples))])
+    results = {}
+    if options.compare_base:
+        from litlora.generation import without_adapters
+
+        if opened.checkpoint.is_model and not options.adapter:
+            raise UserError("is a base itself, so there is nothing to compare it with", where=opened.checkpoint.path, hint="leave --compare_base out")
+        with without_adapters(opened.model):
+            results["base"] = figures(opened, samples, options, "base")
+    results["model"] = figures(opened, samples, options, "model")
+    if options.json:
+        print(json.dumps(results if options.compare_base else results["model"]))
+        return
+    for name, values in results.items():
+        print(line(name, values))
+
+
+def figures(opened: Opened, samples: Sequence[Sample], options: Evaluate, what: str) -> dict[str, float | int]:
+    """loss (nats per graded token), perplexity, graded tokens; exact_match: the share of answers equal to the row's, end token included."""
+    from litlora.data.batches import pack
+    from litlora.train.loss import summed_loss
+
+    total, graded = summed_loss(opened.model, pack(samples, BATCH_TOKENS), opened.model.lm_head.weight.device)
+    loss = total / graded
+    found: dict[str, float | int] = {"samples": len(samples), "graded_tokens": graded, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if options.exact_match:
+        asked = [(sample, split) for sample in samples if (split := last_answer(sample)) is not None]
+        if asked:
+            answers = answered(opened, [prompt for _, (prompt, _) in asked], options, what)
+            texts = [opened.prompts.tokenizer.decode(wanted) for _, (_, wanted) in asked]
+            right = sum(is_exact(answer, text) for answer, text in zip(answers, texts, strict=True))
+            found |= {"asked": len(asked), "exact_match": right / len(asked)}
+    return found
+
+
+def answered(opened: Opened, prompts: Sequence[list[int]], options: Evaluate, what: str) -> "list[Answer]":
+    """Greedy answers to all prompts, as `litlora generate` gives them."""
+    from litlora.generation import generate_batch
+
+    sampling = SamplingOptions(max_new_tokens=options.max_new_tokens, temperature=0.0)
+    with console.Progress(len(prompts), f"answers of the {what}") as progress:
+        return generate_batch(opened.model, opened.prompts.tokenizer, opened.prompts.stop_ids, prompts, sampling, done=progress.update)
+
+
+def last_answer(sample: Sample) -> tuple[list[int], list[int]] | None:
+    """A sample as (prompt, the ids of its last answer with the end token); None where nothing stands before what is graded."""
+    graded = sample.targets != IGNORE
+    end = int(graded.nonzero()[0][-1]) + 1
+    start = end
+    while start > 0 and graded[start - 1]:
+        start -= 1
+    prompt = sample.tokens[: start + 1].tolist()
+    return (prompt, sample.targets[start:end].tolist()) if start > 0 else None
+
+
+def is_exact(answer: "Answer", wanted: str) -> bool:
+    """Whether the answer ended by itself and reads the same: another way to cut the same text into tokens is no mistake."""
+    return answer.finish_reason == "stop" and answer.text == wanted
+
+
+def summary(data: DataSet, samples: Sequence[Sample]) -> str:
+    kinds = ", ".join(dict.fromkeys(data.formats.values()))
+    return f"{len(samples):,} samples ({kinds}) from {', '.join(data.formats)}"
+
+
+def line(name: str, values: dict[str, float | int]) -> str:
+    parts = [f"loss {values['loss']:.4f}", f"perplexity {values['perplexity']:.3f}"]
+    if "exact_match" in values:
+        parts.append(f"exact match {values['exact_match']:.1%} of {values['asked']}")
+    return f"{name:<6}{'  '.join(parts)}"

@@ -1,0 +1,322 @@
+"""`litlora generate`: answer one prompt as a stream, or many side by side. Answers go to standard output, the rest to standard error.
+
+`open_model` is how every command that talks to a model gets it: resolve, refuse early, load, put run-time adapters on.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from litlora.checkpoint.checkpoint import Checkpoint
+from litlora.checkpoint.resolve import resolve
+from litlora.console import say, style
+from litlora.errors import UserError
+from litlora.options import ComputeOptions, Generate, SamplingOptions
+from litlora.parsing import check_ranges
+from litlora.prompts import Prompts
+from litlora.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # torch takes two seconds: what can be refused is refused first
+    from litlora.generation import Answer
+    from litlora.model import GPT
+
+AT_ONCE = 32  # prompts of a file that are answered before the first of them is printed
+
+Message = dict[str, Any]
+
+
+def generate(options: Generate) -> None:
+    questions = read_questions(options)
+    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter)
+    from litlora.generation import Conversation
+
+    prompts = [question.prompt_ids(opened.prompts) for question in questions]
+    check_room(questions, prompts, opened.model.config.max_position_embeddings)
+    if options.prompt is None and options.prompts is not None:
+        many(options, opened, questions, prompts)
+        return
+    conversation = Conversation(opened.model, opened.prompts.tokenizer, opened.prompts.stop_ids)
+    answer = conversation.ask(prompts[0], options, continues=questions[0].raw)
+    for piece in answer:
+        if not options.json:
+            print(piece, end="", flush=True)
+    print(as_json(questions[0], answer) if options.json else "", flush=True)
+    say(style(stats(answer, conversation.context), "dim"))
+
+
+def many(options: Generate, opened: "Opened", questions: "Sequence[Question]", prompts: Sequence[list[int]]) -> None:
+    """Answers in the order of the questions, printed as they are ready."""
+    import time
+
+    from litlora.generation import generate_batch
+
+    began, tokens, tokenizer, stop_ids = time.perf_counter(), 0, opened.prompts.tokenizer, opened.prompts.stop_ids
+    for start in range(0, len(prompts), AT_ONCE):
+        asked = questions[start : start + AT_ONCE]
+        answers = generate_batch(opened.model, tokenizer, stop_ids, prompts[start : start + AT_ONCE], options, continues=asked[0].raw)
+        for question, answer in zip(asked, answers, strict=True):
+            print(as_json(question, answer) if options.json else answer.text, flush=True)
+            tokens += len(answer.ids)
+    seconds = time.perf_counter() - began
+    say(style(f"{len(prompts)} answers · {tokens} tokens · {tokens / seconds:.0f} tok/s", "dim"))
+
+
+def as_json(question: "Question", answer: "Answer") -> str:
+    row = {"prompt": question.asked, "text": answer.text, "finish_reason": answer.finish_reason}
+    return json.dumps(row | {"prompt_tokens": answer.prompt_tokens, "completion_tokens": len(answer.ids)}, ensure_ascii=False)
+
+
+def stats(answer: "Answer", context: int) -> str:
+    """`84 tokens · 41 tok/s · first token 0.21 s · context 312/2048`"""
+    parts = [f"{len(answer.ids)} tokens", f"{answer.tokens_per_second:.0f} tok/s", f"first token {answer.first_token_seconds:.2f} s"]
+    parts.append(f"context {answer.prompt_tokens + len(answer.ids)}/{context}")
+    return " · ".join(parts)
+
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt: a conversation to answer, or (raw) a text to go on with."""
+
+    where: str  # for messages to the user
+    asked: str  # the text as it was given: the last message of a conversation
+    messages: Sequence[Message]
+    raw: bool
+
+    def prompt_ids(self, prompts: Prompts) -> list[int]:
+        return raw_ids(prompts.tokenizer, self.asked) if self.raw else prompts.prompt_ids(self.messages)
+
+
+def read_questions(options: Generate) -> list[Question]:
+    """From --prompt, else the file of --prompts, else standard input, which is one prompt."""
+    if options.prompt is not None and options.prompts is not None:
+        raise UserError("--prompt and --prompts cannot be used together", hint="put the prompt into the file, as one more line")
+    if options.raw and options.system is not None:
+        raise UserError("--system needs the chat template that --raw leaves out", hint="put the text in front of the prompt yourself")
+    if options.prompts is not None:
+        questions = list(questions_of(Path(options.prompts), options))
+        if not questions:
+            raise UserError("there is no prompt in this file", where=options.prompts, hint="one prompt per line, or rows as for training")
+        return questions
+    if options.prompt is not None:
+        return [asked("--prompt", options.prompt, options)]
+    if sys.stdin.isatty():
+        raise UserError(
+            "there is no prompt", hint='give one with --prompt "..." or --prompts FILE, or pipe it in; litlora chat is for talking'
+        )
+    try:
+        return [asked("standard input", sys.stdin.read().removesuffix("\n"), options)]
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text ({error.reason} at byte {error.start})", where="standard input") from None
+
+
+def questions_of(path: Path, options: Generate) -> Iterator[Question]:
+    """A line of a text file is a prompt; of a row as for training, what comes before its last answer is, if it has one."""
+    if path.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
+        lines = enumerate(read_text(path).split("\n"), 1)
+        yield from (asked(f"{path}:{number}", line.rstrip("\r"), options) for number, line in lines if line.strip())
+        return
+    from litlora.data.formats import Text, to_messages
+    from litlora.data.rows import Row, read_rows
+
+    for row in read_rows(path):
+        messages = to_messages(Row(with_some_answer(row.value), row.where))
+        if isinstance(messages, Text):
+            yield asked(row.where, messages.text, options)
+            continue
+        last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
+        if last == 0:
+            raise UserError("there is nothing before the answer", where=row.where)
+        yield Question(row.where, messages[last - 1]["content"], with_system(messages[:last], options.system), options.raw)
+
+
+def with_some_answer(row: Any) -> Any:
+    """A row that asks without an answer, with one, so that it is read like those for training."""
+    if not isinstance(row, dict):
+        return row
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict) and messages[-1].get("role") != "assistant":
+        return {**row, "messages": [*messages, {"role": "assistant", "content": "-"}]}
+    if ("prompt" in row or "instruction" in row) and not any(
+        key in row for key in ("completion", "output", "response", "answer", "target")
+    ):
+        return {**row, "completion" if "prompt" in row else "output": "-"}
+    return row
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text ({error.reason} at byte {error.start})", where=path, hint="save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=path, hint="--prompts takes a file") from None
+
+
+def asked(where: str, text: str, options: Generate) -> Question:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Python hides bytes that are no text in half characters
+        raise UserError("not UTF-8 text", where=where) from None
+    return Question(where, text, with_system([{"role": "user", "content": text}], options.system), options.raw)
+
+
+def raw_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text to go on with: control strings in it are control tokens, and BOS stands before it once, where the model has one."""
+    ids = tokenizer.encode(text, special=True)
+    needs_bos = tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]
+    return [tokenizer.bos_id, *ids] if needs_bos and tokenizer.bos_id is not None else ids
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """The messages under another system prompt; None keeps theirs."""
+    if system is None:
+        return list(messages)
+    return [{"role": "system", "content": system}, *(message for message in messages if message["role"] != "system")]
+
+
+def check_room(questions: Sequence[Question], prompts: Sequence[Sequence[int]], context: int) -> None:
+    """Refuse a prompt that does not fit, by its place, before anything is computed or allocated."""
+    from litlora.generation import room
+
+    for question, ids in zip(questions, prompts, strict=True):
+        try:
+            room(len(ids), context)
+        except UserError as error:
+            raise UserError(error.what, where=question.where, hint=error.hint) from None
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Opened:
+    """A model that is ready to talk, and where it came from."""
+
+    checkpoint: Checkpoint  # what was asked for
+    on: list[tuple[Checkpoint, float]]  # the adapters on it, with their weights; a step's own is one
+    model: "GPT"
+    prompts: Prompts
+
+    @property
+    def base(self) -> Checkpoint:
+        return self.checkpoint.base()
+
+
+def open_model(options: ComputeOptions, path: str | None, base_dir: str | None, adapters: Sequence[str]) -> Opened:
+    """Load what a command names. What can be refused without torch is refused before it is imported."""
+    checkpoint = resolve(path, base_dir=base_dir)
+    added = [(open_adapter(name, checkpoint.base()), weight) for name, weight in map(split_weight, adapters)]
+    on = [*([] if checkpoint.is_model else [(checkpoint, 1.0)]), *added]
+    prompts = prompts_for(checkpoint, on)
+
+    import torch
+
+    from litlora.checkpoint.weights import load_model
+    from litlora.precision import choose_dtype
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(checkpoint, dtype=choose_dtype(options.precision, device), adapters=added, device=device)
+    return Opened(checkpoint, on, model.eval(), prompts)
+
+
+def split_weight(word: str) -> tuple[str, float]:
+    """PATH or PATH:WEIGHT; split at the last colon only where the whole is no path."""
+    path, colon, weight = word.rpartition(":")
+    if not colon or Path(word).exists():
+        return word, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(
+            f"'{word}' is no path, and '{weight}' is no weight", hint="an adapter is PATH or PATH:WEIGHT, as in out/step-200:0.5"
+        )
+    return path, value
+
+
+def open_adapter(path: str | Path, base: Checkpoint) -> Checkpoint:
+    """The adapter at `path`, once it is known to belong to `base` (by fingerprint, where it recorded one)."""
+    adapter = resolve(path, base_dir=base.path)
+    if adapter.is_model:
+        raise UserError("is a whole model, not an adapter", where=adapter.path, hint=f"litlora chat {adapter.path} talks to it")
+    adapter.base()
+    return adapter
+
+
+def prompts_for(checkpoint: Checkpoint, on: Sequence[tuple[Checkpoint, float]]) -> Prompts:
+    """The tokenizer and the template that the first adapter was trained with, else the model's own."""
+    return Prompts(Tokenizer((on[0][0] if on else checkpoint).tokenizer_dir()))
+
+
+def put_on(opened: Opened, adapters: Sequence[tuple[str, float]]) -> None:
+    """Take every adapter off and put these on; the base stays loaded. After a UserError all is as it was."""
+    from litlora.generation import adapters_in, put_back
+    from litlora.methods import remove_adapters
+
+    wanted = [(open_adapter(path, opened.base), weight) for path, weight in adapters]
+    prompts = prompts_for(opened.base, wanted)
+    before = adapters_in(opened.model)
+    try:
+        remove_adapters(opened.model)
+        for adapter, weight in wanted:
+            add(opened.model, adapter, opened.base, weight)
+    except BaseException:
+        put_back(before)
+        raise
+    opened.on, opened.prompts = wanted, prompts
+
+
+def add(model: "GPT", adapter: Checkpoint, base: Checkpoint, weight: float) -> None:
+    from litlora.checkpoint.weights import adapter_tensors
+    from litlora.methods import add_adapter
+
+    add_adapter(model, adapter.adapter_config(), adapter_tensors(adapter, base), weight, where=adapter.adapter_file())
+
+
+# ---- the Python API --------------------------------------------------------------------------------------------------
+
+
+def answer_once(
+    model: "GPT",
+    prompt: str | Sequence[Mapping[str, Any]],
+    adapter: tuple[str | Path, float] | None,
+    sampling: SamplingOptions,
+    *,
+    system: str | None,
+    raw: bool,
+) -> str:
+    """What `litlora.generate` does (see there)."""
+    from litlora.generation import Conversation, adapters_restored
+
+    check_ranges(sampling)
+    checkpoint = model.checkpoint
+    if not isinstance(checkpoint, Checkpoint):
+        raise UserError(
+            "this model was not loaded from a directory, so it has no tokenizer", hint="use GPT.from_pretrained or litlora.load"
+        )
+    if raw and not isinstance(prompt, str):
+        raise UserError("raw goes on with a text, and messages need the chat template", hint="leave raw out")
+    added = None if adapter is None else open_adapter(adapter[0], checkpoint.base())
+    on = [] if checkpoint.is_model else [(checkpoint, 1.0)]
+    prompts = prompts_for(checkpoint, on if added is None else [*on, (added, 1.0)])
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
+    question = Question("prompt", prompt if isinstance(prompt, str) else "", with_system(messages, system), raw)
+    training = model.training
+    try:
+        with adapters_restored(model):
+            if added is not None and adapter is not None:
+                add(model, added, checkpoint.base(), adapter[1])
+            conversation = Conversation(model.eval(), prompts.tokenizer, prompts.stop_ids)
+            return conversation.ask(question.prompt_ids(prompts), sampling, continues=raw).all()
+    finally:
+        model.train(training)

@@ -1,0 +1,69 @@
+"""`litlora merge_lora`: a step and its base become a plain Hugging Face directory. Says what it does, does it, says what to type next."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from litlora.console import Progress, header, say, warn
+from litlora.errors import UserError
+from litlora.options import MergeLoRA
+
+BIG = 256 * 2**20  # bytes of a base from which on a progress line is worth it
+MB = 10**6
+
+
+def merge_lora(options: MergeLoRA) -> None:
+    """Merge the adapter that `options` names; the result's path goes to standard output. UserError, WorkError: nothing was written."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported: the merge spreads tensors over threads itself
+    from litlora.checkpoint.resolve import resolve
+    from litlora.merge import merge, prepare
+
+    checkpoint = resolve(options.checkpoint_dir, base_dir=options.base_dir)
+    if checkpoint.is_demo and options.checkpoint_dir is None:
+        raise UserError("there is no run in out whose adapter could be merged", hint="litlora finetune lora makes one; or name a step")
+    plan = prepare(checkpoint, Path(options.out_dir) if options.out_dir else None, dtype=options.dtype, overwrite=options.overwrite)
+    kept = "every tensor keeps its dtype" if plan.dtype is None else f"every tensor becomes {options.dtype}"
+    header(
+        [
+            ("adapter", f"{checkpoint.path} ({checkpoint.why})" if checkpoint.why else str(checkpoint.path)),
+            ("base", f"{plan.base.path}, {plan.base_bytes / MB:,.0f} MB"),
+            ("result", f"{plan.out_dir}, {plan.merged_bytes / MB:,.0f} MB; {kept}"),
+        ]
+    )
+    if checkpoint.manifest is None:
+        warn("this adapter does not say which weights it was trained on, so nobody can tell whether this base is the right one")
+    bar = Progress(round(plan.base_bytes / MB), "MB", quiet=plan.base_bytes < BIG)
+    report = merge(plan, prove=full_proof(options, plan), progress=lambda done: bar.update(round(done / MB)))
+    bar.close()
+    tell(report)
+    place = shlex.quote(str(plan.out_dir))
+    say(f"next: litlora chat {place}")
+    say(f"      or AutoModelForCausalLM.from_pretrained({str(plan.out_dir)!r}), or vllm serve {place}")
+    print(plan.out_dir)
+
+
+def full_proof(options: MergeLoRA, plan: Any) -> Any:
+    """What `--verify full` adds before the result gets its name: everything read again, and logits. Needs torch, so it is asked for."""
+    if options.verify != "full":
+        return None
+    from litlora.verify import prove
+
+    return lambda directory: prove(plan.checkpoint, directory)
+
+
+def tell(report: dict[str, Any]) -> None:
+    """The proof in a few lines."""
+    tensors, moved = report["tensors"], report["update_relative_norm"]
+    converted = f", {tensors['converted']} stored in another dtype" if tensors["converted"] else ""
+    say(f"{tensors['changed']} modules changed by {moved:.3%} of their norm, {tensors['copied']} tensors untouched{converted}")
+    say(f"{report['size']}")
+    if report["modules_unchanged"]:
+        warn(f"{len(report['modules_unchanged'])} adapted modules did not change at all: their update is zero")
+    lost = report["update_lost_to_rounding"]
+    if lost > 0.5:
+        hint = "--dtype float32 keeps all of it; or use the adapter unmerged (litlora chat, vLLM with LoRA)"
+        warn(f"rounding took {lost:.0%} of the update away: it is small beside the weights, and their dtype is coarse", hint)
+    if "proof" in report:
+        proof = report["proof"]
+        say(f"read again from the disk: {proof['tensors']} tensors as written; logits differ by at most {proof['largest_difference']:.2g}")

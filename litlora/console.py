@@ -1,0 +1,101 @@
+"""What the user sees on the way: header, warnings, one live line. Everything here goes to standard error; results are printed.
+
+On a terminal progress is one line that is redrawn; elsewhere, or with TERM=dumb, it is a `key=value` line now and then.
+NO_COLOR (https://no-color.org) is honoured.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+
+
+def is_terminal() -> bool:
+    """Whether standard error is a terminal that can redraw a line."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") != "dumb"
+
+
+def style(text: str, name: str) -> str:
+    """`text` in a style for standard error, plain where colours are not wanted."""
+    if os.environ.get("NO_COLOR") or not is_terminal():
+        return text
+    return f"\x1b[{STYLES[name]}m{text}\x1b[0m"
+
+
+def say(text: str = "") -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str, hint: str = "") -> None:
+    say(f"{style('warning:', 'yellow')} {text}")
+    if hint:
+        say(f"hint: {hint}")
+
+
+def header(rows: Sequence[tuple[str, str]]) -> None:
+    """Aligned lines of name and value: what is about to happen, in a few lines."""
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        say(f"{style(f'{name:<{width}}', 'dim')}{value}")
+
+
+class Progress:
+    """How far a long job is: one live line with a bar (rich) on a terminal, a `key=value` line a second elsewhere."""
+
+    def __init__(self, total: int, unit: str, *, start: int = 0, quiet: bool = False) -> None:
+        self.total, self.unit, self.quiet = total, unit, quiet
+        self.shown = time.monotonic()
+        self.bar: Any = None
+        if is_terminal() and not quiet:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn(unit), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[shown]}"), TimeElapsedColumn(), TimeRemainingColumn())
+            self.bar = Bar(*columns, console=Console(stderr=True, highlight=False))
+            self.task = self.bar.add_task(unit, total=total, completed=start, shown="")
+            self.bar.start()
+
+    def update(self, done: int, **fields: str) -> None:
+        """Show that `done` of `total` are done, and the fields beside it (loss, tokens/s ...)."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, shown="  ".join(f"{name} {value}" for name, value in fields.items()))
+        elif not self.quiet and (done >= self.total or time.monotonic() - self.shown >= 1.0):
+            self.shown = time.monotonic()
+            say(" ".join([f"{self.unit}={done}/{self.total}", *(f"{name}={value.replace(' ', '')}" for name, value in fields.items())]))
+
+    def line(self, text: str) -> None:
+        """A lasting line above the live one."""
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, highlight=False)
+        elif not self.quiet:
+            say(text)
+
+    def close(self) -> None:
+        """Leave the live line where it is and go on below it."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def count(number: float) -> str:
+    """A count as people read it: 812, 3.1k, 2.2M, 8.0B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:.0f}"

@@ -1,0 +1,1 @@
+"""From files to batches: rows -> messages -> samples -> batches. Each word is a file."""

@@ -1,0 +1,291 @@
+"""Messages to samples: token ids with the ids to predict, cut to length, counted, and split into training and validation."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from litlora.data.demo import FILES, demo_file
+from litlora.data.formats import Message, Text, format_of, parse_mapping, to_messages
+from litlora.data.rows import KINDS, Row, data_files, read_file, rows_of_bytes
+from litlora.errors import UserError
+from litlora.options import RowsOptions
+from litlora.prompts import Prompts, SampleIds
+
+IGNORE = -100  # a target that is not graded
+AT_ONCE = 1024  # rows tokenized together
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence to learn from. The shift is done: targets[i] is what follows tokens[i], IGNORE where not graded."""
+
+    tokens: np.ndarray  # (T,) int32
+    targets: np.ndarray  # (T,) int32
+    where: str  # the row it is from
+
+    @property
+    def graded(self) -> int:
+        return int((self.targets != IGNORE).sum())
+
+
+@dataclass
+class Counts:
+    """What became of the rows."""
+
+    rows: int = 0  # read
+    skipped: int = 0  # that could not be used (--rows.on_error skip)
+    truncated: int = 0  # samples cut to max_seq_length
+    nothing_graded: int = 0  # samples left out because no graded token was left
+
+
+@dataclass
+class DataSet:
+    """The samples of a run, ready for training.
+
+    train, weights   the training samples, and how often an epoch sees each
+    validation       the held-out samples, none of which has a double among the training samples (after `split`)
+    formats          file -> the format that was found in it
+    skipped          "file:line:column: reason" of each row that was skipped
+    fingerprint      sha256 over the files' bytes and everything that makes samples of them
+    """
+
+    train: list[Sample]
+    weights: list[float]
+    validation: list[Sample]
+    formats: dict[str, str]
+    counts: Counts
+    fingerprint: str
+    skipped: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list, repr=False)  # one for each of `train`: the same where the row is the same
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sample.tokens) for sample in self.train)
+
+    @property
+    def graded(self) -> int:
+        return sum(sample.graded for sample in self.train)
+
+    @property
+    def longest(self) -> int:
+        return max((len(sample.tokens) for sample in [*self.train, *self.validation]), default=0)
+
+    def summary(self) -> str:
+        """`1,600 rows (alpaca) + 80 validation · 210,334 tokens, 61% graded · longest 181`, and what was left out."""
+        kinds = ", ".join(dict.fromkeys(self.formats.values()))
+        share = self.graded / max(self.tokens, 1)
+        parts = [f"{len(self.train):,} samples ({kinds}) + {len(self.validation):,} validation"]
+        parts += [f"{self.tokens:,} tokens, {share:.0%} graded", f"longest {self.longest:,}"]
+        counts = self.counts
+        left_out = {"rows skipped": counts.skipped, "cut to length": counts.truncated, "without a graded token": counts.nothing_graded}
+        return " · ".join([*parts, *(f"{count:,} {what}" for what, count in left_out.items() if count)])
+
+    def split(self, fraction: float, seed: int, max_samples: int | None = None) -> "DataSet":
+        """Holds out a share of the training samples for validation; doubles of a row stay on one side.
+
+        Which rows are held out depends on the seed and on each row's content, not on the order of the rows. Samples
+        that a validation file gave are kept as they are, and nothing is held out then.
+        """
+        if self.validation or fraction == 0:
+            return replace(self, validation=self.validation[:max_samples])
+        wanted = round(fraction * len(self.train)) or 1
+        ranked = sorted(dict.fromkeys(self.groups), key=lambda group: hashlib.sha256(f"{seed} {group}".encode()).digest())
+        sizes: dict[str, int] = {}
+        for group in self.groups:
+            sizes[group] = sizes.get(group, 0) + 1
+        held: set[str] = set()
+        count = 0
+        for group in ranked:
+            if count + sizes[group] <= wanted:
+                held.add(group)
+                count += sizes[group]
+        if not held or len(held) == len(ranked):
+            raise UserError(
+                f"{len(ranked)} different rows are too few to hold some out for validation",
+                where="--eval.fraction",
+                hint="add rows, or --eval.fraction 0",
+            )
+        keep = [n for n, group in enumerate(self.groups) if group not in held]
+        validation = [sample for sample, group in zip(self.train, self.groups, strict=True) if group in held]
+        return replace(
+            self,
+            train=[self.train[n] for n in keep],
+            weights=[self.weights[n] for n in keep],
+            groups=[self.groups[n] for n in keep],
+            validation=validation[:max_samples],
+        )
+
+
+def load_data(
+    data: Sequence[str], prompts: Prompts, *, rows: RowsOptions, max_seq_length: int, mask_prompt: bool = True, heldout: bool = False
+) -> DataSet:
+    """Reads, checks and tokenizes all of `data` (`demo`, files, directories, FILE:WEIGHT) before anything is trained.
+
+    `heldout`: the validation part of what is named (the demo's held-out rows, a directory's val file) in place of the
+    training part, where there is one. Raises UserError with file, line and column; with `rows.on_error` skip such rows
+    are counted and listed, but where no row can be used at all it raises all the same.
+    """
+    maker = _Maker(prompts, rows, max_seq_length, mask_prompt)
+    train, weights, groups, validation = [], [], [], []
+    for source in (_source(entry) for entry in data):
+        parts = (source.validation or source.train, []) if heldout else (source.train, source.validation)
+        for file in parts[0]:
+            made = maker.samples_of(file, source.weight)
+            train += [sample for sample, _ in made]
+            groups += [group for _, group in made]
+            weights += [source.weight] * len(made)
+        for file in parts[1]:
+            validation += [sample for sample, _ in maker.samples_of(file, 0.0)]
+    if not train:
+        raise maker.nothing_left(data)
+    return DataSet(train, weights, validation, maker.formats, maker.counts, maker.fingerprint(), maker.skipped, groups)
+
+
+def texts_of(data: Sequence[str], rows: RowsOptions) -> Iterator[str]:
+    """The bare text of every training row, without any template: what a vocabulary is learnt from."""
+    mapping = parse_mapping(rows.map)
+    for source in map(_source, data):
+        for file in source.train:
+            form = None
+            for row in rows_of_bytes(file.data, file.name, file.kind):
+                form = form or format_of(row, mapping)
+                value = to_messages(row, mapping, form)
+                yield from [value.text] if isinstance(value, Text) else (message["content"] for message in value)
+
+
+# ---- what is named on the command line -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    data: bytes
+    kind: str
+
+
+@dataclass(frozen=True)
+class _Source:
+    train: list[_File]
+    validation: list[_File]
+    weight: float
+
+
+def _source(entry: str) -> _Source:
+    """`demo`, what its base was made of (`demo:text`, `demo:chats`), a path, or PATH:WEIGHT. The last colon splits only where
+    the whole is no path."""
+    name, weight = entry, 1.0
+    if entry.startswith("demo:") and entry.partition(":")[2] in FILES:
+        return _Source([_File(entry, demo_file(entry.partition(":")[2]), "lines")], [], weight)
+    if entry != "demo" and not Path(entry).exists() and ":" in entry:
+        name, _, number = entry.rpartition(":")
+        try:
+            weight = float(number)
+        except ValueError:
+            name = entry
+        if not 0 < weight < 1e6:
+            hint = "a weight is passes per epoch: FILE:2 or FILE:0.5"
+            raise UserError(f"the weight {number} is not above 0", where=f"--data {entry}", hint=hint)
+    if name == "demo":
+        train, heldout = ([_File(f"demo:{part}", demo_file(part), "lines")] for part in ("train", "heldout"))
+        return _Source(train, heldout, weight)
+    train, heldout = ([_File(str(p), read_file(p), KINDS[p.suffix.lower()]) for p in files] for files in data_files(Path(name)))
+    return _Source(train, heldout, weight)
+
+
+# ---- rows to samples -------------------------------------------------------------------------------------------------
+
+
+class _Maker:
+    """Makes samples of files, and counts."""
+
+    def __init__(self, prompts: Prompts, rows: RowsOptions, max_seq_length: int, mask_prompt: bool) -> None:
+        self.prompts, self.skip, self.mask_prompt = prompts, rows.on_error == "skip", mask_prompt
+        self.mapping, self.max_seq_length = parse_mapping(rows.map), max_seq_length
+        self.counts = Counts()
+        self.formats: dict[str, str] = {}
+        self.skipped: list[str] = []
+        self._hashes: list[object] = [prompts.tokenizer.hash, prompts.template, max_seq_length, mask_prompt, self.skip, self.mapping]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self._hashes, sort_keys=True).encode()).hexdigest()
+
+    def nothing_left(self, data: Sequence[str]) -> UserError:
+        counts = self.counts
+        if counts.nothing_graded:
+            return UserError(
+                f"nothing to train on: of {counts.rows:,} rows, {counts.nothing_graded:,} have no graded token "
+                f"within {self.max_seq_length:,} tokens and {counts.skipped:,} were skipped",
+                where=", ".join(data),
+                hint="raise --train.max_seq_length",
+            )
+        return UserError(f"nothing to train on: all {counts.skipped:,} rows were skipped", where=", ".join(data), context=self.skipped[:3])
+
+    def _bad(self, error: UserError) -> None:
+        if not self.skip:
+            raise error
+        self.counts.skipped += 1
+        self.skipped.append(str(error))
+
+    def samples_of(self, file: _File, weight: float) -> list[tuple[Sample, str]]:
+        """The samples of one file, each with its row's group."""
+        self._hashes.append([hashlib.sha256(file.data).hexdigest(), weight])
+        rows = self._parsed(file)
+        chunks = iter(lambda: list(islice(rows, AT_ONCE)), [])
+        return [made for chunk in chunks for made in self._tokenized(chunk)]
+
+    def _parsed(self, file: _File) -> Iterator[tuple[Row, list[Message] | Text]]:
+        form = None
+
+        def bad_line(error: UserError) -> None:
+            self.counts.rows += 1
+            self._bad(error)
+
+        for row in rows_of_bytes(file.data, file.name, file.kind, bad_line if self.skip else None):
+            self.counts.rows += 1
+            try:
+                form = form or format_of(row, self.mapping)
+                self.formats[file.name] = form
+                yield row, to_messages(row, self.mapping, form)
+            except UserError as error:
+                self._bad(error)
+
+    def _tokenized(self, chunk: Sequence[tuple[Row, list[Message] | Text]]) -> Iterator[tuple[Sample, str]]:
+        conversations = [value for _, value in chunk if not isinstance(value, Text)]
+        answers = iter(self.prompts.batch_samples_ids(conversations))
+        texts = iter(self.prompts.batch_text_sample_ids([value.text for _, value in chunk if isinstance(value, Text)]))
+        for row, value in chunk:
+            made = [next(texts)] if isinstance(value, Text) else next(answers)
+            if isinstance(made, UserError):
+                self._bad(UserError(made.what, where=row.where, context=made.context, hint=made.hint))
+            elif isinstance(value, Text):
+                yield from self._pieces(row, made[0])
+            else:
+                group = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+                yield from ((sample, group) for ids in made for sample in self._fitted(row, ids))
+
+    def _pieces(self, row: Row, made: SampleIds) -> Iterator[tuple[Sample, str]]:
+        """A text in pieces of max_seq_length tokens; each token but the first is predicted once."""
+        ids, graded = made
+        for start in range(0, max(len(ids) - 1, 1), self.max_seq_length):
+            end = start + self.max_seq_length + 1
+            for sample in self._fitted(row, (ids[start:end], graded[start:end])):
+                yield sample, hashlib.sha256(sample.tokens.tobytes()).hexdigest()
+
+    def _fitted(self, row: Row, made: SampleIds) -> Iterator[Sample]:
+        """The sample, cut to max_seq_length; none where nothing graded is left."""
+        ids, graded = np.asarray(made[0], dtype=np.int32), np.asarray(made[1], dtype=bool)
+        if not self.mask_prompt:
+            graded = np.ones_like(graded)
+        if len(ids) > self.max_seq_length + 1:
+            self.counts.truncated += 1
+            ids, graded = ids[: self.max_seq_length + 1], graded[: self.max_seq_length + 1]
+        targets = np.where(graded[1:], ids[1:], np.int32(IGNORE))
+        if not graded[1:].any():
+            self.counts.nothing_graded += 1
+            return
+        yield Sample(ids[:-1], targets, row.where)

@@ -1,0 +1,56 @@
+"""What a user is told when something cannot be done, and the exit code that goes with it.
+
+    0 done    2 refused before work began    1 failed at work    130, 143 interrupted after a commit
+
+`UserError` is for the user's input, `WorkError` for the machine's failures; an `assert` is for us.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+class Refusal(Exception):
+    """The three parts of every message: what is wrong (and where), some context, one action."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | Path = "",  # "rows.jsonl:14:36", "out/step-200/litlora.json: base.path"
+        context: Sequence[str] = (),  # up to three lines that show the place
+        hint: str = "",  # one action that helps
+    ) -> None:
+        Exception.__init__(self, f"{where}: {what}" if where else what)
+        self.what, self.where, self.context, self.hint = what, str(where), tuple(context[:3]), hint
+
+    def report(self) -> str:
+        """The text for standard error, at most five lines of it ours."""
+        lines = [f"error: {self}", *(f"  {line}" for line in self.context)]
+        return "\n".join([*lines, f"hint: {self.hint}"] if self.hint else lines)
+
+
+class UserError(Refusal, ValueError):
+    """Input that was refused before any work began. Exit code 2; nothing was written."""
+
+    exit_code = 2
+
+
+class WorkError(Refusal, RuntimeError):
+    """Work that began and failed. Exit code 1; what was committed before is untouched."""
+
+    exit_code = 1
+
+
+class Interrupted(Exception):
+    """A signal was obeyed after a commit. Exit code 128 + the signal's number."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"interrupted by signal {signal_number}")
+        self.exit_code = 128 + signal_number
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean X?` for the known word closest to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else ""

@@ -1,0 +1,657 @@
+"""A GPT, and what fine-tuning adds to it, in one file. Read it the way a batch travels:
+
+    tokens -> GPT -> Block x L -> Attention -> attend -> MLP -> logits, or the loss
+                       every weight matrix is a Linear, and a Linear may carry an Adapter
+
+Shapes. B rows, T tokens of this call, S tokens looked at, C hidden size, H query heads, K key/value heads, D head
+size, V vocabulary, R rank, N graded tokens.
+
+Names. Parameters carry Hugging Face's Llama names, so a Llama-like checkpoint loads as it is. An adapter adds names
+below its host (`...q_proj.adapter.lora_A`) and never changes one.
+
+Arithmetic. Norms, rotary tables and losses are computed in at least fp32 whatever the weights' dtype; everything else
+in the weights' dtype.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from litlora.config import Config, Rope
+from litlora.errors import UserError
+
+IGNORE = -100  # a target that is not graded
+
+
+class GPT(nn.Module):
+    """A Llama-like decoder: token ids in, logits or a loss out. `config` says its shape and arithmetic."""
+
+    checkpoint: Any = None  # the Checkpoint it was loaded from, whose tokenizer goes with it
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    @staticmethod
+    def from_pretrained(path: str | Path | None, *, base_dir: str | Path | None = None, dtype: torch.dtype | None = None) -> "GPT":
+        """The model at `path`: a Hugging Face directory, a step, a run, a merged model (None: as the commands choose).
+
+        A step gets its adapter attached; `base_dir` says where its base is now, if it moved. `dtype` None keeps the
+        weights' own. UserError where the path is none of these, or anything in it does not fit.
+        """
+        from litlora.checkpoint.resolve import resolve  # the one import upwards: a model does not need files to exist
+        from litlora.checkpoint.weights import load_model
+
+        checkpoint = resolve(path, base_dir=base_dir)
+        model = load_model(checkpoint, dtype=dtype)
+        model.checkpoint = checkpoint
+        return model
+
+    def tie(self) -> None:
+        """Make the head the embedding's own Parameter, where the config says so. Call it after assigning weights."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T) int64
+        targets: Tensor | None = None,  # (B, T) int64, IGNORE where not graded
+        *,
+        segments: Sequence[int] | None = None,  # lengths of packed samples, in order; B is 1 and they sum to T
+        cache: "KVCache | None" = None,
+        logits_at: Tensor | None = None,  # (B,) int64, the one position of each row whose logits are wanted
+    ) -> Tensor:
+        """Logits (B, T, V), or (B, 1, V) with `logits_at`; given targets, the loss summed over graded tokens (scalar).
+
+        Rows are causal, so what stands right of a row's end (padding) changes nothing before it. Packed samples do not
+        see each other and their positions start at 0. With a cache the tokens follow those that each row already holds,
+        and no gradient is recorded; UserError, before anything changes, where they do not fit.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            context = Context.of(tokens, self.config, segments, cache)
+            x = self.model(tokens, context)  # (B, T, C)
+            if cache is not None:
+                cache.advance(tokens.size(1))
+            if targets is not None:
+                graded = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # (N,): the one place that waits for the device
+                x = self.model.norm(x.flatten(0, 1).index_select(0, graded))  # (N, C)
+                return summed_loss(self.lm_head, x, targets.flatten().index_select(0, graded))
+            if logits_at is not None:
+                x = x[torch.arange(len(x), device=x.device), logits_at].unsqueeze(1)  # (B, 1, C)
+            logits: Tensor = self.lm_head(self.model.norm(x))
+            return logits
+
+
+class Trunk(nn.Module):
+    """Everything below the head; the last norm is applied by GPT, to the tokens it needs."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor, context: "Context") -> Tensor:  # (B, T) -> (B, T, C)
+        x: Tensor = self.embed_tokens(tokens)
+        for block in self.layers:
+            x = block(x, context)
+        return x
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block of one forward pass needs besides x."""
+
+    cos: Tensor  # (1 or B, 1, T, D) fp32
+    sin: Tensor  # (1 or B, 1, T, D) fp32, its first half negated
+    segments: tuple[int, ...] | None
+    cache: "KVCache | None"
+    ragged: Tensor | None  # (B, T) int64, positions where the rows of a cache differ in length; None: they do not
+    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(tokens: Tensor, config: Config, segments: Sequence[int] | None, cache: "KVCache | None") -> "Context":
+        (B, T), device = tokens.shape, tokens.device
+        ragged = None
+        if segments is not None:
+            assert cache is None, "packed samples are for training, a cache is for generation"
+            assert B == 1, f"{B} rows of packed samples"
+            assert sum(segments) == T, f"samples of {sum(segments)} tokens in a row of {T}"
+            positions = torch.cat([torch.arange(n, device=device) for n in segments])  # (T,)
+            segments = tuple(segments)
+        elif cache is None:
+            positions = torch.arange(T, device=device)
+        else:
+            cache.check_room(B, T)
+            if cache.is_ragged:
+                starts = torch.tensor(cache.lengths, device=device)
+                positions = ragged = starts[:, None] + torch.arange(T, device=device)  # (B, T)
+            else:
+                positions = torch.arange(cache.lengths[0], cache.lengths[0] + T, device=device)
+        return Context(*rotary_table(positions, config.rope, config.head_dim), segments, cache, ragged)
+
+    def mask(self, q: Tensor, S: int, window: int | None) -> Tensor:
+        """(T, S) or, ragged, (B, 1, T, S): 0 where a query may look, -inf elsewhere; the last query is the last key."""
+        T = q.size(2)
+        if (T, S, window) not in self.masks:
+            keys = torch.arange(S, device=q.device)
+            at = keys[S - T :, None] if self.ragged is None else self.ragged[:, None, :, None]
+            hidden = keys > at if window is None else (keys > at) | (keys <= at - window)
+            self.masks[T, S, window] = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -math.inf)
+        return self.masks[T, S, window]
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.self_attn(self.input_layernorm(x), context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    q_norm: "RMSNorm | None"
+    k_norm: "RMSNorm | None"
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.head_dim, self.window = D, config.window(layer)
+        self.q_proj = Linear(C, H * D, config.attention_bias)
+        self.k_proj = Linear(C, K * D, config.attention_bias)
+        self.v_proj = Linear(C, K * D, config.attention_bias)
+        self.o_proj = Linear(H * D, C, config.attention_out_bias)
+        self.register_module("q_norm", RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None)
+        self.register_module("k_norm", RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:  # (B, T, C) -> (B, T, C)
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q.transpose(1, 2), context)  # (B, H, T, D)
+        k = rotate(k.transpose(1, 2), context)  # (B, K, T, D)
+        if context.cache is not None:
+            k, v = context.cache.extend(self, k, v, context.ragged)  # (B, K, S, D)
+        y: Tensor = self.o_proj(self.attention(q, k, v, context).flatten(2))
+        return y
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # -> (B, T, H, D)
+        if context.segments is None or len(context.segments) == 1:
+            return attend(q, k, v, self.window, context).transpose(1, 2)
+        samples = zip(*(x.split(context.segments, 2) for x in (q, k, v)), strict=True)
+        return torch.cat([attend(q, k, v, self.window, context).transpose(1, 2) for q, k, v in samples], 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, context: Context) -> Tensor:
+    """Softmax attention of q (B, H, T, D) over k, v (B, K, S, D), whose last T are the queries' own; (B, H, T, D).
+
+    A mask is made only where the kernel's own causal order does not do, and never one of T x T for a long T.
+    """
+    T, S = q.size(2), k.size(2)
+    if context.ragged is not None:
+        return F.scaled_dot_product_attention(q, k, v, context.mask(q, S, window), enable_gqa=True)
+    if window is not None and T + window - 1 < S:  # what the first query does not see, none does
+        first = S - (T + window - 1)
+        return attend(q, k[:, :, first:], v[:, :, first:], window, context)
+    if T == 1 or (T == S and (window is None or window >= T)):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+    if window is not None and window < T:  # a window's worth of queries at a time
+        ends = range(S - T + window, S + window, window)
+        parts = q.split(window, 2)
+        return torch.cat([attend(part, k[:, :, :end], v[:, :, :end], window, context) for part, end in zip(parts, ends, strict=True)], 2)
+    return F.scaled_dot_product_attention(q, k, v, context.mask(q, S, window), enable_gqa=True)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, intermediate) both
+        gated = Gated.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
+        y: Tensor = self.down_proj(gated)
+        return y
+
+
+class Linear(nn.Linear):
+    """Every weight matrix of a GPT. The one place to adapt, to quantize and to count."""
+
+    adapter: "Adapter | None"
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_module("adapter", None)  # a class attribute would shadow the module put here
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return adapted(self, x, F.linear(x, self.weight, self.bias))
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich 2019, arXiv:1910.07467, over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        if x.is_cuda or not torch.is_grad_enabled():  # torch's own is fused on CUDA; elsewhere its backward pass is slow
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        y: Tensor = Normed.apply(x, weight, self.eps)
+        return y
+
+
+# ---- positions -------------------------------------------------------------------------------------------------------
+
+
+def rotary_table(positions: Tensor, rope: Rope, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, (1 or B, 1, T, D), of the angle by which each position, (T,) or (B, T), turns q and k.
+
+    The first half of sin is negated: (left, right) turns into (left cos - right sin, right cos + left sin).
+
+    fp32 whatever the model's dtype: in bf16 position 257 would already be another one.
+    """
+    frequencies, gain = rotary_frequencies(rope, head_dim, positions.device)
+    angles = (positions.float()[..., None] * frequencies).unsqueeze(-3)  # (1, T, D / 2) or (B, 1, T, D / 2)
+    if positions.dim() == 1:
+        angles = angles.unsqueeze(0)
+    cos, sin = angles.cos() * gain, angles.sin() * gain
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+@functools.lru_cache(maxsize=64)
+def rotary_frequencies(rope: Rope, head_dim: int, device: torch.device) -> tuple[Tensor, float]:
+    """`rotary_steps` on a device: (D / 2,) fp32."""
+    steps, gain = rotary_steps(rope, head_dim)
+    return torch.tensor(steps, dtype=torch.float32, device=device), gain
+
+
+def rotary_steps(rope: Rope, head_dim: int) -> tuple[list[float], float]:
+    """By what angle one position turns each of the D / 2 pairs of dimensions, and what cos and sin are multiplied by."""
+    steps = [rope.rope_theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    gain = 1.0
+    if rope.rope_type == "linear":
+        steps = [step / rope.factor for step in steps]
+    elif rope.rope_type == "llama3":
+        steps = [llama3_step(step, rope) for step in steps]
+    elif rope.rope_type == "yarn":
+        steps, gain = yarn_steps(steps, rope, head_dim), yarn_gain(rope)
+    return steps, gain
+
+
+def llama3_step(step: float, rope: Rope) -> float:
+    """Llama 3.1: dimensions that turn slowly are stretched by the whole factor, quick ones not at all."""
+    turns = rope.original_max_position_embeddings * step / (2 * math.pi)  # over the first context
+    share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    share = min(max(share, 0.0), 1.0)
+    return (1 - share) * step / rope.factor + share * step
+
+
+def yarn_steps(steps: list[float], rope: Rope, head_dim: int) -> list[float]:
+    """YaRN (arXiv:2309.00071, section 3.2): a ramp over dimensions from unstretched to stretched by the factor."""
+
+    def dimension(turns: float) -> float:  # the one that turns so often over the first context
+        return head_dim * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low or 0.001
+    ramp = [min(max((i - low) / width, 0.0), 1.0) for i in range(len(steps))]
+    return [share * step / rope.factor + (1 - share) * step for step, share in zip(steps, ramp, strict=True)]
+
+
+def yarn_gain(rope: Rope) -> float:
+    """YaRN's attention temperature (section 3.4), which multiplies q and k each."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+
+    def gain(mscale: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
+
+    if rope.mscale and rope.mscale_all_dim:
+        return gain(rope.mscale) / gain(rope.mscale_all_dim)
+    return gain(1.0)
+
+
+def rotate(x: Tensor, context: Context) -> Tensor:  # (B, n, T, D) -> same
+    """Turn each pair (x_i, x_{i + D/2}) by its position's angle."""
+    if not torch.is_grad_enabled():
+        return turned(x, context.cos, context.sin, 1)
+    y: Tensor = Rotated.apply(x, context.cos, context.sin)
+    return y
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
+    swapped = x.roll(x.size(-1) // 2, -1)
+    return (x * cos).addcmul_(swapped, sin, value=way).to(x.dtype)  # in fp32, rounded once
+
+
+class KVCache:
+    """Keys and values of the tokens already seen. It belongs to a conversation (`rows` of them), not to the model.
+
+    `lengths` says how many tokens each row holds; at most `size`. Its memory is taken by the first call that uses it.
+    """
+
+    def __init__(self, size: int, rows: int = 1) -> None:
+        self.size = size
+        self.lengths = [0] * rows
+        self.held: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # per attention: (B, K, size, D) twice
+
+    @property
+    def is_ragged(self) -> bool:
+        return len(set(self.lengths)) > 1
+
+    def rewind(self, length: int | Sequence[int]) -> None:
+        """Forget every token after `length`, the same for all rows or one per row."""
+        lengths = [length] * len(self.lengths) if isinstance(length, int) else list(length)
+        assert all(0 <= n <= held for n, held in zip(lengths, self.lengths, strict=True)), f"{lengths} of {self.lengths}"
+        self.lengths = lengths
+
+    def check_room(self, B: int, T: int) -> None:
+        assert len(self.lengths) == B, f"{B} rows for a cache of {len(self.lengths)}"
+        if max(self.lengths) + T > self.size:
+            raise UserError(
+                f"{T} more tokens do not fit after {max(self.lengths)}: there is room for {self.size} in all",
+                hint="shorten the prompt or ask for fewer new tokens",
+            )
+
+    def advance(self, T: int) -> None:
+        self.lengths = [length + T for length in self.lengths]
+
+    def extend(self, attention: nn.Module, k: Tensor, v: Tensor, ragged: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, K, T, D) after what each row holds; views (B, K, S, D) of all that is held now."""
+        B, K, T, D = k.shape
+        if attention not in self.held:
+            with torch.inference_mode(False):  # so that a cache filled under inference_mode can be used outside it
+                make = k.new_empty if B == 1 else k.new_zeros  # a row looks, masked, at what only longer ones have: no NaN may lie there
+                self.held[attention] = (make(B, K, self.size, D), make(B, K, self.size, D))
+        keys, values = self.held[attention]
+        start, end = self.lengths[0], max(self.lengths) + T
+        if ragged is None:
+            keys[:, :, start:end], values[:, :, start:end] = k, v
+        else:
+            rows = torch.arange(B, device=k.device)[:, None]
+            keys[rows, :, ragged], values[rows, :, ragged] = k.transpose(1, 2), v.transpose(1, 2)
+        return keys[:, :, :end], values[:, :, :end]
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+def summed_loss(head: Linear, x: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of head(x) (N, C) against targets (N,), summed; logits exist for a few rows at a time only."""
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    loss: Tensor = SummedLoss.apply(head, x, targets, torch.is_grad_enabled(), *parameters)
+    return loss
+
+
+class SummedLoss(torch.autograd.Function):
+    """Gradients are computed in the forward pass, chunk by chunk, by asking autograd about the head alone.
+
+    So it serves whatever the head is: frozen, trained, tied or adapted.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, head: Linear, x: Tensor, targets: Tensor, learning: bool, *parameters: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=x.device)
+        learning = learning and any(ctx.needs_input_grad)
+        grad_x = torch.zeros_like(x) if learning else None
+        grads = [torch.zeros_like(p) for p in parameters] if learning else []
+        rows = chunk_rows(head.out_features, x.device)
+        for start in range(0, len(x), rows):
+            chunk = slice(start, start + rows)
+            with torch.set_grad_enabled(learning):
+                part = x[chunk].detach().requires_grad_(learning)
+                logits = head(part)  # (n, V)
+            loss, grad_logits = softmax_loss(logits.detach().to(wide), targets[chunk])
+            total += loss
+            if grad_x is not None:
+                found = torch.autograd.grad(logits, (part, *parameters), grad_logits.to(logits.dtype))
+                grad_x[chunk] = found[0]
+                for grad, more in zip(grads, found[1:], strict=True):
+                    grad += more
+        if grad_x is not None:
+            ctx.save_for_backward(grad_x, *grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, *grads = ctx.saved_tensors
+        return (None, grad_x * grad_loss, None, None, *(grad * grad_loss for grad in grads))
+
+
+def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy (scalar) of logits (n, V), and its gradient (n, V), which is written over the logits."""
+    logits -= logits.amax(-1, keepdim=True)
+    chosen = logits.gather(-1, targets[:, None])  # (n, 1)
+    sums = logits.exp_().sum(-1, keepdim=True)  # (n, 1)
+    loss = (sums.log() - chosen).sum()
+    logits /= sums
+    logits.scatter_add_(-1, targets[:, None], -torch.ones_like(chosen))
+    return loss, logits
+
+
+def chunk_rows(V: int, device: torch.device) -> int:
+    """How many rows of logits exist at once: 64 MiB of fp32 on a CPU, 512 MiB on a GPU."""
+    return max(1, (2**24 if device.type == "cpu" else 2**27) // V)
+
+
+# ---- arithmetic whose backward pass is written out, to keep and touch less memory than autograd would ------------------
+
+
+class Normed(torch.autograd.Function):
+    """RMS norm of x (..., C) with gains (C,); keeps x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+        x, grad = x.to(wide), grad.to(wide)
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(ctx.eps).rsqrt_()  # (..., 1)
+        grad_weight = (grad * x * inverse).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad = grad * weight
+        along = torch.linalg.vecdot(grad, x).unsqueeze_(-1).mul_(inverse).mul_(inverse).div_(-x.size(-1))
+        return grad.addcmul_(x, along).mul_(inverse).to(dtype), grad_weight, None
+
+
+class Gated(torch.autograd.Function):
+    """silu(gate) * up, both (..., F); keeps the two and recomputes the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class Rotated(torch.autograd.Function):
+    """`turned`; the way back is to turn back, so it keeps the table alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turned(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return turned(grad, cos, sin, -1), None, None
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+# One idea (He et al. 2022, arXiv:2110.04366): see what went into a host and what came out of it, and say what should
+# come out instead. A fresh adapter says "the same", so training starts at the base.
+
+
+def adapted(host: Linear, x: Tensor, y: Tensor) -> Tensor:
+    return y if host.adapter is None else host.adapter(host, x, y)
+
+
+class Adapter(nn.Module):
+    """What happens between a host's x (..., in) and y (..., out)."""
+
+    def forward(self, host: Linear, x: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def folded(self, host: Linear) -> Tensor:
+        """The weight (out, in), in at least fp32, with which the host alone computes the same. Left out where none does."""
+        raise NotImplementedError
+
+
+class LoRA(Adapter):
+    """W + scale B A (Hu et al. 2021, arXiv:2106.09685). A and B are kept in fp32 and cast to x's dtype where used."""
+
+    def __init__(self, host: Linear, r: int, alpha: float, dropout: float, use_rslora: bool = False) -> None:
+        super().__init__()
+        weight = host.weight
+        wide: dict[str, Any] = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+        self.lora_A = nn.Parameter(torch.empty(r, host.in_features, **wide))  # (R, in)
+        self.lora_B = nn.Parameter(torch.zeros(host.out_features, r, **wide))  # (out, R)
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT
+        self.dropout = dropout
+        self.scale = alpha / math.sqrt(r) if use_rslora else alpha / r  # arXiv:2312.03732, equation 7
+
+    def forward(self, host: Linear, x: Tensor, y: Tensor) -> Tensor:
+        if self.training and self.dropout > 0:
+            x = F.dropout(x, self.dropout)
+        return self.added(x, y, self.scale)
+
+    def added(self, x: Tensor, y: Tensor, scale: float) -> Tensor:  # y + scale x A^T B^T
+        low = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)  # (B * T, R)
+        return torch.addmm(y.flatten(0, -2), low, self.lora_B.to(x.dtype).t(), alpha=scale).view_as(y)
+
+    def folded(self, host: Linear) -> Tensor:
+        return torch.addmm(host.weight.to(self.lora_B.dtype), self.lora_B, self.lora_A, alpha=self.scale)
+
+
+class DoRA(LoRA):
+    """LoRA turns each row of W, `magnitude` sets its length (Liu et al. 2024, arXiv:2402.09353)."""
+
+    def __init__(self, host: Linear, r: int, alpha: float, dropout: float, use_rslora: bool = False) -> None:
+        super().__init__(host, r, alpha, dropout, use_rslora)
+        self.magnitude = nn.Parameter(torch.linalg.vector_norm(host.weight.detach().to(self.lora_B.dtype), dim=1))  # (out,)
+
+    def forward(self, host: Linear, x: Tensor, y: Tensor) -> Tensor:
+        """gain (W + scale B A) x + bias; with dropout, as PEFT, everything but the plain W x sees the dropped-out x."""
+        gain = self.gain(host)  # in fp32 also where y is bf16, in which 1.001 would be 1
+        rest: Tensor | float = 0.0 if host.bias is None else host.bias
+        base = y if host.bias is None else y - host.bias
+        if self.training and self.dropout > 0:
+            x = F.dropout(x, self.dropout)
+            base = F.linear(x, host.weight)
+            rest = y - base
+        return (gain * self.added(x, base, self.scale) + rest).to(y.dtype)
+
+    def gain(self, host: Linear) -> Tensor:  # (out,)
+        with torch.no_grad():  # section 4.3: the norm is a constant to the gradient
+            length = torch.linalg.vector_norm(super().folded(host), dim=1)
+        return self.magnitude / length
+
+    def folded(self, host: Linear) -> Tensor:
+        return self.gain(host)[:, None] * super().folded(host)
+
+
+class Composed(Adapter):
+    """Several adapters in one slot: y + sum of w_i (adapter_i(host, x, y) - y). DoRA goes alone, with weight 1."""
+
+    def __init__(self, adapters: Sequence[LoRA], weights: Sequence[float]) -> None:
+        super().__init__()
+        if len(adapters) != len(weights) or (any(isinstance(a, DoRA) for a in adapters) and list(weights) != [1.0]):
+            raise UserError("DoRA cannot be weighted or combined with another adapter", hint="merge it into a base first")
+        self.adapters = nn.ModuleList(adapters)
+        self.weights = tuple(weights)
+
+    def forward(self, host: Linear, x: Tensor, y: Tensor) -> Tensor:
+        total = y
+        for adapter, weight in zip(self.adapters, self.weights, strict=True):
+            total = torch.add(total, adapter(host, x, y) - y, alpha=weight)
+        return total
+
+    def folded(self, host: Linear) -> Tensor:
+        base = host.weight.to(torch.promote_types(host.weight.dtype, torch.float32))
+        total = base
+        for adapter, weight in zip(self.adapters, self.weights, strict=True):
+            assert isinstance(adapter, LoRA)
+            total = torch.add(total, adapter.folded(host) - base, alpha=weight)
+        return total
+
+
+@torch.no_grad()
+def merge(model: GPT) -> GPT:
+    """The same model, plain: every adapter folded into its host in fp32, rounded once to the host's dtype.
+
+    A tied head that carried an adapter is untied, and the config says so. UserError, before anything changes, where an
+    adapter computes more than a weight can hold.
+    """
+    hosts = [(name, host, host.adapter) for name, host in model.named_modules() if isinstance(host, Linear) and host.adapter is not None]
+    for name, _, adapter in hosts:
+        if type(adapter).folded is Adapter.folded:
+            raise UserError(f"{type(adapter).__name__} computes more than a weight can hold, so it cannot be merged", where=name)
+    for _, host, adapter in hosts:
+        host.weight = nn.Parameter(adapter.folded(host).to(host.weight.dtype), requires_grad=False)
+        host.adapter = None
+    if model.lm_head.weight is not model.model.embed_tokens.weight:
+        model.config = replace(model.config, tie_word_embeddings=False)
+    return model
+
+
+@torch.no_grad()
+def init_weights(model: GPT, seed: int) -> None:
+    """Weights to train from: normal with the config's deviation, smaller by sqrt(2 L) for what writes to the residual
+    stream (Radford et al. 2019); gains 1, biases 0. The same numbers for a seed on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    depth = math.sqrt(2 * model.config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            std = model.config.initializer_range / (depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))

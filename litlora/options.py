@@ -1,0 +1,203 @@
+"""Every option of every command, in one place: name, type, default, unit, help. No torch here.
+
+A command is a dataclass; a group of options (`--train.lr`) is a dataclass inside it. `parsing.py` makes the command
+line and the YAML file out of these, and nothing else in the house declares an option.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+
+def option(default: Any, help: str, *, above: float | None = None, least: float | None = None, most: float | None = None) -> Any:
+    """A dataclass field with its help text and, for numbers, the range it must lie in."""
+    metadata = {"help": help, "above": above, "least": least, "most": most}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def group(kind: type, help: str, **defaults: Any) -> Any:
+    """A nested dataclass of options, with other defaults where a command needs them."""
+    return field(default_factory=lambda: kind(**defaults), metadata={"help": help})
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class TrainOptions:
+    max_steps: int | None = option(None, "stop after this many optimizer steps (default: what the epochs need)", least=1)
+    epochs: float = option(3.0, "passes over the training rows", above=0)
+    global_batch_size: int = option(16, "samples per optimizer step, over all devices", least=1)
+    micro_batch_tokens: int | None = option(None, "tokens computed at once (default: chosen for this machine; never changes the result)", least=1)
+    max_seq_length: int | None = option(None, "longest sample, in tokens; longer ones are cut (default: the model's context)", least=2)
+    lr: float = option(2e-4, "highest learning rate", least=0)
+    lr_schedule: Literal["cosine", "linear", "constant"] = option("cosine", "how the learning rate falls after the warm-up")
+    lr_warmup_steps: int = option(10, "optimizer steps of linear warm-up", least=0)
+    weight_decay: float = option(0.0, "AdamW weight decay", least=0)
+    beta1: float = option(0.9, "AdamW beta 1", least=0, most=1)
+    beta2: float = option(0.999, "AdamW beta 2", least=0, most=1)
+    max_norm: float = option(1.0, "clip the gradient's norm to this; 0 turns clipping off", least=0)
+    packing: bool = option(True, "compute whole samples as one stream without padding (false: padded rows; same result)")
+    mask_prompt: bool = option(True, "grade answers only (false: every token)")
+    save_interval: int = option(100, "commit a checkpoint every so many optimizer steps; 0: only at the end", least=0)
+    log_interval: int = option(1, "a row of metrics every so many optimizer steps", least=1)
+
+
+@dataclass(kw_only=True)
+class RowsOptions:
+    on_error: Literal["stop", "skip"] = option("stop", "a row that cannot be used: stop, or skip it and list it")
+    map: list[str] = option([], "field names of your rows, as OURS=YOURS (prompt=question); repeatable")
+
+
+@dataclass(kw_only=True)
+class EvalOptions:
+    interval: int = option(100, "optimizer steps between validations; 0: only at the end", least=0)
+    fraction: float = option(0.05, "share of the rows held out for validation", least=0, most=0.9)
+    max_samples: int | None = option(200, "validate on at most this many held-out rows", least=1)
+    data: str | None = option(None, "validate on this file instead of held-out rows")
+
+
+@dataclass(kw_only=True)
+class LoRAOptions:
+    """LoRA (Hu et al. 2021, arXiv:2106.09685) on the Linear layers; DoRA is arXiv:2402.09353."""
+
+    r: int = option(16, "rank", least=1)
+    alpha: float = option(32.0, "the update is scaled by alpha / r", above=0)
+    dropout: float = option(0.0, "dropout on what goes into A", least=0, most=0.99)
+    target_modules: list[str] = option(["all-linear"], "module names (q_proj v_proj ...), or all-linear: every projection of the blocks")
+    use_dora: bool = option(False, "learn each row's length apart from its direction (DoRA)")
+    use_rslora: bool = option(False, "scale by alpha / sqrt(r) (arXiv:2312.03732)")
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """The shape of a model trained from nothing; Hugging Face's config.json names."""
+
+    vocab_size: int = option(2048, "tokens in the vocabulary", least=258)
+    hidden_size: int = option(160, "width", least=8)
+    intermediate_size: int = option(432, "width of the MLP", least=8)
+    num_hidden_layers: int = option(6, "blocks", least=1)
+    num_attention_heads: int = option(5, "query heads", least=1)
+    num_key_value_heads: int = option(5, "key/value heads", least=1)
+    max_position_embeddings: int = option(512, "context, in tokens", least=16)
+    rope_theta: float = option(10_000.0, "base of the rotary angles", above=0)
+    tie_word_embeddings: bool = option(True, "one matrix for embedding and head")
+
+
+@dataclass(kw_only=True)
+class SamplingOptions:
+    max_new_tokens: int | None = option(None, "stop after so many new tokens (default: the context's end)", least=1)
+    temperature: float = option(0.7, "0 takes the most likely token each time", least=0)
+    top_k: int = option(0, "sample among the k most likely tokens; 0: all", least=0)
+    top_p: float = option(0.95, "sample among the most likely tokens that hold this share of the probability", least=0, most=1)
+    min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest", least=0, most=1)
+    repetition_penalty: float = option(1.0, "divide the logits of tokens already seen (arXiv:1909.05858)", above=0)
+    stop: list[str] = option([], "stop before this text; repeatable")
+    seed: int = option(1234, "of the sampling")
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class ComputeOptions:
+    """Shared by every command that computes with torch; inherited, so that they stand at the top level."""
+
+    precision: Literal["auto", "fp32", "bf16"] = option("auto", "dtype of the frozen weights and the arithmetic (auto: what this machine computes fast)")
+    threads: int | None = option(None, "CPU threads (default: torch's choice)", least=1)
+
+
+@dataclass(kw_only=True)
+class FitOptions(ComputeOptions):
+    """What every training command has."""
+
+    data: list[str] = option(["demo"], "demo, a file (.json, .jsonl, .txt) or a directory; repeatable, FILE:WEIGHT for passes per epoch")
+    out_dir: str = option("out", "the run's directory")
+    resume: bool = option(False, "go on from the newest whole checkpoint in out_dir")
+    overwrite: bool = option(False, "delete the run in out_dir first")
+    seed: int = option(1234, "of order, split, initialisation and dropout")
+    devices: int = option(1, "processes on this machine", least=1)
+    num_nodes: int = option(1, "machines", least=1)
+    accelerator: str = option("auto", "cpu, cuda, mps or auto")
+    strategy: str = option("auto", "Fabric's strategy: auto, ddp, fsdp")
+    dry_run: bool = option(False, "show what would be done, with rendered samples; write nothing")
+    train: TrainOptions = group(TrainOptions, "training")
+    rows: RowsOptions = group(RowsOptions, "rows of your data")
+    eval: EvalOptions = group(EvalOptions, "validation")
+
+
+@dataclass(kw_only=True)
+class FinetuneLoRA(FitOptions):
+    """Fine-tune a model with LoRA."""
+
+    method: ClassVar[str] = "lora"
+    checkpoint_dir: str | None = option(None, "a Hugging Face directory or a step of the same method (default: the embedded demo base)")
+    base_dir: str | None = option(None, "where a step's base is now, if it moved")
+    lora: LoRAOptions = group(LoRAOptions, "LoRA")
+
+
+@dataclass(kw_only=True)
+class Pretrain(FitOptions):
+    """Train a small model from nothing."""
+
+    method: ClassVar[str] = "full"
+    tokenizer_dir: str | None = option(None, "directory with a tokenizer.json (default: one is trained on the data)")
+    chat_template: str | None = option(None, "file with a chat template for the model (default: the tokenizer's own)")
+    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "dtype of the finished model in out_dir/model; steps are float32")
+    model: ModelOptions = group(ModelOptions, "the model's shape")
+    train: TrainOptions = group(TrainOptions, "training", lr=3e-3, weight_decay=0.1, beta2=0.95, lr_warmup_steps=100, mask_prompt=False)
+
+
+@dataclass(kw_only=True)
+class MergeLoRA:
+    """Write a plain Hugging Face model with the adapter merged in."""
+
+    checkpoint_dir: str | None = option(None, "the step, or a run (default: the run in out)")
+    out_dir: str | None = option(None, "where the merged model goes (default: merged/ inside the step)")
+    base_dir: str | None = option(None, "where the base is now, if it moved")
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = option("keep", "dtype of the adapted tensors (keep: the base's)")
+    verify: Literal["quick", "full"] = option("quick", "quick: in the same pass; full: logits of merged against unmerged too")
+    overwrite: bool = option(False, "replace an earlier merge in out_dir")
+
+
+@dataclass(kw_only=True)
+class Generate(ComputeOptions, SamplingOptions):
+    """Answer one prompt, or many."""
+
+    checkpoint_dir: str | None = option(None, "a model, a step or a run (default: the run in out, else the demo base)")
+    base_dir: str | None = option(None, "where a step's base is now, if it moved")
+    adapter: list[str] = option([], "add an adapter at run time, PATH or PATH:WEIGHT; repeatable")
+    prompt: str | None = option(None, "the prompt")
+    prompts: str | None = option(None, "a file with one prompt per line, or JSONL rows as for training")
+    system: str | None = option(None, "system prompt")
+    raw: bool = option(False, "no chat template: continue the text as it is")
+    json: bool = option(False, "one JSON object per answer")
+    temperature: float = option(0.0, "0 takes the most likely token each time", least=0)
+
+
+@dataclass(kw_only=True)
+class Chat(ComputeOptions, SamplingOptions):
+    """Talk to a model in the terminal."""
+
+    checkpoint_dir: str | None = option(None, "a model, a step or a run (default: the run in out, else the demo base)")
+    base_dir: str | None = option(None, "where a step's base is now, if it moved")
+    adapter: list[str] = option([], "add an adapter at run time, PATH or PATH:WEIGHT; repeatable")
+    system: str | None = option(None, "system prompt")
+    compare: bool = option(False, "answer with the base as well, side by side")
+
+
+@dataclass(kw_only=True)
+class Evaluate(ComputeOptions):
+    """Loss, perplexity and exact match on rows."""
+
+    checkpoint_dir: str | None = option(None, "a model, a step or a run (default: the run in out, else the demo base)")
+    base_dir: str | None = option(None, "where a step's base is now, if it moved")
+    adapter: list[str] = option([], "add an adapter at run time, PATH or PATH:WEIGHT; repeatable")
+    data: list[str] = option(["demo"], "demo (its held-out rows), a file or a directory; repeatable")
+    rows: RowsOptions = group(RowsOptions, "rows of your data")
+    max_samples: int | None = option(None, "at most so many rows", least=1)
+    max_new_tokens: int = option(256, "of an answer", least=1)
+    exact_match: bool = option(True, "also answer each prompt and compare with the row")
+    compare_base: bool = option(False, "the base alone as well, for before and after")
+    json: bool = option(False, "print one JSON object")

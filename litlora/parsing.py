@@ -1,0 +1,283 @@
+"""From the words of one command to its dataclass of options, and back to YAML.
+
+`options.py` declares; this file asks jsonargparse to parse one leaf command at a time. Words are first brought to the form
+`--name=value`, so that a path may begin with a dash, a switch needs no value and a list may be repeated.
+"""
+
+import dataclasses
+import json
+import textwrap
+
+import typing
+from argparse import ArgumentError
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from litlora.errors import UserError, did_you_mean
+
+Options = TypeVar("Options")
+
+# What the same thing is called elsewhere: a user who types the name they know is told ours.
+PEER_NAMES = {
+    "learning_rate": "train.lr",
+    "lr": "train.lr",
+    "num_train_epochs": "train.epochs",
+    "epochs": "train.epochs",
+    "max_steps": "train.max_steps",
+    "max_iters": "train.max_steps",
+    "iters": "train.max_steps",
+    "batch_size": "train.global_batch_size",
+    "train.micro_batch_size": "train.micro_batch_tokens",
+    "per_device_train_batch_size": "train.global_batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_tokens",
+    "cutoff_len": "train.max_seq_length",
+    "max_length": "train.max_seq_length",
+    "max_seq_length": "train.max_seq_length",
+    "warmup_steps": "train.lr_warmup_steps",
+    "save_steps": "train.save_interval",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+    "use_dora": "lora.use_dora",
+    "use_rslora": "lora.use_rslora",
+    "model": "checkpoint_dir",
+    "model_name_or_path": "checkpoint_dir",
+    "base_model": "checkpoint_dir",
+    "adapter_path": "adapter",
+    "adapter_name_or_path": "adapter",
+    "dataset": "data",
+    "data.json_path": "data",
+    "train_data": "data",
+    "output_dir": "out_dir",
+    "resume_from_checkpoint": "resume",
+    "top_n": "top_k",
+    "max_tokens": "max_new_tokens",
+}
+
+
+class Leaf(typing.NamedTuple):
+    """One option of a command: the dotted name, and the dataclass field that declares it."""
+
+    name: str
+    type: Any
+    default: Any
+    field: dataclasses.Field[Any]
+
+    @property
+    def is_list(self) -> bool:
+        return typing.get_origin(self.type) is list
+
+    @property
+    def is_switch(self) -> bool:
+        return self.type is bool
+
+
+def leaves(kind: type, prefix: str = "") -> Iterator[Leaf]:
+    """Every option of a dataclass of options, groups opened."""
+    types = typing.get_type_hints(kind)
+    defaults = kind()
+    for field in dataclasses.fields(kind):
+        value = getattr(defaults, field.name)
+        if dataclasses.is_dataclass(value):
+            # The group's own default may differ from its class's: take each value from the instance.
+            for leaf in leaves(type(value), f"{prefix}{field.name}."):
+                yield leaf._replace(default=getattr(value, leaf.field.name))
+        else:
+            yield Leaf(prefix + field.name, types[field.name], value, field)
+
+
+def parse(kind: type[Options], words: Sequence[str], *, command: str) -> Options:
+    """The options of `litlora <command> <words>`. Raises UserError for anything that is not an option, a value or a file."""
+    known = {leaf.name: leaf for leaf in leaves(kind)}
+    pairs = list(as_pairs(words, known, command))
+    if any(name == "help" for name, _ in pairs):
+        print(help_text(known.values(), kind, command))
+        raise SystemExit(0)
+    files = [value for name, value in pairs if name == "config"]
+    given = {name: (value, file) for file in files for name, value in read_yaml(Path(file), known, command).items()}
+    chosen = [(name, value if isinstance(value, str) else json.dumps(value)) for name, (value, _) in given.items()]
+    chosen += [(name, value) for name, value in pairs if name not in ("config", "print_config")]
+    try:
+        values = build_parser(known).parse_args([f"--{name}={value}" for name, value in chosen])
+    except (ArgumentError, TypeError, ValueError) as error:
+        named = [name for name in known if f'"{name}"' in str(error)]
+        where = given[named[0]][1] if named and named[0] in given and named[0] not in dict(pairs) else ""
+        raise UserError(wrong_value(named, known, str(error)), where=where, hint=f"litlora {command} --help lists the options") from error
+    options = as_dataclass(kind, values.as_dict() if hasattr(values, "as_dict") else dict(values))
+    check_ranges(options)
+    if any(name == "print_config" for name, _ in pairs):
+        print(to_yaml(options), end="")
+        raise SystemExit(0)
+    return options
+
+
+def as_pairs(words: Sequence[str], known: Mapping[str, Leaf], command: str) -> Iterator[tuple[str, str]]:
+    """The words as (name, value); a first bare word is the checkpoint, a list's values are gathered into one JSON list."""
+    lists: dict[str, list[str]] = {}
+    rest = list(words)
+    if rest and not rest[0].startswith("-") and "checkpoint_dir" in known:
+        rest = ["--checkpoint_dir", *rest]
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            yield "help", ""
+            continue
+        if not word.startswith("--"):
+            raise UserError(f"'{word}' belongs to no option of litlora {command}", hint="options are written --name value")
+        name, equals, value = word[2:].partition("=")
+        if name == "print_config":
+            yield name, ""
+            continue
+        if name != "config" and name not in known:
+            raise unknown_option(name, known, command, f"--{name}")
+        takes_no_value = not equals and name in known and known[name].is_switch and (not rest or rest[0].lower() not in ("true", "false"))
+        if takes_no_value:
+            yield name, "true"
+        elif name in known and known[name].is_list:
+            values = [value] if equals else []
+            while rest and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+            if not values:
+                raise UserError(f"--{name} needs a value")
+            lists.setdefault(name, []).extend(values)
+        elif equals or (rest and not is_option(rest[0], known)):
+            yield name, value if equals else rest.pop(0)
+        else:
+            raise UserError(f"--{name} needs a value")
+    for name, values in lists.items():
+        yield name, json.dumps(values)
+
+
+def is_option(word: str, known: Mapping[str, Leaf]) -> bool:
+    name = word[2:].partition("=")[0]
+    return word.startswith("--") and (name in known or name in ("config", "help", "print_config"))
+
+
+def unknown_option(name: str, known: Mapping[str, Leaf], command: str, shown: str, where: str = "") -> UserError:
+    meant = PEER_NAMES.get(name) or PEER_NAMES.get(name.replace("-", "_"))
+    if meant in known:
+        hint = f"here it is --{meant}"
+    else:
+        tails = {leaf.rpartition(".")[2]: leaf for leaf in known}
+        close = did_you_mean(name.replace("-", "_"), [*known, *tails])
+        for tail, whole in tails.items():
+            close = close.replace(f"mean {tail}?", f"mean --{whole}?")
+        hint = close or f"litlora {command} --help lists the options"
+    return UserError(f"no option {shown}", where=where, hint=hint)
+
+
+def build_parser(known: Mapping[str, Leaf]) -> Any:
+    """jsonargparse's parser for one command: one argument per option, no abbreviations."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(allow_abbrev=False, exit_on_error=False, add_help=False, default_env=False)
+    for leaf in known.values():
+        parser.add_argument(f"--{leaf.name}", type=leaf.type, default=leaf.default)
+    return parser
+
+
+def help_text(known: Iterable[Leaf], kind: type, command: str) -> str:
+    """`litlora COMMAND --help`: every option with its values, what it is for, and its default."""
+    lines = [f"usage: litlora {command} [--option value ...]", "", (kind.__doc__ or "").splitlines()[0]]
+    above = None
+    for leaf in known:
+        inside = leaf.name.rpartition(".")[0]
+        if inside != above:
+            lines.append("")
+            above = inside
+        default = " ".join(map(str, leaf.default)) if leaf.is_list else leaf.default
+        shown = "" if default in (None, "", False) else f" [{default}]"
+        head = f"  --{leaf.name} {values_of(leaf.type)}".rstrip()
+        first, *more = textwrap.wrap(f"{leaf.field.metadata['help']}{shown}", 92)
+        lines += [f"{head:<46}  {first}", *(f"{'':<48}{line}" for line in more)]
+    lines += ["", "  --config FILE.yaml (repeatable: later files win, options win over files)   --print_config   --debug   --help"]
+    return "\n".join(lines)
+
+
+def values_of(kind: Any) -> str:
+    """What a value looks like, for help and for messages: N, X, TEXT, {auto,fp32} ..."""
+    if kind is bool:
+        return ""
+    if typing.get_origin(kind) is typing.Literal:
+        return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
+    if typing.get_origin(kind) is list:
+        return "TEXT ..."
+    plain = [part for part in typing.get_args(kind) or (kind,) if part is not type(None)]
+    return {int: "N", float: "X", str: "TEXT"}[plain[0]]
+
+
+def wrong_value(named: Sequence[str], known: Mapping[str, Leaf], message: str) -> str:
+    """jsonargparse's complaint about one option in our words."""
+    if not named:
+        return " ".join(message.split())
+    wanted = {"N": "a whole number", "X": "a number", "": "true or false"}.get(values_of(known[named[0]].type), values_of(known[named[0]].type))
+    value = message.rpartition("value: ")[2].strip()
+    return f"--{named[0]} must be {wanted}, not {value}"
+
+
+def read_yaml(path: Path, known: Mapping[str, Leaf], command: str) -> dict[str, Any]:
+    """A YAML file of options, flattened to dotted names. Unknown keys are refused with the nearest known one."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", where=path) from error
+    except UnicodeDecodeError as error:
+        raise UserError("is not UTF-8 text", where=path) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise UserError(f"not valid YAML ({getattr(error, 'problem', None) or str(error).splitlines()[0]})", where=where) from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError("holds no options (a mapping of names to values is needed)", where=path)
+    flat = dict(flattened(content, known))
+    for name in flat:
+        if name not in known:
+            raise unknown_option(name, known, command, name, where=str(path))
+    return flat
+
+
+def flattened(content: Mapping[str, Any], known: Mapping[str, Leaf], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name not in known:
+            yield from flattened(value, known, f"{name}.")
+        else:
+            yield name, value
+
+
+def as_dataclass(kind: type[Options], values: Mapping[str, Any]) -> Options:
+    """The parsed values as the command's dataclass, groups included."""
+    made = {}
+    defaults = kind()
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]  # every command is a dataclass
+        value, default = values[field.name], getattr(defaults, field.name)
+        made[field.name] = as_dataclass(type(default), value) if dataclasses.is_dataclass(default) else value
+    return kind(**made)
+
+
+def check_ranges(options: Any, prefix: str = "") -> None:
+    for field in dataclasses.fields(options):
+        name, value = f"{prefix}{field.name}", getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{name}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            above, least, most = (field.metadata[bound] for bound in ("above", "least", "most"))
+            if value != value or (above is not None and value <= above) or (least is not None and value < least) or (most is not None and value > most):
+                bounds = [f"above {above}"] * (above is not None) + [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
+                raise UserError(f"--{name} must be {' and '.join(bounds) or 'a number'}, not {value}")
+
+
+def to_yaml(options: Any) -> str:
+    """The options as YAML that `--config` reads back to the same options."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(options), sort_keys=False, allow_unicode=True)

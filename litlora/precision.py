@@ -1,0 +1,16 @@
+"""In which dtype the frozen weights lie and the arithmetic is done. Adapters are always kept in fp32 (or wider)."""
+
+import torch
+
+BY_NAME = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def choose_dtype(precision: str, device: torch.device | str) -> torch.dtype:
+    """What `--precision` means on this machine: fp32, bf16, or (auto) what the machine computes fast and exactly enough.
+
+    auto is bf16 on a GPU that has it and fp32 on a CPU: without bf16 units a bf16 product takes about 7 times as long there.
+    """
+    if precision != "auto":
+        return BY_NAME[precision]
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if on_gpu else torch.float32

@@ -1,0 +1,271 @@
+"""Messages to token ids, and which of them an answer is graded on. One path for training, generate and chat.
+
+The text is the chat template's (`sandbox.py` runs it); here it becomes ids, and here the answers are found in it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from litlora.errors import UserError
+from litlora.prompts.sandbox import compile_template, render
+from litlora.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]  # role, content, and weight: 0 where an answer is not to be graded
+Messages = Sequence[Message]
+SampleIds = tuple[list[int], list[bool]]  # the ids, and which of them are graded
+
+ALPACA = """\
+{{ bos_token }}
+{%- for message in messages %}
+    {%- if not loop.first %}{{ "\\n\\n" }}{% endif %}
+    {%- if message.role == "system" %}
+        {{- message.content }}
+    {%- elif message.role == "assistant" %}
+        {{- "### Response:\\n" + message.content + eos_token }}
+    {%- else %}
+        {{- "### Instruction:\\n" + message.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "\\n\\n### Response:\\n" }}{% endif %}
+"""
+MARKS = [chr(code) for code in (*range(0xFDD2, 0xFDF0), *range(0xE000, 0xF900))]  # noncharacters, then private use
+
+
+class Prompts:
+    """How one model is spoken to.
+
+    template, template_name   the Jinja text in use, and where it is from
+    stop_ids                  the ids that end an answer: the tokenizer's, and the template's end of a turn
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None = None, name: str = "given") -> None:
+        """`template` None: the model's own, else the built-in Alpaca style."""
+        self.tokenizer = tokenizer
+        built_in = template is None and tokenizer.chat_template is None
+        self.template = template or tokenizer.chat_template or ALPACA
+        own = template in (None, tokenizer.chat_template)
+        self.template_name = "alpaca (built in)" if built_in else "the model's own" if own else name
+        self._begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+        self._values = dict(tokenizer.special_tokens)
+        if built_in:
+            self._values["bos_token"] = self._values.get("bos_token", "") if tokenizer.adds_bos else ""
+            if tokenizer.eos_id is None:
+                raise UserError("the tokenizer names no eos_token, so an answer could not end", where=tokenizer.directory)
+            self._values["eos_token"] = str(tokenizer.token_of(tokenizer.eos_id))
+        self._compiled = compile_template(self.template)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        return self.tokenizer.eos_ids | frozenset(self._end_of_turn)
+
+    # ---- text --------------------------------------------------------------------------------------------------------
+
+    def prompt_text(self, messages: Messages) -> str:
+        """The prompt as text, ready for an answer to follow."""
+        return self._render(messages, "", ask=True)
+
+    def _render(self, messages: Messages, mark: str, *, ask: bool) -> str:
+        """The template's text. With a mark, control strings in the messages carry it (see `Tokenizer.shield`)."""
+        plain = []
+        for message in messages:
+            content, role = message["content"], message["role"]
+            if mark and isinstance(content, str):
+                content = self.tokenizer.shield(content, mark, answer=role == "assistant")
+            plain.append({"role": role, "content": content})
+        return render(self._compiled, messages=plain, add_generation_prompt=ask, tools=None, documents=None, **self._values)
+
+    def _mark_for(self, messages: Messages) -> str:
+        """A character that occurs in none of the messages."""
+        texts = [message["content"] for message in messages if isinstance(message["content"], str)]
+        return next(mark for mark in MARKS if not any(mark in text for text in (*texts, self.template)))
+
+    # ---- ids ---------------------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """Ids of the prompt, ready for an answer to follow; the same in training, generate and chat."""
+        mark = self._mark_for(messages)
+        return self.tokenizer.encode_batch([self._render(messages, mark, ask=True)], special=True, mark=mark)[0]
+
+    def text_ids(self, text: str) -> list[int]:
+        """A plain text to go on with: BOS where the model has one, then the text."""
+        return [*self._begin, *self.tokenizer.encode(text, special=False)]
+
+    def batch_text_sample_ids(self, texts: Sequence[str]) -> list[SampleIds]:
+        """Plain texts to learn: BOS where the model has one, the text, EOS; all graded but the BOS."""
+        end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        samples = []
+        for ids in self.tokenizer.encode_batch(texts, special=False):
+            samples.append(([*self._begin, *ids, *end], [False] * len(self._begin) + [True] * (len(ids) + len(end))))
+        return samples
+
+    def sample_ids(self, messages: Messages) -> SampleIds:
+        """Ids of a conversation up to the end of its last answer, and which are graded: each answer with its end token.
+
+        Raises UserError where the template cannot show a conversation as one sequence; `samples_ids` gives one for each answer.
+        """
+        samples = self.samples_ids(messages)
+        if len(samples) > 1:
+            raise UserError("this chat template writes earlier turns differently afterwards, so each answer is a sample of its own")
+        return samples[0]
+
+    def samples_ids(self, messages: Messages) -> list[SampleIds]:
+        """`sample_ids`; one for each graded answer where the template rewrites earlier turns."""
+        result = self.batch_samples_ids([messages])[0]
+        if isinstance(result, UserError):
+            raise result
+        return result
+
+    def batch_samples_ids(self, conversations: Sequence[Messages]) -> "list[list[SampleIds] | UserError]":
+        """`samples_ids` of many conversations, tokenized together; a refusal stands in its place."""
+        drafts: list[list[Draft] | UserError] = []
+        for messages in conversations:
+            try:
+                drafts.append(self._drafts(messages))
+            except UserError as error:
+                drafts.append(error)
+        flat = [draft for one in drafts if not isinstance(one, UserError) for draft in one]
+        encoded = self._encode_drafts(flat)
+        results: list[list[SampleIds] | UserError] = []
+        for one in drafts:
+            if isinstance(one, UserError):
+                results.append(one)
+            else:
+                results.append([sample for _ in one for sample in next(encoded)])
+        return results
+
+    def _encode_drafts(self, drafts: "list[Draft]") -> Iterator[list[SampleIds]]:
+        by_mark: dict[str, list[str]] = {}
+        for draft in drafts:
+            by_mark.setdefault(draft.mark, []).extend(draft.cuts())
+        waiting = {mark: iter(self.tokenizer.encode_batch(texts, special=True, mark=mark)) for mark, texts in by_mark.items()}
+        for draft in drafts:
+            yield self._assemble(draft, [next(waiting[draft.mark]) for _ in draft.cuts()])
+
+    def _assemble(self, draft: "Draft", prefixes: list[list[int]]) -> list[SampleIds]:
+        """Ids of a draft from the ids of its prefixes (prompt, prompt with answer, next prompt, ...).
+
+        Where a token would reach over the border between prompt and answer, the prompt keeps the ids that chat gives it
+        and the answer is tokenized after it. With several answers, each is then a sample of its own.
+        """
+        whole = prefixes[-1]
+        if any(whole[: len(prefix)] != prefix for prefix in prefixes):
+            if len(draft.spans) > 1:
+                return [self._after_prompt(draft, span, prefixes[2 * n]) for n, span in enumerate(draft.spans) if span.graded]
+            return [self._after_prompt(draft, draft.spans[0], prefixes[0])]
+        graded = [False] * len(whole)
+        for n, span in enumerate(draft.spans):
+            start, end = len(prefixes[2 * n]), len(prefixes[2 * n + 1])
+            graded[start:end] = [span.graded] * (end - start)
+        return [self._ended(whole, graded, draft.spans[-1])]
+
+    def _after_prompt(self, draft: "Draft", span: "Span", prompt: list[int]) -> SampleIds:
+        answer = self.tokenizer.encode_after(draft.text[span.start : span.end], special=True, mark=draft.mark)
+        return self._ended(prompt + answer, [False] * len(prompt) + [span.graded] * len(answer), span)
+
+    def _ended(self, ids: list[int], graded: list[bool], last: "Span") -> SampleIds:
+        if last.has_end or self.tokenizer.eos_id is None:
+            return ids, graded
+        return [*ids, self.tokenizer.eos_id], [*graded, last.graded]
+
+    # ---- where the answers are ---------------------------------------------------------------------------------------
+
+    def _drafts(self, messages: Messages) -> "list[Draft]":
+        """The text of each sample of a conversation, and the spans of its answers in it.
+
+        An answer begins where the prompt that asks for it ends: both are rendered and compared.
+        """
+        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            raise UserError("no answer to learn: there is no assistant message")
+        messages = messages[: turns[-1] + 1]
+        mark = self._mark_for(messages)
+        drafts = [self._draft_of_turn(messages[: n + 1], mark) for n in turns]
+        whole = drafts[-1].text
+        if all(whole.startswith(draft.text) for draft in drafts):
+            spans = [draft.spans[0] for draft in drafts]
+            for span, after in zip(spans, [*turns[1:], None], strict=True):
+                if after is not None and not span.has_end:
+                    self._extend_to_end(span, whole)
+            return [Draft(whole, mark, spans)]
+        return [draft for draft in drafts if draft.spans[0].graded]
+
+    def _draft_of_turn(self, messages: Messages, mark: str) -> "Draft":
+        """The text up to the last message's end, and that message's span."""
+        prompt, full = self._render(messages[:-1], mark, ask=True), self._render(messages, mark, ask=False)
+        graded = bool(messages[-1].get("weight", 1))
+        content = self.tokenizer.shield(messages[-1]["content"], mark, answer=True).strip()
+        if not full.startswith(prompt):
+            full = prompt + self._answer_text(full, content)
+        for ending in self.tokenizer.specials_in(full, len(prompt)):
+            if content in full[len(prompt) : ending.start()]:
+                return Draft(full[: ending.end()], mark, [Span(len(prompt), ending.end(), graded, True)])
+        after = self._frame[1]
+        end = len(full) - len(after) if full.endswith(content + after) else full.rfind(content, len(prompt)) + len(content)
+        if end < len(prompt) + len(content):
+            raise UserError("the chat template does not show the answer as it is written in the row", hint="pass another template")
+        return Draft(full[:end], mark, [Span(len(prompt), end, graded, False)])
+
+    def _answer_text(self, full: str, content: str) -> str:
+        """What the template writes for an answer, where the row's prompt is written differently once it is answered.
+
+        Mistral's template, say, gives the system prompt to the last message only. What stands around an answer is then
+        taken from a plain conversation, in which prompt and answer do fit together.
+        """
+        before, after = self._frame
+        if before is None or (before + content) not in full:
+            raise UserError(
+                "the chat template writes this prompt differently once it is answered, so the answer cannot be told from it",
+                hint="pass another template",
+            )
+        return before + content + after
+
+    @cached_property
+    def _frame(self) -> tuple[str | None, str]:
+        """What the template puts before and after an answer; (None, "") where it does not tell."""
+        question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "replied"}
+        prompt, full = self._render([question], "", ask=True), self._render([question, answer], "", ask=False)
+        if not full.startswith(prompt) or full.count("replied") != 1:
+            return None, ""
+        before, _, after = full[len(prompt) :].partition("replied")
+        return before, after
+
+    def _extend_to_end(self, span: "Span", whole: str) -> None:
+        """An earlier answer's end token, where the template leaves it out after the last answer only."""
+        ending = next(self.tokenizer.specials_in(whole, span.end), None)
+        if ending and ending.start() == span.end and self.tokenizer.control[ending[0]] in self.tokenizer.eos_ids:
+            span.end, span.has_end = ending.end(), True
+
+    @cached_property
+    def _end_of_turn(self) -> list[int]:
+        """The id with which this template ends an answer, if it is one token."""
+        question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "replied"}
+        try:
+            ids, graded = self.sample_ids([question, answer])
+        except UserError:
+            return []
+        return [ids[-1]] if graded[-1] and ids[-1] in self.tokenizer.special_ids else []
+
+
+@dataclass
+class Span:
+    """One answer in a text: characters `start` to `end`, its end token included where the template writes one."""
+
+    start: int
+    end: int
+    graded: bool
+    has_end: bool
+
+
+@dataclass
+class Draft:
+    """The text of one sample, with the mark in its shielded strings, and its answers in order."""
+
+    text: str
+    mark: str
+    spans: list[Span]
+
+    def cuts(self) -> list[str]:
+        """The text up to each border: before an answer, after it, before the next ..."""
+        return [self.text[:border] for span in self.spans for border in (span.start, span.end)]

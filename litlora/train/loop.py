@@ -1,0 +1,221 @@
+"""Training, in three functions to read top to bottom: `fit` (the story), `train_step` (the arithmetic), `evaluate`.
+
+The loss is a sum over graded tokens, divided once by their count over the whole global batch. How a batch is cut into
+micro-batches, packed into streams or spread over ranks does not change the update (DESIGN section 1, decision 5).
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from litlora.console import Progress, count
+from litlora.data.batches import Batch, pack, share_of_rank
+from litlora.data.samples import Sample
+from litlora.errors import Interrupted, WorkError
+from litlora.model import IGNORE
+from litlora.options import TrainOptions
+from litlora.train.loss import summed_loss
+from litlora.train.metrics import Metrics, memory_text
+from litlora.train.optimizer import learning_rate
+from litlora.train.plan import Plan, Position
+from litlora.train.signals import Signals
+
+if TYPE_CHECKING:  # Fabric takes seconds to import: a run imports it once its input is known to be good
+    from lightning.fabric import Fabric
+
+MICRO_BATCH_TOKENS = 2048  # computed at once where nothing else was asked: enough to keep the cores busy, small enough for the caches
+
+
+class StepResult(NamedTuple):
+    """What one update did, over all ranks."""
+
+    loss: float  # nats per graded token
+    grad_norm: float  # before clipping
+    graded: int  # tokens that count in the loss
+    stop: bool  # a rank was asked to stop
+    commit: bool  # a rank was asked to commit
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """What `fit` hands over when a checkpoint is due: where training stands and what it measured there."""
+
+    position: Position
+    loss: float
+    val_loss: float | None  # None: not measured at this step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What `fit` works with."""
+
+    fabric: "Fabric"
+    model: nn.Module  # as fabric.setup_module returned it
+    optimizer: torch.optim.Optimizer
+    plan: Plan
+    samples: Sequence[Sample]
+    validation: Sequence[Sample]
+    options: TrainOptions
+    eval_interval: int
+    seed: int
+    metrics: Metrics
+    signals: Signals
+    save: Callable[[Commit], None]  # called on every rank; commits on the first
+
+
+def fit(run: Run, start: Position) -> Position:
+    """Train from `start` to the plan's end; return where it ended.
+
+    Raises WorkError when the loss or a gradient is not finite or a tensor can never learn, Interrupted after the commit
+    that a signal asked for.
+    """
+    position, committed, alive = start, start.step, set[str]()
+    if start.step == 0 and run.validation:
+        run.metrics.write(step=0, epoch=0, val_loss=evaluate(run.fabric, run.model, run.validation, run.options)[0])
+    with Progress(run.plan.steps, "step", start=start.step, quiet=not run.fabric.is_global_zero) as progress:
+        for window in run.plan.windows(start):
+            if position.step >= run.plan.steps:
+                break
+            began = time.monotonic()
+            batches = share_of_window(run.fabric, [run.samples[index] for index in window.indices], run.options)
+            lr = learning_rate(run.options, position.step + 1, run.plan.steps)
+            set_learning_rate(run.optimizer, lr)
+            seed_step(run.seed, position.step, run.fabric.global_rank)
+            result = train_step(run.fabric, run.model, run.optimizer, batches, max_norm=run.options.max_norm, asked=run.signals.asked())
+            if result.graded == 0:  # nothing to learn from: no update, and the count of updates stands still
+                position = replace(position, epoch=window.epoch, window=window.number + 1)
+                progress.line(f"warning: window {window.number} of epoch {window.epoch} grades no token; skipped")
+                continue
+            tokens = sum(len(run.samples[index].tokens) for index in window.indices)
+            position = position.after(window, tokens=tokens, graded=result.graded)
+            seconds = time.monotonic() - began
+            if not result.finite:
+                record(run, progress, position, result, lr, seconds, tokens, val_loss=None)
+                raise not_finite(position.step, committed, result)
+            if start.step == 0 and position.step <= 2 and run.options.lr > 0:
+                check_alive(run.model, alive, position.step)
+            last = position.step == run.plan.steps
+            val_loss = None
+            if run.validation and not result.stop and (last or every(run.eval_interval, position.step)):
+                val_loss = evaluate(run.fabric, run.model, run.validation, run.options)[0]
+                best = val_loss if position.best_val_loss is None else min(position.best_val_loss, val_loss)
+                position = replace(position, best_val_loss=best)
+            due = last or result.stop or result.commit or every(run.options.save_interval, position.step)
+            if due or val_loss is not None or every(run.options.log_interval, position.step):
+                record(run, progress, position, result, lr, seconds, tokens, val_loss)
+            if due:
+                run.save(Commit(position=position, loss=result.loss, val_loss=val_loss))
+                committed = position.step
+                progress.line(f"COMMITTED step={committed}" + ("" if val_loss is None else f" val_loss={val_loss:.4f}"))
+            if result.stop and not last:
+                raise Interrupted(run.signals.number or signal.SIGTERM)
+    return position
+
+
+def every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def record(
+    run: Run, progress: Progress, position: Position, result: StepResult, lr: float, seconds: float, tokens: int, val_loss: float | None
+) -> None:
+    """One row of metrics.csv, and the live line."""
+    run.metrics.write(
+        step=position.step, epoch=position.epoch, loss=result.loss, val_loss=val_loss, lr=lr, grad_norm=result.grad_norm,
+        graded=result.graded, tokens=position.tokens, seconds=seconds, tokens_per_second=tokens / seconds,
+    )  # fmt: skip
+    val = {} if position.best_val_loss is None else {"val": f"{position.best_val_loss:.4f}"}
+    speed = {"lr": f"{lr:.1e}", "tok/s": count(tokens / seconds), "memory": memory_text()}
+    progress.update(position.step, loss=f"{result.loss:.4f}", **val, **speed)
+
+
+def train_step(
+    fabric: "Fabric",
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    *,
+    max_norm: float = 0.0,
+    asked: tuple[bool, bool] = (False, False),
+) -> StepResult:
+    """One update on `batches`, this rank's share of the global batch. The gradients stay in place until the next step.
+
+    `max_norm` 0 clips nothing. `asked` is this rank's wish to (stop, commit); every rank learns of it in the same step. A batch that
+    grades nothing, or a loss or gradient that is not finite, makes no update.
+    """
+    optimizer.zero_grad()
+    here = [sum(batch.graded for batch in batches), *map(int, asked)]
+    counts = fabric.all_reduce(torch.tensor(here, dtype=torch.float64), reduce_op="sum")  # over the whole global batch
+    graded, stop, commit = (int(number) for number in counts.tolist())
+    if graded == 0:
+        return StepResult(0.0, 0.0, 0, bool(stop), bool(commit))
+    total = torch.zeros((), dtype=torch.float64, device=fabric.device)
+    for i, batch in enumerate(batches):
+        with fabric.no_backward_sync(model, enabled=i < len(batches) - 1):
+            loss = model(batch.tokens.to(fabric.device), batch.targets.to(fabric.device), segments=batch.segments)  # a sum
+            fabric.backward(loss * (fabric.world_size / graded))  # ranks are averaged, so undo it
+        total += loss.detach()
+    norm = float(fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False))
+    result = StepResult((fabric.all_reduce(total, reduce_op="sum") / graded).item(), norm, graded, bool(stop), bool(commit))
+    if result.finite:
+        optimizer.step()
+    return result
+
+
+def evaluate(fabric: "Fabric", model: nn.Module, samples: Sequence[Sample], options: TrainOptions) -> tuple[float, int]:
+    """The loss per graded token over all of `samples`, in nats, and how many tokens were graded; one pass, over all ranks.
+
+    Leaves train mode, random numbers and gradients as they were (YARDSTICK N16).
+    """
+    total, graded = summed_loss(model, share_of_window(fabric, samples, options), fabric.device)
+    sums = fabric.all_reduce(torch.tensor([total, graded], dtype=torch.float64), reduce_op="sum")
+    return (sums[0] / sums[1]).item(), int(sums[1].item())
+
+
+def share_of_window(fabric: "Fabric", window: Sequence[Sample], options: TrainOptions) -> list[Batch]:
+    """This rank's micro-batches of `window`. A rank without a sample computes one that grades nothing, so that all take part."""
+    mine = share_of_rank(window, fabric.global_rank, fabric.world_size)
+    if not mine:
+        idle = min(window, key=lambda sample: len(sample.tokens))
+        mine = [replace(idle, targets=np.full_like(idle.targets, IGNORE))]
+    return pack(mine, options.micro_batch_tokens or MICRO_BATCH_TOKENS, options.packing)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Every step's random numbers (dropout) are a function of these three: there is no generator state to save or to restore."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def check_alive(model: nn.Module, alive: set[str], step: int) -> None:
+    """After the second update every trained tensor must have had a gradient: LoRA's A has none in the first, for B is zero."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    alive |= {name for name, parameter in trained.items() if parameter.grad is not None and bool(parameter.grad.any())}
+    dead = sorted(set(trained) - alive)
+    if step == 2 and dead:
+        more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
+        raise WorkError(
+            f"{', '.join(dead[:3])}{more}: still no gradient after two updates, so training can never change it",
+            hint="leave these modules out of the targets, or check that the data grades any token",
+        )
+
+
+def not_finite(step: int, committed: int, result: StepResult) -> WorkError:
+    what = f"the loss is {result.loss}" if not math.isfinite(result.loss) else f"the gradient's norm is {result.grad_norm}"
+    last = f"the last good checkpoint is step-{committed}" if committed else "nothing was committed yet"
+    return WorkError(f"{what} at step {step}; {last}", hint="lower --train.lr, or look at the rows of this step")

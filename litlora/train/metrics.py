@@ -1,0 +1,63 @@
+"""metrics.csv: one row per logged step. A row is written whole, and rows beyond the checkpoint are dropped when a run is resumed."""
+
+import csv
+import math
+import resource
+import sys
+from pathlib import Path
+
+from litlora.console import warn
+
+COLUMNS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "graded", "tokens", "seconds", "tokens_per_second", "memory_mb")
+
+
+class Metrics:
+    """Appends rows to a CSV file. A full disk here costs a warning, not the run. `path` None (other ranks) writes nothing."""
+
+    def __init__(self, path: Path | None, *, keep_until: int = -1) -> None:
+        self.path = path
+        self.warned = False
+        if path is not None:
+            kept = [row for row in read(path) if int(row["step"]) <= keep_until]
+            self.append([",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in kept)], mode="w")
+
+    def write(self, **values: float | None) -> None:
+        """A row; columns without a value stay empty."""
+        values = {**values, "memory_mb": peak_memory_mb()}
+        self.append([",".join(written(values.get(name)) for name in COLUMNS)], mode="a")
+
+    def append(self, lines: list[str], *, mode: str) -> None:
+        if self.path is None:
+            return
+        try:
+            with open(self.path, mode, encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+        except OSError as error:
+            if not self.warned:
+                warn(f"{self.path}: {error.strerror}; going on without the missing rows")
+            self.warned = True
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics file; a row that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if all(row.get(name) is not None for name in COLUMNS)]
+
+
+def written(value: float | None) -> str:
+    if value is None:
+        return ""
+    return repr(value) if isinstance(value, int) or not math.isfinite(value) else f"{value:.17g}"
+
+
+def memory_text() -> str:
+    return f"{peak_memory_mb() / 1024:.1f} GB"
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process ever held, in MB (2**20 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024

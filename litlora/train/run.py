@@ -1,0 +1,287 @@
+"""A training run in its directory: what is checked before it begins, what is said, what a step holds, and how it is taken up again.
+
+A command decides what is trained on what (`Job`); `train` does the rest, the same for every method.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litlora import __version__, console
+from litlora.checkpoint import names
+from litlora.checkpoint.commit import Tensors, commit_step, write_atomically
+from litlora.checkpoint.manifest import BaseRecord, Manifest
+from litlora.checkpoint.resolve import Checkpoint
+from litlora.checkpoint.state import VALUES, load_state, save_state
+from litlora.data.samples import IGNORE, DataSet, Sample, load_data
+from litlora.errors import UserError, WorkError
+from litlora.methods import trainable
+from litlora.model import GPT
+from litlora.options import FitOptions
+from litlora.parsing import to_yaml
+from litlora.precision import choose_dtype
+from litlora.prompts import Prompts
+from litlora.train.loop import MICRO_BATCH_TOKENS, Commit, Run, fit
+from litlora.train.metrics import Metrics
+from litlora.train.optimizer import build_optimizer
+from litlora.train.plan import Plan, Position
+from litlora.train.signals import Signals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a training command decides. Everything here is known before the first byte is written."""
+
+    command: str  # finetune lora
+    options: FitOptions
+    method: str
+    method_options: Mapping[str, Any]  # recorded, and fixed for the run's life
+    prompts: Prompts
+    data: DataSet
+    base: BaseRecord | None  # None: the run makes a whole model
+    parent: str | None  # the step that training goes on from, with a fresh optimizer
+    facts: Sequence[tuple[str, str]]  # header lines about the model and the method
+    build: Callable[[torch.device], GPT]  # the model, what learns in it requiring gradients
+    restore: Callable[[GPT, Checkpoint], None]  # puts what a step holds back into the model
+    contents: Callable[[GPT], Mapping[str, Tensors]]  # weight files of a step: name -> tensors
+    files: Mapping[str, bytes]  # what else lies in every step: name -> bytes
+    card: Callable[[Manifest], str]  # the step's README
+
+
+def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
+    """Run a job in its directory; return the last step's path. `resumed`: the whole step to go on from.
+
+    Raises WorkError and Interrupted as `fit` does, UserError where a resumed run is not the same run (YARDSTICK R04).
+    """
+    options = job.options
+    plan = plan_of(job)
+    fixed = what_may_not_change(job)
+    if resumed is not None:
+        refuse_another_run(resumed, fixed)
+    if is_first_process():
+        console.header(header(job, plan, resumed))
+    fabric = launch(options)
+    model = job.build(fabric.device)
+    trained = trainable(model)
+    optimizer = build_optimizer(trained, options.train)
+    start = Position()
+    if resumed is not None:
+        job.restore(model, resumed)
+        values = load_state(resumed, optimizer, trained)
+        start = Position(**values["position"])
+    initial = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    out_dir = Path(options.out_dir)
+    metrics = Metrics(out_dir / names.METRICS if fabric.is_global_zero else None, keep_until=start.step if resumed else -1)
+    committer = Committer(job, model, trained, initial, optimizer, plan, fixed, resumed)
+
+    def save(commit: Commit) -> None:
+        if fabric.is_global_zero:
+            committer.commit(commit)
+        fabric.barrier()
+
+    if fabric.is_global_zero:
+        write_atomically(out_dir / names.RUN_YAML, run_yaml(job).encode())
+    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+    run = Run(
+        fabric=fabric, model=wrapped, optimizer=wrapped_optimizer, plan=plan, samples=job.data.train, validation=job.data.validation,
+        options=options.train, eval_interval=options.eval.interval, seed=options.seed, metrics=metrics, signals=signals, save=save,
+    )  # fmt: skip
+    signals.training = True
+    end = fit(run, start)
+    return out_dir / names.step_name(end.step)
+
+
+@dataclass
+class Committer:
+    """Writes steps: the weights that learnt, the optimizer's state, and where all of it comes from."""
+
+    job: Job
+    model: GPT
+    trained: Mapping[str, torch.nn.Parameter]
+    initial: Mapping[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    plan: Plan
+    fixed: Mapping[str, Any]
+    resumed: Checkpoint | None
+
+    def commit(self, commit: Commit) -> Path:
+        """`out/step-N`, durable when this returns. WorkError where nothing changed, or a tensor is not finite: that is never saved."""
+        position = commit.position
+        self.refuse_what_is_no_result()
+        manifest = Manifest(
+            method=self.job.method,
+            options=dict(self.job.method_options),
+            step=position.step,
+            epoch=round(position.epoch + position.window / self.plan.windows_in(position.epoch), 6),
+            tokens=position.tokens,
+            train_loss=commit.loss,
+            val_loss=commit.val_loss,
+            base=self.job.base,
+            tokenizer=self.job.prompts.tokenizer.hash,
+            chat_template=template_hash(self.job.prompts),
+            data=self.job.data.fingerprint,
+            parent=str(self.resumed.path.resolve()) if self.resumed else self.job.parent,
+            versions=versions(),
+        )
+        values = {"position": asdict(position), "fixed": dict(self.fixed), "changeable": may_change(self.job.options)}
+        return commit_step(
+            Path(self.job.options.out_dir),
+            manifest,
+            tensors=self.job.contents(self.model),
+            files={**self.job.files, names.README: self.job.card(manifest).encode()},
+            state=save_state(self.optimizer, self.trained, values),
+        )
+
+    def refuse_what_is_no_result(self) -> None:
+        broken = [name for name, parameter in self.trained.items() if not torch.isfinite(parameter).all()]
+        if broken:
+            raise WorkError(f"{broken[0]} holds values that are not finite; nothing was committed", hint="lower --train.lr")
+        moved = any(not torch.equal(parameter, self.initial[name]) for name, parameter in self.trained.items())
+        if not moved and self.job.options.train.lr > 0:
+            raise WorkError("no trained tensor differs from its start; nothing was committed", hint="look at --train.lr and the data")
+
+
+# ---- taking a run up again -------------------------------------------------------------------------------------------
+
+
+def what_may_not_change(job: Job) -> dict[str, Any]:
+    """What makes a run this run: with any of it changed, going on would not be the same training (YARDSTICK R04)."""
+    options = job.options
+    return {
+        "method": job.method,
+        **{f"{job.method}.{name}": value for name, value in job.method_options.items()},
+        "base": job.base.fingerprint if job.base else None,
+        "tokenizer": job.prompts.tokenizer.hash,
+        "chat template": template_hash(job.prompts),
+        "data": job.data.fingerprint,
+        "seed": options.seed,
+        "train.global_batch_size": options.train.global_batch_size,
+        "train.micro_batch_tokens": options.train.micro_batch_tokens or MICRO_BATCH_TOKENS,
+        "train.packing": options.train.packing,
+        "precision": options.precision,
+    }
+
+
+def may_change(options: FitOptions) -> dict[str, Any]:
+    """What a resumed run may set anew; kept beside the state, so that the lineage shows what was changed when."""
+    kept = ("max_steps", "epochs", "lr", "lr_schedule", "lr_warmup_steps", "weight_decay", "beta1", "beta2", "max_norm", "save_interval")
+    return {f"train.{name}": getattr(options.train, name) for name in kept}
+
+
+def refuse_another_run(resumed: Checkpoint, fixed: Mapping[str, Any]) -> None:
+    before = resumed.training_state()[VALUES]["fixed"]
+    plain = json.loads(json.dumps(fixed))
+    different = [name for name in sorted({*before, *plain}) if before.get(name) != plain.get(name)]
+    if different:
+        shown = [f"{name}: {before.get(name)} then, {plain.get(name)} now" for name in different]
+        raise UserError(
+            f"cannot be resumed: {', '.join(different)} changed",
+            where=resumed.path,
+            context=shown,
+            hint="run with the same settings, or start another run in another --out_dir",
+        )
+
+
+def run_yaml(job: Job) -> str:
+    options = replace(job.options, resume=False, overwrite=False, dry_run=False)
+    return f"# litlora {job.command} --config {shlex.quote(str(Path(options.out_dir) / names.RUN_YAML))}\n{to_yaml(options)}"
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def load_rows(options: FitOptions, prompts: Prompts, context: int) -> DataSet:
+    """The run's samples, checked and tokenized before anything else is loaded; `context` in tokens is the longest they may be."""
+    longest = min(options.train.max_seq_length or context, context)
+    data = load_data(options.data, prompts, rows=options.rows, max_seq_length=longest, mask_prompt=options.train.mask_prompt)
+    if options.eval.data is not None:
+        other = load_data([options.eval.data], prompts, rows=options.rows, max_seq_length=longest, mask_prompt=options.train.mask_prompt, heldout=True)
+        data = replace(data, validation=other.train)
+    return data.split(options.eval.fraction, options.seed, options.eval.max_samples)
+
+
+def show_samples(job: Job, number: int = 2) -> None:
+    """`--dry_run`: what the plan is, and the first samples as the model sees them, the graded part between «»."""
+    console.header(header(job, plan_of(job), None))
+    for sample in job.data.train[:number]:
+        print(f"--- {sample.where}: {len(sample.tokens)} tokens, {sample.graded} graded")
+        print(marked(sample, job.prompts))
+
+
+def marked(sample: Sample, prompts: Prompts) -> str:
+    """A sample's text, control tokens shown, « before what is graded and » after it."""
+    ids = [*sample.tokens.tolist(), int(sample.targets[-1]) if sample.targets[-1] != IGNORE else int(sample.tokens[-1])]
+    graded = [False, *(sample.targets != IGNORE).tolist()]
+    parts, start = [], 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or graded[end] != graded[start]:
+            text = prompts.tokenizer.decode(ids[start:end], skip_special=False)
+            parts.append(f"«{text}»" if graded[start] else text)
+            start = end
+    return "".join(parts)
+
+
+def template_hash(prompts: Prompts) -> str:
+    return hashlib.sha256(prompts.template.encode()).hexdigest()
+
+
+def plan_of(job: Job) -> Plan:
+    options = job.options
+    return Plan(
+        weights=tuple(job.data.weights),
+        global_batch_size=options.train.global_batch_size,
+        epochs=options.train.epochs,
+        max_steps=options.train.max_steps,
+        seed=options.seed,
+    )
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks and writes for all (before Fabric is there to be asked)."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def launch(options: FitOptions) -> Any:
+    """Fabric on the devices that were asked for, its processes started. Imported here: only training needs it."""
+    from lightning.fabric import Fabric
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    fabric = Fabric(
+        accelerator=options.accelerator, devices=options.devices, num_nodes=options.num_nodes, strategy=options.strategy, precision="32-true"
+    )
+    fabric.launch()
+    return fabric
+
+
+def versions() -> dict[str, str]:
+    return {"litlora": __version__, "torch": torch.__version__}
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
+
+
+def header(job: Job, plan: Plan, resumed: Checkpoint | None) -> list[tuple[str, str]]:
+    """A few lines before it begins: model, data, method, plan, where it writes."""
+    options = job.options
+    passes = f"{options.train.epochs:g} epochs" if options.train.max_steps is None else "max_steps"
+    lines = [*job.facts, ("data", job.data.summary())]
+    lines.append(("plan", f"{plan.steps} steps ({passes}) of {options.train.global_batch_size} samples · lr {options.train.lr:g} {options.train.lr_schedule}"))
+    lines.append(("writing", f"{options.out_dir}/" + (f", going on from {resumed.path.name}" if resumed else "")))
+    return lines
+
+
+def compute_text(options: FitOptions) -> str:
+    device = "cuda" if torch.cuda.is_available() and options.accelerator in ("auto", "cuda", "gpu") else "cpu"
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[choose_dtype(options.precision, device)]
+    return f"{device}, {dtype}, {torch.get_num_threads()} threads" if device == "cpu" else f"{device}, {dtype}"

@@ -1,0 +1,45 @@
+"""SIGINT and SIGTERM: finish the step, commit, leave with 128 + the signal's number. A second one leaves at once. SIGUSR1: commit and go on."""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+from litlora.errors import Interrupted
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Signals:
+    """A context in which the signals are ours. Before `training` is set there is nothing to commit, and the first one ends the command."""
+
+    def __init__(self) -> None:
+        self.number = 0  # of the signal that asked to stop; 0: none did
+        self.commit = False  # SIGUSR1 came: commit once
+        self.training = False
+        self.before: dict[int, Any] = {}
+
+    def asked(self) -> tuple[bool, bool]:
+        """Whether to (stop, commit) after this step; a commit is asked for once."""
+        commit, self.commit = self.commit, False
+        return self.number != 0, commit
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self.receive) for number in (*ENDING, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self.commit = True
+            return
+        if self.number:
+            os._exit(128 + number)  # a second signal: at once; a commit under way is left behind as a temporary directory
+        self.number = number
+        if not self.training:
+            raise Interrupted(number)
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)

@@ -1,0 +1,163 @@
+"""The benchmarks against peers start and their gates bite. No figure is judged here: see extensions/benchmarks/README.md."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from extensions.benchmarks.artefacts import SHAPES, flops_per_token, linears, random_samples
+from extensions.benchmarks.job import IGNORE, Job, Sample
+from extensions.benchmarks.measure import percentile, run, table, write_results
+from extensions.benchmarks.run_litlora import train
+from extensions.benchmarks.start_c5_c6 import PROMPT, litgpt_answer, said_by_litgpt
+from extensions.benchmarks.train_c1 import losses_agree
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def benchmark(module: str, tmp_path: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], dict[str, dict[str, Any]]]:
+    """A benchmark in its smoke mode; what it said, and its results by id."""
+    command = [sys.executable, "-m", f"extensions.benchmarks.{module}", "--quick", "--threads", "1", *words]
+    done = subprocess.run(
+        [*command, "--work_dir", str(tmp_path / "work"), "--out_dir", str(tmp_path / "results")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    results = [json.loads(path.read_text()) for path in sorted((tmp_path / "results").glob("*.json"))]
+    return done, {result["id"]: result for result in results}
+
+
+def test_the_training_benchmark_starts_and_its_gate_passes(tmp_path: Path) -> None:
+    """C1. litlora's losses and trained parameters equal PEFT's where that is installed; a peer that is absent is named."""
+    done, results = benchmark("train_c1", tmp_path, "--lines", "litgpt-mb4", "peft", "litlora")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = results["C1"]
+    ran = {each["line"] for each in result["runs"]}
+    assert ran | set(result["absent"]) == {"litgpt-mb4", "peft", "litlora"}
+    assert "litlora" in ran
+    assert all("not installed" in why for why in result["absent"].values())
+    assert result["gate"]["differences"]["litlora"] <= 1e-5
+    ours = result["summary"]["litlora"]
+    assert ours["real_tokens_per_second"] > 0
+    assert ours["ours_over_it"]["median"] == 1
+    assert (
+        ours["computed_positions"] <= sum(sum(each["real_tokens"]) for each in result["runs"] if each["line"] == "litlora") * 2
+    )  # nothing padded
+    assert "litlora (fp32, packed)" in next((tmp_path / "results").glob("*-c1.md")).read_text()
+    if importlib.util.find_spec("peft") is None or importlib.util.find_spec("transformers") is None:
+        pytest.skip("peft and transformers are not installed: litlora's losses were compared with nobody's")
+    assert result["gate"]["reference"] == "peft"
+
+
+def test_the_start_benchmarks_start_and_their_gate_passes(tmp_path: Path) -> None:
+    """C5, C6."""
+    done, results = benchmark("start_c5_c6", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"python -c pass", "litlora --help", "litlora finetune lora --help"} <= set(results["C5"]["seconds"])
+    assert {"import torch", "litlora generate"} <= set(results["C6"]["seconds"])
+    assert results["C6"]["gate"]["passed"]
+    assert "litlora generate" in results["C6"]["gate"]["answers"]
+
+
+def test_the_gate_sees_a_tool_that_does_not_update(tmp_path: Path) -> None:
+    """The losses of the smoke mode's three steps depend on the updates by far more than the gate allows."""
+    command = [sys.executable, "-m", "extensions.benchmarks.artefacts", "--shape", "tiny", "--count", "6", "--longest", "40"]
+    assert run([*command, "--work_dir", str(tmp_path)]).code == 0
+    place = tmp_path / "tiny"
+    samples = str(place / "samples" / "samples.json")
+    job = Job(
+        base=str(place / "base"), litgpt_base="", adapter=str(place / "adapter"), samples=samples,
+        samples_per_step=2, warmup=1, timed=2, threads=1, lr=1e-2,
+    )  # fmt: skip
+    learning, still = (train(each)["losses"] for each in (job, replace(job, lr=0.0)))
+    assert learning[0] == still[0]
+    assert losses_agree([a_run("peft", learning), a_run("litlora", learning)], "peft")["passed"]
+    gate = losses_agree([a_run("peft", learning), a_run("litlora", still)], "peft")
+    assert gate["differences"]["litlora"] > 1e-4
+    assert not gate["passed"]
+
+
+def a_run(line: str, losses: list[float], **changes: Any) -> dict[str, Any]:
+    return {"line": line, "turn": 0, "losses": losses, "trained": 10, "real_tokens": [7], "graded_tokens": [5]} | changes
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        a_run("litlora", [5.0, 4.9001]),  # another update
+        a_run("litlora", [5.0, float("nan")]),
+        a_run("litlora", [5.0, 4.9], trained=11),
+        a_run("litlora", [5.0, 4.9], graded_tokens=[4]),
+        a_run("litgpt-default", [5.0, 5.0]),
+    ],
+)
+def test_the_gate_refuses_another_loss_or_other_work(wrong: dict[str, Any]) -> None:
+    right = a_run("peft", [5.0, 4.9])
+    assert losses_agree([right, a_run("litlora", [5.0, 4.9 * (1 + 9e-6)]), a_run("litgpt-default", [5.0, 4.9 * 1.004])], "peft")["passed"]
+    assert not losses_agree([right, wrong], "peft")["passed"]
+
+
+def test_the_gate_refuses_to_pass_when_nothing_ran() -> None:
+    assert not losses_agree([{"line": "peft", "turn": 0, "failed": "exit code 1"}], "peft")["passed"]
+
+
+def test_a_label_stands_at_its_own_token_and_the_first_is_never_graded() -> None:
+    for grade in ("all", "answers"):
+        for row in random_samples(5, 300, 40, grade):
+            sample = Sample(row["ids"], row["graded"])
+            assert sample.labels[0] == IGNORE
+            assert all(label in (token, IGNORE) for label, token in zip(sample.labels, sample.ids, strict=True))
+            assert sum(sample.graded) == len(sample.ids) - (1 if grade == "all" else len(sample.ids) // 2)
+
+
+def test_the_arithmetic_of_a_token_is_that_of_the_true_shape() -> None:
+    """135M: 106,168,320 weights in the blocks' matrices, 4,884,480 in a rank-16 adapter on them."""
+    config = SHAPES["135m"]
+    assert sum(inner * outer for _, inner, outer in linears(config)) == 106_168_320
+    assert sum(16 * (inner + outer) for _, inner, outer in linears(config)) == 4_884_480
+    nothing_graded = flops_per_token(config, 0.0, 0.0, 0)
+    assert nothing_graded == 4 * 106_168_320
+    assert flops_per_token(config, 1.0, 0.0, 0) - nothing_graded == 4 * 49_152 * 576
+
+
+def test_a_percentile_lies_between_its_neighbours() -> None:
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert percentile([1.0, 2.0], 0.9) == pytest.approx(1.9)
+    assert percentile([4.0], 0.9) == 4.0
+
+
+def test_an_earlier_result_of_the_day_is_kept(tmp_path: Path) -> None:
+    first = write_results(tmp_path, "c1", {"turn": 1}, "one")
+    second = write_results(tmp_path, "c1", {"turn": 2}, "two")
+    assert first != second
+    assert json.loads(first.read_text()) == {"turn": 1}
+    assert second.with_suffix(".md").read_text() == "two\n"
+
+
+def test_a_process_is_timed_up_to_the_output_that_is_waited_for() -> None:
+    """The first word comes at once, the end half a second later."""
+    program = "import time; print('word', end='', flush=True); time.sleep(0.5)"
+    done = run([sys.executable, "-c", program], wanted=lambda stdout: stdout == "word")
+    assert done.first is not None
+    assert done.first < done.wall - 0.4
+    assert run([sys.executable, "-c", "raise SystemExit(3)"]).code == 3
+
+
+def test_litgpts_answer_is_told_from_its_settings() -> None:
+    settings = f"{{'prompt': '{PROMPT}',\n 'top_k': 50}}\n"
+    assert not said_by_litgpt(settings)
+    assert said_by_litgpt(f"{settings}{PROMPT} light\n")
+    assert litgpt_answer(f"{settings}{PROMPT} light\n") == " light"
+
+
+def test_a_table_has_a_row_for_each_line_and_lines_up() -> None:
+    lines = table([{"line": "a", "tok/s": "1.0"}, {"line": "longer", "tok/s": "20.0"}]).splitlines()
+    assert len(lines) == 4
+    assert len({len(line) for line in lines}) == 1

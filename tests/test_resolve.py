@@ -1,0 +1,560 @@
+"""What a path means, what is refused before it is opened, and whose base an adapter is on (YARDSTICK A02, F13, S01, S04)."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoint_samples import CONFIG, add_step, base_tensors, copy, flip, make_adapter, make_base, manifest_of
+
+from litlora.checkpoint import names
+from litlora.checkpoint.commit import commit_step
+from litlora.checkpoint.fingerprint import TensorHash, cache_path, combine, fingerprint
+from litlora.checkpoint.resolve import demo_base, kind_of, list_step_paths, list_steps, resolve, whole_steps
+from litlora.errors import UserError
+from litlora.safetensors_file import SafetensorsFile, write_safetensors
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+def make_full(run: Path, step: int, seed: int = 0) -> Path:
+    """A step of method `full`: a whole model with our manifest."""
+    run.mkdir(parents=True, exist_ok=True)
+    files = {names.CONFIG: json.dumps(CONFIG).encode(), names.TOKENIZER: b"{}"}
+    return commit_step(run, manifest_of(step, method="full", val_loss=1.0), tensors={names.WEIGHTS: base_tensors(seed)}, files=files)
+
+
+# ---- what a path means -----------------------------------------------------------------------------------------------
+
+
+def test_each_kind_of_directory_is_recognised(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    sharded = make_base(tmp_path / "sharded", shards=3)
+    step = add_step(tmp_path / "out", 100, base)
+    adapter = make_adapter(tmp_path / "adapter", str(base))
+    full = make_full(tmp_path / "pretrained", 5)
+    merged = copy(base, step / names.MERGED)
+    (merged / names.MERGE_REPORT).write_text("{}")
+    for path, kind, is_model in (
+        (base, "base", True), (sharded, "base", True), (step, "step", False), (adapter, "adapter", False), (full, "step", True),
+        (merged, "base", True),
+    ):  # fmt: skip
+        found = resolve(path)
+        assert (found.path, found.kind, found.is_model, found.why) == (path, kind, is_model, "")
+        assert (found.manifest is not None) == (kind == "step")
+        assert found.config().hidden_size == 24
+        assert found.shards().keys() == base_tensors().keys()
+        assert found.tokenizer_dir() == (base if kind == "adapter" else path)
+    assert resolve(adapter).adapter_config().r == 3
+    with pytest.raises(UserError, match="whole model, not an adapter"):
+        resolve(base).adapter_config()
+
+
+def test_a_run_is_its_best_step_by_validation_loss_else_its_newest(tmp_path: Path) -> None:
+    run = tmp_path / "out"
+    for step, loss in ((9, 0.9), (10, 0.5), (200, 0.7), (300, None)):
+        add_step(run, step, val_loss=loss)
+    found = resolve(run)
+    assert found.path == run / "step-10"
+    assert found.why == f"lowest validation loss (0.5000) of 4 in {run}"
+    newest = tmp_path / "newest"
+    for step in (9, 10):
+        add_step(newest, step)
+    assert resolve(newest).path == newest / "step-10"
+    assert resolve(newest).why == f"newest of 2 in {newest}"
+    assert [step.number for step in list_steps(run)] == [9, 10, 200, 300]
+    flip(run / "step-9" / names.README, 3)
+    assert [step.number for step in whole_steps(run)] == [10, 200, 300]
+
+
+def test_other_names_in_a_run_are_no_steps(tmp_path: Path) -> None:
+    """F09: step-9 comes before step-10, and foreign names are left alone."""
+    for name in ("step-10", "step-9", "step-010", "step-", "step-1x", "step--1", "Step-3", ".tmp-step-4-1", "step-5.torn", "step-\u0663"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / "step-7").write_text("a file")
+    assert [path.name for path in list_step_paths(tmp_path / "out")] == ["step-9", "step-10"]
+    assert names.step_number("a/b/step-0") == 0
+
+
+def test_no_path_is_the_run_in_out_else_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "toy")
+    monkeypatch.setattr(names, "DEMO_BASE", base)
+    assert resolve().path == base
+    assert resolve().is_demo
+    assert "no path was given" in resolve().why
+    Path("out").mkdir()
+    assert resolve().is_demo
+    add_step(Path("out"), 3)
+    assert resolve().path == Path("out/step-3")
+    assert resolve().why == "newest in out"
+    assert resolve("demo").path == base
+    assert resolve("demo").why == ""
+    copy(base, Path("demo"))
+    assert resolve("demo").path == Path("demo")
+    assert not resolve("demo").is_demo
+    monkeypatch.setattr(names, "DEMO_BASE", tmp_path / "gone")
+    with pytest.raises(UserError, match="missing from this installation"):
+        demo_base()
+
+
+def refusal(path: str | Path) -> str:
+    with pytest.raises(UserError) as refused:
+        resolve(path)
+    assert refused.value.exit_code == 2
+    return refused.value.report()
+
+
+def test_a_path_that_is_nothing_says_what_is_there_what_is_missing_and_what_is_near(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "out"
+    add_step(run, 100)
+    add_step(run, 200)
+    base = make_base(tmp_path / "models" / "llama-small")
+    assert f"did you mean {run / 'step-200'}?" in refusal(run / "step-250")
+    assert f"did you mean {run}?" in refusal(tmp_path / "runs" / "ouut")
+    assert f"did you mean {base}?" in refusal(tmp_path / "models" / "lama-small")
+    assert f"did you mean {run}?" in refusal(tmp_path / "runs")
+    assert "is a file" in refusal(base / names.WEIGHTS)
+    assert f"give its directory: {base}" in refusal(base / names.WEIGHTS)
+    assert "hf download org/name" in refusal("org/name")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "found: nothing" in refusal(empty)
+    assert "missing: config.json and model.safetensors" in refusal(empty)
+    half = copy(base, tmp_path / "half")
+    (half / names.WEIGHTS).unlink()
+    text = refusal(half)
+    assert "found: config.json, tokenizer.json" in text
+    assert "missing: model.safetensors or model.safetensors.index.json" in text
+    copy(base, tmp_path / "no-config")
+    (tmp_path / "no-config" / names.CONFIG).unlink()
+    assert "missing: config.json, for a model" in refusal(tmp_path / "no-config")
+    adapter = make_adapter(tmp_path / "adapter", str(base))
+    (adapter / names.ADAPTER_WEIGHTS).unlink()
+    assert "missing: adapter_model.safetensors, for an adapter" in refusal(adapter)
+    (run / "step-300").mkdir()
+    assert "step-200" in refusal(run / "step-300")
+    started = tmp_path / "started"
+    started.mkdir()
+    (started / names.RUN_YAML).write_text("a: 1")
+    assert "a run without a checkpoint yet" in refusal(started)
+    for odd in ("\0", "a" * 300, "a/" * 3000, "-rf", "$(touch exploded)", "a\nb"):
+        assert "there is no such directory" in refusal(odd) or "cannot be looked at" in refusal(odd)
+
+
+def test_a_model_and_an_adapter_in_one_directory_are_refused(tmp_path: Path) -> None:
+    """transformers would ignore the one or apply the other: it cannot be told what is meant."""
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", str(base))
+    for name in (names.ADAPTER_CONFIG, names.ADAPTER_WEIGHTS):
+        (base / name).write_bytes((adapter / name).read_bytes())
+    assert "holds a model and an adapter at once" in refusal(base)
+
+
+def test_a_step_without_its_manifest_is_torn_and_not_a_plain_adapter(tmp_path: Path) -> None:
+    """F03: as a PEFT adapter it would be accepted on any base."""
+    step = add_step(tmp_path / "out", 100)
+    (step / names.MANIFEST).unlink()
+    assert "litlora.json is missing" in refusal(step)
+    moved = step.rename(tmp_path / "mine")
+    assert kind_of(moved) == "step"
+    assert "litlora.json is missing" in refusal(moved)
+
+
+def test_a_whole_step_under_another_name_is_still_a_step(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    moved = add_step(tmp_path / "out", 100, base).rename(tmp_path / "best")
+    assert resolve(moved).kind == "step"
+    assert resolve(moved).base().path == base
+
+
+# ---- the base of an adapter ------------------------------------------------------------------------------------------
+
+
+def test_other_weights_of_the_same_shape_are_refused_with_both_fingerprints(tmp_path: Path) -> None:
+    """A02. Mutation: with `check_fingerprint` gone, or comparing shapes only, the wrong base is accepted."""
+    base, wrong = make_base(tmp_path / "base", seed=1), make_base(tmp_path / "wrong", seed=2)
+    step = add_step(tmp_path / "out", 100, base)
+    right = resolve(base).fingerprint()
+    assert resolve(step).base().path == base
+    assert resolve(step).fingerprint() == right
+    with pytest.raises(UserError, match="was not trained on") as refused:
+        resolve(step, base_dir=wrong).base()
+    assert right in refused.value.report()
+    assert resolve(wrong).fingerprint() in refused.value.report()
+    flip(base / names.WEIGHTS, 8 * ((base / names.WEIGHTS).stat().st_size - 5))  # one bit of one weight
+    with pytest.raises(UserError, match="was not trained on"):
+        resolve(step).base()
+
+
+def test_a_renamed_or_resharded_base_is_accepted(tmp_path: Path) -> None:
+    """A02, and a moved base: --base_dir, or base and run moved together."""
+    base = make_base(tmp_path / "project" / "base")
+    step = add_step(tmp_path / "project" / "out", 100, base)
+    for shards in (2, 5):
+        other = make_base(tmp_path / f"shards{shards}", shards=shards)
+        assert resolve(step, base_dir=other).base().path == other
+    (tmp_path / "project").rename(tmp_path / "moved")
+    step = tmp_path / "moved" / "out" / "step-100"
+    assert resolve(step).base().path.resolve() == tmp_path / "moved" / "base"
+    (tmp_path / "moved" / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"its base is not there: .*An adapter holds no base weights") as refused:
+        resolve(step).base()
+    assert str(base) in str(refused.value)
+    assert "--base_dir" in refused.value.hint
+    assert resolve(step, base_dir=tmp_path / "elsewhere").base().path == tmp_path / "elsewhere"
+
+
+def test_where_the_recorded_path_holds_another_model_now_the_one_beside_the_run_is_found(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "project" / "base", seed=1)
+    step = add_step(tmp_path / "project" / "out", 100, base)
+    (tmp_path / "project").rename(tmp_path / "moved")
+    make_base(base, seed=2)
+    assert resolve(tmp_path / "moved" / "out" / step.name).base().path.resolve() == tmp_path / "moved" / "base"
+
+
+def test_an_adapter_is_never_a_base(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    step = add_step(tmp_path / "out", 100, base)
+    with pytest.raises(UserError, match="the base of an adapter is a whole model"):
+        resolve(step, base_dir=step).base()
+    with pytest.raises(UserError, match="no such directory"):
+        resolve(step, base_dir=tmp_path / "nowhere").base()
+    adapter = make_adapter(tmp_path / "own", ".")  # names itself
+    with pytest.raises(UserError, match="its base is not there"):
+        resolve(adapter).base()
+
+
+def test_a_full_step_is_its_own_base_and_can_be_one(tmp_path: Path) -> None:
+    full = make_full(tmp_path / "pretrained", 5)
+    assert resolve(full).base().path == full
+    step = add_step(tmp_path / "out", 100, full)
+    assert resolve(step).base().path == full
+    assert resolve(step, base_dir=tmp_path / "pretrained").base().path == full  # a run of whole models will do
+
+
+def test_a_peft_adapter_finds_its_base_absolute_relative_or_named(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    for name, recorded in (("absolute", str(base)), ("relative", "../base")):
+        found = resolve(make_adapter(tmp_path / name, recorded))
+        assert found.base().path.resolve() == base
+    hub = resolve(make_adapter(tmp_path / "hub", "org/llama"))
+    with pytest.raises(UserError, match="its base is not there: org/llama") as refused:
+        hub.base()
+    assert "download org/llama" in refused.value.hint
+    assert resolve(tmp_path / "hub", base_dir=base).base().path == base
+    nameless = make_adapter(tmp_path / "nameless", "")
+    with pytest.raises(UserError, match="does not say which base"):
+        resolve(nameless).base()
+
+
+def test_the_demo_base_is_recorded_by_its_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation elsewhere has it elsewhere."""
+    monkeypatch.setattr(names, "DEMO_BASE", make_base(tmp_path / "here"))
+    step = add_step(tmp_path / "out", 100, names.DEMO_BASE)
+    assert resolve(step).manifest.base.path == "demo"  # type: ignore[union-attr]
+    monkeypatch.setattr(names, "DEMO_BASE", make_base(tmp_path / "there"))
+    assert resolve(step).base().path == tmp_path / "there"
+    assert resolve(step).base().is_demo
+    monkeypatch.setattr(names, "DEMO_BASE", make_base(tmp_path / "changed", seed=9))
+    with pytest.raises(UserError, match="was not trained on"):
+        resolve(step).base()
+
+
+# ---- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_covers_name_dtype_shape_and_every_byte(tmp_path: Path) -> None:
+    """A02: each of them, and nothing else."""
+    one = {"a": ("F32", (2, 3), bytes(range(24))), "b": ("BF16", (2,), b"abcd")}
+    variants = [
+        one,
+        {"c": one["a"], "b": one["b"]},
+        {"aa": one["a"], "b": one["b"]},  # the same order
+        {"a": ("I32", (2, 3), bytes(range(24))), "b": one["b"]},
+        {"a": ("F32", (3, 2), bytes(range(24))), "b": one["b"]},
+        {"a": ("F32", (2, 3), bytes([*range(23), 24])), "b": one["b"]},
+        {"a": one["a"]},
+        {**one, "empty": ("F32", (0,), b"")},
+    ]
+    prints = []
+    for number, tensors in enumerate(variants):
+        write_safetensors(tmp_path / f"{number}.safetensors", tensors, {"made": str(number)})
+        prints.append(fingerprint(dict.fromkeys(tensors, tmp_path / f"{number}.safetensors")))
+    assert len(set(prints)) == len(variants)
+    write_safetensors(tmp_path / "again.safetensors", one, {"made": "later"})
+    assert fingerprint(dict.fromkeys(one, tmp_path / "again.safetensors")) == prints[0]
+    assert prints[0].startswith("xxh3:")
+    assert len(prints[0]) == 5 + 32
+
+
+def test_a_fingerprint_can_be_made_while_bytes_stream_by(tmp_path: Path) -> None:
+    """What merging does, in whatever pieces."""
+    base = make_base(tmp_path / "base", shards=2)
+    shards = resolve(base).shards()
+    digests = {}
+    for name, path in shards.items():
+        with SafetensorsFile(path) as file:
+            info, data = file.tensors[name], bytes(file.bytes(name))
+        state = TensorHash(name, info.dtype, info.shape)
+        for start in range(0, len(data), 7):
+            state.update(data[start : start + 7])
+        digests[name] = state.digest()
+    assert combine(digests) == combine(dict(reversed(digests.items()))) == fingerprint(shards)
+
+
+def test_a_remembered_fingerprint_is_used_only_for_the_file_it_was_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: with size and mtime alone as the key, the rewritten file with its old time passes."""
+    from litlora.checkpoint import fingerprint as module
+
+    base = make_base(tmp_path / "base")
+    shards = resolve(base).shards()
+    first = fingerprint(shards)
+    assert not cache_path().exists()  # the file is too young to be trusted to show its next change
+    monkeypatch.setattr(sys.modules["litlora.checkpoint.fingerprint"], "_is_settled", lambda path: True)
+    assert fingerprint(shards) == first
+    assert cache_path().exists()
+    monkeypatch.setattr(module, "_hash_file", lambda path: pytest.fail("it was to be remembered"))
+    assert fingerprint(shards) == first
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = base / names.WEIGHTS
+    status = weights.stat()
+    flip(weights, 8 * (status.st_size - 5))
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert weights.stat().st_mtime_ns == status.st_mtime_ns
+    assert weights.stat().st_size == status.st_size
+    assert fingerprint(shards) != first
+    flip(weights, 8 * (status.st_size - 5))
+    for garbage in (b"", b"[]", b'{"x": {"a": "zz"}}', b"\xff", b'{"x": 1}', b"{" * 100_000):
+        cache_path().write_bytes(garbage)
+        assert fingerprint(shards) == first
+    cache_path().unlink()
+    cache_path().parent.rmdir()
+    cache_path().parent.write_text("a file where the cache should be")
+    assert fingerprint(shards) == first
+
+
+# ---- F13 -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_half_downloaded_base_is_refused_and_the_file_named(tmp_path: Path) -> None:
+    """F13. Mutation: trusting the index lets all four through to the model."""
+    good = make_base(tmp_path / "good", shards=3)
+    second = "model-00002-of-00003.safetensors"
+    missing = copy(good, tmp_path / "missing")
+    (missing / second).unlink()
+    assert_shards_refused(missing, second, "is missing")
+    (missing / ".cache/huggingface/download").mkdir(parents=True)
+    (missing / ".cache/huggingface/download/abc.incomplete").write_text("")
+    with pytest.raises(UserError) as refused:
+        resolve(missing).shards()
+    assert "not finished" in refused.value.hint
+    for cut in (0, 4, 100, -1):
+        torn = copy(good, tmp_path / f"torn{cut}")
+        (torn / second).write_bytes((good / second).read_bytes()[:cut])
+        assert_shards_refused(torn, second, "safetensors")
+    absent = copy(good, tmp_path / "absent")
+    index = json.loads((absent / names.WEIGHTS_INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = "model-00004-of-00003.safetensors"
+    (absent / names.WEIGHTS_INDEX).write_text(json.dumps(index))
+    assert_shards_refused(absent, "model-00004-of-00003.safetensors", "is missing")
+    wrong = copy(good, tmp_path / "wrong")
+    index["weight_map"]["model.norm.weight"] = "model-00001-of-00003.safetensors"
+    index["weight_map"]["lm_head.weight"] = "model-00001-of-00003.safetensors"
+    (wrong / names.WEIGHTS_INDEX).write_text(json.dumps(index))
+    assert_shards_refused(wrong, "model-00001-of-00003.safetensors", "lacks the tensor")
+    single = make_base(tmp_path / "single")
+    (single / names.WEIGHTS).write_bytes((single / names.WEIGHTS).read_bytes()[:-1])
+    assert_shards_refused(single, names.WEIGHTS, "safetensors")
+
+
+def assert_shards_refused(base: Path, name: str, what: str) -> None:
+    with pytest.raises(UserError, match=what) as refused:
+        resolve(base).shards()
+    assert name in str(refused.value)
+
+
+# ---- S04 -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.safetensors", "/etc/hostname.safetensors", "a/b.safetensors", "..", ".", "", "a\\b.safetensors", "C:x.safetensors",
+        "\0.safetensors", "a\n.safetensors", "x" * 300 + ".safetensors", "model.bin", "tokenizer.json", 7, None, ["x"], {"a": 1},
+    ],
+)  # fmt: skip
+def test_an_index_cannot_name_anything_but_a_file_of_its_directory(tmp_path: Path, name: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S04: refused before anything is opened. Mutation: without `is_plain_name` the file outside is read."""
+    base = make_base(tmp_path / "base", shards=2)
+    write_safetensors(tmp_path / "secret.safetensors", base_tensors(), {})
+    index = json.loads((base / names.WEIGHTS_INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    (base / names.WEIGHTS_INDEX).write_text(json.dumps(index))
+    monkeypatch.setattr("litlora.checkpoint.shards.SafetensorsFile", lambda path: pytest.fail(f"opened {path}"))
+    with pytest.raises(UserError) as refused:
+        resolve(base).shards()
+    assert names.WEIGHTS_INDEX in refused.value.where
+
+
+def test_links_pipes_and_devices_are_refused_before_they_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S04: a FIFO would wait for ever, /dev/zero never ends. (`SafetensorsFile` refuses to read them, too.)"""
+    second = "model-00002-of-00002.safetensors"
+    outside = tmp_path / "outside.safetensors"
+    write_safetensors(outside, base_tensors(), {})
+
+    def link(target: str) -> Callable[[Path], None]:
+        return lambda path: path.symlink_to(target)
+
+    makers = [link(str(outside)), link("../outside.safetensors"), link("/dev/zero"), link(second), os.mkfifo, Path.mkdir]
+    with monkeypatch.context() as patched:
+        patched.setattr("litlora.checkpoint.shards.SafetensorsFile", lambda path: pytest.fail(f"opened {path}"))
+        for number, make in enumerate(makers):
+            for name, shards in ((second, 2), (names.WEIGHTS, 1)):
+                base = make_base(tmp_path / f"base{number}-{shards}", shards=shards)
+                (base / name).unlink()
+                make(base / name)
+                with pytest.raises(UserError, match=r"is a link out|is no regular file|leads to itself|cannot be read|is neither a model"):
+                    resolve(base).shards()
+    base = make_base(tmp_path / "inside", shards=2)
+    (base / second).rename(base / "blob.safetensors")
+    (base / second).symlink_to("blob.safetensors")
+    assert resolve(base).shards()  # a link inside the directory leads nowhere else
+    for name in (names.CONFIG, names.WEIGHTS_INDEX):
+        base = make_base(tmp_path / f"piped-{name}", shards=2)
+        (base / name).unlink()
+        os.mkfifo(base / name)
+        with pytest.raises(UserError, match="is no regular file"):
+            resolve(base).config() if name == names.CONFIG else resolve(base).shards()
+
+
+def test_the_links_of_hugging_faces_cache_are_followed_inside_the_cache_only(tmp_path: Path) -> None:
+    """S04: models--org--name/snapshots/HASH/file -> ../../blobs/HASH."""
+    cache = tmp_path / "hub" / "models--org--name"
+    snapshot = cache / "snapshots" / "abc123"
+    plain = make_base(tmp_path / "plain", shards=2)
+    (cache / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(plain.iterdir())):
+        copied = cache / "blobs" / str(number)
+        copied.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    found = resolve(snapshot)
+    assert found.config().hidden_size == 24
+    assert found.fingerprint() == resolve(plain).fingerprint()
+    (tmp_path / "handle").symlink_to(snapshot)
+    assert resolve(tmp_path / "handle").shards()
+    other = tmp_path / "hub" / "models--evil--name" / "blobs"
+    other.mkdir(parents=True)
+    second = "model-00002-of-00002.safetensors"
+    (other / "x").write_bytes((plain / second).read_bytes())
+    (snapshot / second).unlink()
+    (snapshot / second).symlink_to("../../../models--evil--name/blobs/x")
+    assert_shards_refused(snapshot, second, "is a link out of its directory")
+
+
+def test_names_that_differ_in_case_only_and_doubled_keys_are_refused(tmp_path: Path) -> None:
+    """S04: one file to some file systems, two to others."""
+    base = make_base(tmp_path / "base", shards=2)
+    index = json.loads((base / names.WEIGHTS_INDEX).read_text())
+    for changed, what in (
+        ({**index["weight_map"], "model.norm.weight": "MODEL-00001-of-00002.safetensors"}, "differ in case only"),
+        ({**index["weight_map"], "Model.norm.weight": "model-00001-of-00002.safetensors"}, "differ in case only"),
+        ({}, "has no weight_map"),
+        ([], "has no weight_map"),
+    ):
+        (base / names.WEIGHTS_INDEX).write_text(json.dumps({"weight_map": changed}))
+        assert_shards_refused(base, names.WEIGHTS_INDEX, what)
+    (base / names.WEIGHTS_INDEX).write_text('{"weight_map": {"a": "a.safetensors", "a": "b.safetensors"}}')
+    assert_shards_refused(base, names.WEIGHTS_INDEX, "names 'a' twice")
+
+
+# ---- S01 -------------------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """A pickle that leaves a mark when it is loaded."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch exploded",)
+
+
+NAMES = [
+    names.CONFIG, names.WEIGHTS, names.WEIGHTS_INDEX, names.ADAPTER_CONFIG, names.ADAPTER_WEIGHTS, names.MANIFEST, names.TRAINING_STATE,
+    names.TRAINING_STATE_META, "model-00001-of-00002.safetensors",
+]  # fmt: skip
+
+
+def read_everything(directory: Path) -> None:
+    found = resolve(directory)
+    found.config(), found.shards(), found.adapter_config()
+    SafetensorsFile(found.adapter_file()).close()
+    found.training_values()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pickle_under_any_accepted_name_is_refused_and_never_run(tmp_path: Path, name: str) -> None:
+    """S01."""
+    base = make_base(tmp_path / "base", shards=2 if name in (names.WEIGHTS_INDEX, "model-00001-of-00002.safetensors") else 1)
+    step = add_step(tmp_path / "out", 100, base)
+    adapter = make_adapter(tmp_path / "adapter", str(base))
+    for directory in (base, step, adapter):
+        if (directory / name).exists():
+            (directory / name).write_bytes(pickle.dumps(Bomb()))
+            with pytest.raises(UserError) as refused:
+                read_everything(directory)
+            assert name in refused.value.report()
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin", "model.pt", "consolidated.00.pth"])
+def test_a_directory_of_pickles_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    """S01: with what to do instead."""
+    base = make_base(tmp_path / "base")
+    (base / names.WEIGHTS).unlink()
+    (base / name).write_bytes(pickle.dumps(Bomb()))
+    text = refusal(base)
+    assert f"{name} can run code when it is read, and is not" in text
+    assert "safetensors format" in text
+    assert not Path("exploded").exists()
+
+
+def test_code_in_a_models_directory_is_never_run(tmp_path: Path) -> None:
+    """S01: modeling_*.py, auto_map, model_file. No process, no exec, no import from there: an audit hook listens."""
+    base = make_base(tmp_path / "base", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"}, model_file="modeling_evil.py")
+    (base / "modeling_evil.py").write_text("raise SystemExit('run')")
+    (base / "__init__.py").write_text("raise SystemExit('run')")
+    code = f"""
+import sys
+from litlora.checkpoint import resolve
+import litlora.families, litlora.peft, concurrent.futures.thread
+heard = []
+def listen(event, args):
+    if event.startswith(("os.system", "subprocess", "os.exec", "os.fork", "os.posix_spawn", "socket.", "marshal.", "pickle.")):
+        heard.append(event)
+    if event in ("exec", "import", "open") and any("modeling_evil" in str(arg) or str(arg).endswith("base/__init__.py") for arg in args):
+        heard.append((event, args))
+sys.addaudithook(listen)
+found = resolve({str(base)!r})
+found.config(), found.shards(), found.fingerprint()
+assert not heard, heard
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_looking_at_checkpoints_imports_no_torch() -> None:
+    """DESIGN section 2: only weights and state need it, and nothing else in the room imports those."""
+    code = "import sys; import litlora.checkpoint; assert not {'torch', 'lightning', 'safetensors'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
