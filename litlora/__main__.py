@@ -37,7 +37,9 @@ def run(words: list[str]) -> int:
             return 0
         word = words.pop(0)
         if word not in table:
-            inner = {f"{outer}_{name}": f"{outer} {name}" for outer, inside in COMMANDS.items() if isinstance(inside, dict) for name in inside}
+            inner = {
+                f"{outer}_{name}": f"{outer} {name}" for outer, inside in COMMANDS.items() if isinstance(inside, dict) for name in inside
+            }
             hint = f"here it is litlora {inner[word]}" if word in inner else did_you_mean(word, table)
             raise UserError(f"no command '{' '.join(['litlora', *taken, word])}'", hint=hint or "litlora --help lists the commands")
         taken.append(word)

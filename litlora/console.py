@@ -54,7 +54,14 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            columns = (TextColumn(unit), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[shown]}"), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn(unit),
+                MofNCompleteColumn(),
+                BarColumn(20),
+                TextColumn("{task.fields[shown]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             self.bar = Bar(*columns, console=Console(stderr=True, highlight=False))
             self.task = self.bar.add_task(unit, total=total, completed=start, shown="")
             self.bar.start()

@@ -321,7 +321,7 @@ class Sampler:
         """By inverting the cumulative distribution at one uniform number: neither order nor device changes what is drawn."""
         options = self.options
         logits = logits.float()
-        probabilities = ((logits - logits.max()) / options.temperature).softmax(0)
+        probabilities = (logits / max(options.temperature, 1e-20)).softmax(0)  # fp32 has no room for less
         ids: Tensor | None = None  # None: probabilities[i] belongs to token i
         if options.top_k:
             values, ids = probabilities.topk(min(options.top_k, len(probabilities)))

@@ -82,15 +82,16 @@ class GPT(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             context = Context.of(tokens, self.config, segments, cache)
             x = self.model(tokens, context)  # (B, T, C)
-            if cache is not None:
-                cache.advance(tokens.size(1))
             if targets is not None:
+                assert cache is None, "a loss is for training, a cache is for generation"
                 graded = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # (N,): the one place that waits for the device
                 x = self.model.norm(x.flatten(0, 1).index_select(0, graded))  # (N, C)
                 return summed_loss(self.lm_head, x, targets.flatten().index_select(0, graded))
             if logits_at is not None:
                 x = x[torch.arange(len(x), device=x.device), logits_at].unsqueeze(1)  # (B, 1, C)
             logits: Tensor = self.lm_head(self.model.norm(x))
+            if cache is not None:
+                cache.advance(tokens.size(1))  # only now: a call that failed has held nothing
             return logits
 
 

@@ -29,7 +29,9 @@ class TrainOptions:
     max_steps: int | None = option(None, "stop after this many optimizer steps (default: what the epochs need)", least=1)
     epochs: float = option(3.0, "passes over the training rows", above=0)
     global_batch_size: int = option(16, "samples per optimizer step, over all devices", least=1)
-    micro_batch_tokens: int | None = option(None, "tokens computed at once (default: chosen for this machine; never changes the result)", least=1)
+    micro_batch_tokens: int | None = option(
+        None, "tokens computed at once (default: chosen for this machine; never changes the result)", least=1
+    )
     max_seq_length: int | None = option(None, "longest sample, in tokens; longer ones are cut (default: the model's context)", least=2)
     lr: float = option(2e-4, "highest learning rate", least=0)
     lr_schedule: Literal["cosine", "linear", "constant"] = option("cosine", "how the learning rate falls after the warm-up")
@@ -104,7 +106,9 @@ class SamplingOptions:
 class ComputeOptions:
     """Shared by every command that computes with torch; inherited, so that they stand at the top level."""
 
-    precision: Literal["auto", "fp32", "bf16"] = option("auto", "dtype of the frozen weights and the arithmetic (auto: what this machine computes fast)")
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "auto", "dtype of the frozen weights and the arithmetic (auto: what this machine computes fast)"
+    )
     threads: int | None = option(None, "CPU threads (default: torch's choice)", least=1)
 
 
@@ -156,7 +160,7 @@ class MergeLoRA:
     checkpoint_dir: str | None = option(None, "the step, or a run (default: the run in out)")
     out_dir: str | None = option(None, "where the merged model goes (default: merged/ inside the step)")
     base_dir: str | None = option(None, "where the base is now, if it moved")
-    dtype: Literal["keep", "float32", "bfloat16", "float16"] = option("keep", "dtype of the adapted tensors (keep: the base's)")
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = option("keep", "dtype of the whole merged model (keep: the base's)")
     verify: Literal["quick", "full"] = option("quick", "quick: in the same pass; full: logits of merged against unmerged too")
     overwrite: bool = option(False, "replace an earlier merge in out_dir")
 

@@ -7,7 +7,6 @@
 import dataclasses
 import json
 import textwrap
-
 import typing
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -215,7 +214,9 @@ def wrong_value(named: Sequence[str], known: Mapping[str, Leaf], message: str) -
     """jsonargparse's complaint about one option in our words."""
     if not named:
         return " ".join(message.split())
-    wanted = {"N": "a whole number", "X": "a number", "": "true or false"}.get(values_of(known[named[0]].type), values_of(known[named[0]].type))
+    wanted = {"N": "a whole number", "X": "a number", "": "true or false"}.get(
+        values_of(known[named[0]].type), values_of(known[named[0]].type)
+    )
     value = message.rpartition("value: ")[2].strip()
     return f"--{named[0]} must be {wanted}, not {value}"
 
@@ -271,8 +272,17 @@ def check_ranges(options: Any, prefix: str = "") -> None:
             check_ranges(value, f"{name}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             above, least, most = (field.metadata[bound] for bound in ("above", "least", "most"))
-            if value != value or (above is not None and value <= above) or (least is not None and value < least) or (most is not None and value > most):
-                bounds = [f"above {above}"] * (above is not None) + [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
+            if (
+                value != value
+                or (above is not None and value <= above)
+                or (least is not None and value < least)
+                or (most is not None and value > most)
+            ):
+                bounds = (
+                    [f"above {above}"] * (above is not None)
+                    + [f"at least {least}"] * (least is not None)
+                    + [f"at most {most}"] * (most is not None)
+                )
                 raise UserError(f"--{name} must be {' and '.join(bounds) or 'a number'}, not {value}")
 
 

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, normalizers
 
 from litlora.errors import UserError
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # all that a tokenizer is read from
 SPACE = "\u2581"  # how SentencePiece writes a space
 BORDERS = ("<s>", "</s>", "<bos>", "<eos>", "<unk>", "<pad>")  # never said by a model, however a file flags them
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -128,7 +128,10 @@ class Tokenizer:
         """The directory's own chat template: chat_template.jinja, else the one (named `default`) in tokenizer_config.json."""
         path = self.directory / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            try:
+                return path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError("not UTF-8 text", where=path) from error
         value = self._config.get("chat_template")
         if isinstance(value, list):
             named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
@@ -168,23 +171,23 @@ class Tokenizer:
         self._any_control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         special = [content for content in longest_first if self.control[content] in self.special_ids or content in BORDERS]
         self._special_control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        self._prefixes_itself = self._takes_over_prefix()
+        self._prefix = self._take_over_prefix()
 
-    def _takes_over_prefix(self) -> bool:
-        """Whether the space before the first word is put there by us, and before the first word only.
+    def _take_over_prefix(self) -> str:
+        """What we put before the first word of a text ourselves: Llama 2's space, or nothing.
 
-        Llama 2's file puts one after every control token as well; its tokenizer class, which is what Hugging Face
-        and vLLM serve the model with, does not (unless `legacy`). Both put one at the start.
+        Llama 2's file puts one after every control token as well; its tokenizer class, which is what transformers
+        serves the model with, does not (unless `legacy`). Both put one at the start.
         """
         of_llama = str(self._config.get("tokenizer_class", "")).removesuffix("Fast") == "LlamaTokenizer"
         if not of_llama or self._config.get("legacy", False) or self._model_type not in (None, "llama"):
-            return False
+            return ""
         shape = json.loads(self._tokenizer.normalizer.__getstate__()) if self._tokenizer.normalizer else {}
         steps = shape.get("normalizers", [])
         if [step.get("type") for step in steps] != ["Prepend", "Replace"] or self._tokenizer.pre_tokenizer is not None:
-            return False
+            return ""
         self._tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-        return True
+        return "" if self._config.get("add_prefix_space") is False else SPACE
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Ids of `text`, with no BOS or EOS added. `special`: control strings in it are control tokens, else they are text."""
@@ -201,7 +204,7 @@ class Tokenizer:
                 controls = [self.control[match[0]] for match in self._any_control.finditer(text)]
                 text = self._any_control.sub(lambda match: self._stand_ins[match[0]], text) if controls else text
             text = text.replace(mark, "") if mark else text
-            prepared.append(SPACE + text if self._prefixes_itself and text and not text.startswith("\ufdd0") else text)
+            prepared.append(self._prefix + text if text and not text.startswith("\ufdd0") else text)
             found.append(controls)
         encodings = self._tokenizer.encode_batch_fast(prepared, add_special_tokens=False)
         return [self._exchange(encoding.ids, controls) for encoding, controls in zip(encodings, found, strict=True)]

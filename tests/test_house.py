@@ -105,13 +105,19 @@ assert code == 0 and not heavy, (code, heavy)
 
 def test_one_room_spells_the_file_names() -> None:
     """DESIGN section 2: checkpoint/names.py owns them; a literal elsewhere is a second truth."""
-    named = re.compile(r"\.(safetensors|safetensors\.index\.json|jinja)$|^(config|generation_config|tokenizer|tokenizer_config|adapter_config|litlora)\.json$")
+    named = re.compile(
+        r"\.(safetensors|safetensors\.index\.json|jinja)$|^(config|generation_config|tokenizer|tokenizer_config|adapter_config|litlora)\.json$"
+    )
     wrong = []
     for path in source_files():
         if room_of(path) in ("checkpoint", "tokenizer"):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        docs = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body and isinstance(node.body[0], ast.Expr)}
+        docs = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body and isinstance(node.body[0], ast.Expr)
+        }
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs and named.search(node.value):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.value}")
@@ -120,7 +126,9 @@ def test_one_room_spells_the_file_names() -> None:
 
 def test_nothing_unpickles() -> None:
     """YARDSTICK S01: loading never runs code."""
-    banned = re.compile(r"\bpickle\b|torch\.save\(|torch\.load\(|strict=False|\beval\(|\bexec\(|yaml\.load\(|os\.system|shell=True|_lazy_load|except:\s")
+    banned = re.compile(
+        r"\bpickle\b|torch\.save\(|torch\.load\(|strict=False|\beval\(|\bexec\(|yaml\.load\(|os\.system|shell=True|_lazy_load|except:\s"
+    )
     allowed = re.compile(r"\.eval\(\)|def eval|never pickle|no pickle|not pickle")
     wrong = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"

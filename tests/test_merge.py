@@ -183,7 +183,7 @@ def test_rounding_in_place_is_rounding(dtype: str) -> None:
 def test_blocks_of_rows_join_without_a_seam(tmp_path: Path, stored: str, wanted: str) -> None:
     """N04 where a tensor takes several blocks, the last one short and no multiple of the group, and the dtype may change.
     (Mutations: one row off in a block; places computed with the other dtype's width.)"""
-    base = make_base(tmp_path / "base", stored, hidden_size=296, intermediate_size=613, vocab_size=251)
+    base = make_base(tmp_path / "base", stored, hidden_size=296, intermediate_size=2803, vocab_size=2551)
     step = make_step(tmp_path / "run", base, size=0.05, target_modules=["gate_proj", "down_proj"])
     before, after = read(base), read(merged(step, dtype=wanted))
     oracle = exact(step, base)

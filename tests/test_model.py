@@ -177,7 +177,8 @@ def test_a_window_hides_what_lies_before_it() -> None:
 
 
 def test_conversations_on_one_model_do_not_disturb_each_other() -> None:
-    """M06: two caches, interleaved, one call failing half-way; both end as if they had been alone."""
+    """M06: two caches, interleaved, calls failing half-way and at the end; both end as if they had been alone. Must catch:
+    a cache that counts tokens before the head has answered."""
     gpt = tiny_gpt("mistral")
     one, two = random_tokens(1, 12, seed=1), random_tokens(1, 12, seed=2)
     caches = KVCache(12), KVCache(12)
@@ -188,10 +189,11 @@ def test_conversations_on_one_model_do_not_disturb_each_other() -> None:
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    handle = gpt.model.layers[1].register_forward_hook(fail)
-    with pytest.raises(KeyboardInterrupt):
-        gpt(two[:, :7], cache=caches[0])
-    handle.remove()
+    for module in (gpt.model.layers[1], gpt.lm_head):
+        handle = module.register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            gpt(two[:, :7], cache=caches[0])
+        handle.remove()
     after = [[gpt(tokens[:, i : i + 1], cache=cache) for tokens, cache in zip((one, two), caches, strict=True)] for i in range(5, 12)]
     for which in (0, 1):
         torch.testing.assert_close(torch.cat([step[which] for step in after], 1), alone[which], rtol=1e-5, atol=1e-5)

@@ -230,3 +230,14 @@ def test_the_tiny_models_are_unfriendly() -> None:
         config = tiny_config(family)
         assert config.num_attention_heads * config.head_dim != config.hidden_size
         assert config.window(2) == (7 if family in ("mistral", "qwen2") else None)
+
+
+def test_a_real_model_is_read_from_its_directory() -> None:
+    """`GPT.from_pretrained` gives the model that was put together by hand above."""
+    reference = json.loads((shared_data("models/stories3m-llama") / "reference.json").read_text())
+    gpt = GPT.from_pretrained(shared_data("models/stories3m-llama"))
+    expected = torch.tensor(reference["last_logits"])
+    with torch.no_grad():
+        assert (gpt(torch.tensor([reference["prompt_ids"]]))[0, -1] - expected).abs().max() <= 1e-5 * expected.abs().max()
+    rough = GPT.from_pretrained(shared_data("models/stories3m-llama"), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in rough.parameters()} == {torch.bfloat16}

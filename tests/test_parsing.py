@@ -110,7 +110,9 @@ def test_any_text_is_only_a_value(value: str) -> None:
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.lists(st.text(max_size=12) | st.sampled_from(["--train.lr", "--data", "--config", "1", "true", "--lora.r=", "--resume"]), max_size=5))
+@given(
+    st.lists(st.text(max_size=12) | st.sampled_from(["--train.lr", "--data", "--config", "1", "true", "--lora.r=", "--resume"]), max_size=5)
+)
 def test_any_words_are_parsed_or_refused(words: list[str]) -> None:
     """YARDSTICK Z01: only the documented exception."""
     words = [word for word in words if word not in ("-h", "--help", "--print_config")]

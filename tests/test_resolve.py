@@ -171,6 +171,26 @@ def test_a_step_without_its_manifest_is_torn_and_not_a_plain_adapter(tmp_path: P
     assert "litlora.json is missing" in refusal(moved)
 
 
+def test_weights_that_were_put_beside_a_step_are_never_used(tmp_path: Path) -> None:
+    """F03: what the manifest does not cover is not part of the checkpoint."""
+    base, other = make_base(tmp_path / "base"), make_base(tmp_path / "other", seed=3)
+    step, full = add_step(tmp_path / "out", 100, base), make_full(tmp_path / "pretrained", 5)
+    for name in (names.CONFIG, names.WEIGHTS):
+        (step / name).write_bytes((other / name).read_bytes())
+    assert not resolve(step).is_model
+    assert resolve(step).base().path == base
+    sharded = make_full(tmp_path / "sharded", 5)
+    assert resolve(full).shards()
+    assert resolve(sharded).shards()
+    manifest = manifest_of(6, method="full")
+    files = {path.name: path.read_bytes() for path in make_base(tmp_path / "parts", shards=2).iterdir()}
+    split = commit_step(tmp_path / "sharded", manifest, tensors={}, files=files)
+    assert len(set(resolve(split).shards().values())) == 2
+    (split / names.WEIGHTS).write_bytes((other / names.WEIGHTS).read_bytes())
+    with pytest.raises(UserError, match="was not committed with this checkpoint"):
+        resolve(split).shards()
+
+
 def test_a_whole_step_under_another_name_is_still_a_step(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     moved = add_step(tmp_path / "out", 100, base).rename(tmp_path / "best")
@@ -455,6 +475,9 @@ def test_the_links_of_hugging_faces_cache_are_followed_inside_the_cache_only(tmp
     assert found.fingerprint() == resolve(plain).fingerprint()
     (tmp_path / "handle").symlink_to(snapshot)
     assert resolve(tmp_path / "handle").shards()
+    cache.rename(tmp_path / "hub" / "org--name")  # the same places, but no cache
+    assert_shards_refused(tmp_path / "hub" / "org--name" / "snapshots" / "abc123", names.WEIGHTS_INDEX, "is a link out of its directory")
+    (tmp_path / "hub" / "org--name").rename(cache)
     other = tmp_path / "hub" / "models--evil--name" / "blobs"
     other.mkdir(parents=True)
     second = "model-00002-of-00002.safetensors"

@@ -67,10 +67,16 @@ def run_of(
 
     one = fabric()
     wrapped, wrapped_optimizer = one.setup(model, optimizer)
-    plan = Plan(weights=[1.0] * len(rows), global_batch_size=options.global_batch_size, epochs=options.epochs, max_steps=options.max_steps, seed=seed)
+    plan = Plan(
+        weights=[1.0] * len(rows),
+        global_batch_size=options.global_batch_size,
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        seed=seed,
+    )
     run = Run(
-        fabric=one, model=wrapped, optimizer=wrapped_optimizer, plan=plan, samples=rows, validation=samples(validation, seed=99), options=options,
-        eval_interval=5, seed=seed, metrics=Metrics(tmp_path / "metrics.csv"), signals=Signals(), save=save,
+        fabric=one, model=wrapped, optimizer=wrapped_optimizer, plan=plan, samples=rows, validation=samples(validation, seed=99),
+        options=options, eval_interval=5, seed=seed, metrics=Metrics(tmp_path / "metrics.csv"), signals=Signals(), save=save,
     )  # fmt: skip
     run.signals.training = True
     return run, optimizer
@@ -93,9 +99,7 @@ def test_the_update_does_not_depend_on_how_the_batch_is_cut(method: str, dtype: 
         options = TrainOptions(lr=1e-3)
         one = fabric()
         wrapped, optimizer = one.setup(model, build_optimizer(trainable(model), options))
-        losses = [
-            train_step(one, wrapped, optimizer, pack(rows, micro_batch_tokens, packing), max_norm=0.05).loss for _ in range(3)
-        ]
+        losses = [train_step(one, wrapped, optimizer, pack(rows, micro_batch_tokens, packing), max_norm=0.05).loss for _ in range(3)]
         results.append((losses, [parameter.detach().clone() for parameter in trainable(model).values()]))
     for losses, parameters in results[1:]:
         assert losses == pytest.approx(results[0][0], rel=1e-6)

@@ -125,10 +125,24 @@ def make_base(path: Path, config: dict[str, Any], tokenizer: Path | None) -> Non
     (path / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0}))
     if tokenizer is None:
         make_tokenizer(path)
-        return
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, path / name)
+    else:
+        copy_tokenizer(tokenizer, path, config["vocab_size"])
+
+
+def copy_tokenizer(source: Path, path: Path, vocab: int) -> None:
+    """A tokenizer without what somebody's training left in it: padding and cutting to a length, tokens that the base has no row for.
+
+    litgpt does as the file says, and would pad a prompt of 8 tokens to 192.
+    """
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer |= {"padding": None, "truncation": None}
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] < vocab]
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    known = {
+        key: settings[key] for key in ("tokenizer_class", "bos_token", "eos_token", "add_bos_token", "add_prefix_space") if key in settings
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(known))
 
 
 def make_tokenizer(path: Path) -> None:
@@ -177,8 +191,6 @@ def alpaca_samples(rows: Path, tokenizer: Path, count: int, longest: int, grade:
     from tokenizers import Tokenizer
 
     encoder = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    encoder.no_padding()  # some files ask for padding or cutting to the length of somebody's data set
-    encoder.no_truncation()
     end = encoder.token_to_id(END)
     end = encoder.token_to_id("</s>") if end is None else end
     chosen = json.loads(rows.read_text())
@@ -242,7 +254,7 @@ def main() -> None:
     config = SHAPES[args.shape]
     base, adapter, samples = (args.work_dir / args.shape / name for name in ("base", "adapter", "samples"))
 
-    wanted: dict[str, Any] = {"config": config, "seed": SEED, "tokenizer": str(args.tokenizer and args.tokenizer.resolve())}
+    wanted: dict[str, Any] = {"config": config, "seed": SEED, "tokenizer": str(args.tokenizer and args.tokenizer.resolve()), "recipe": 2}
     if once(base, wanted):
         make_base(base, config, args.tokenizer)
         finish(base, wanted)
@@ -256,7 +268,7 @@ def main() -> None:
         if args.rows is None:
             chosen = random_samples(args.count, config["vocab_size"], args.longest, args.grade)
         else:
-            chosen = alpaca_samples(args.rows, args.tokenizer or base, args.count, args.longest, args.grade)
+            chosen = alpaca_samples(args.rows, base, args.count, args.longest, args.grade)
         highest = max(max(sample["ids"]) for sample in chosen)
         assert highest < config["vocab_size"], f"token {highest} is outside the base's vocabulary: choose the tokenizer for {args.shape}"
         (samples / "samples.json").write_text(json.dumps({"samples": chosen}))

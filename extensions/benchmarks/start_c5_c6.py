@@ -138,9 +138,9 @@ def litgpt_answer(stdout: str) -> str:
 
 
 def measure(args: argparse.Namespace, id: str, about: Mapping[str, Any], starts: Mapping[str, Start], absent: Mapping[str, str]) -> bool:
-    """Run every start once to warm the file cache, then `repeats` times in turn; write the results; did all go well?"""
+    """Run every start once to warm the file cache (not in --quick), then `repeats` times in turn; write the results; did all go well?"""
     runs: dict[str, list[Run]] = {name: [] for name in starts}
-    for turn in range(args.repeats + 1):
+    for turn in range(1 if args.quick else 0, args.repeats + 1):
         print(f"{id}: {'warm-up' if turn == 0 else f'turn {turn}/{args.repeats}'}", file=sys.stderr, flush=True)
         for name, start in starts.items():
             done = run(start.command, env=thread_env(args.threads), wanted=start.wanted)

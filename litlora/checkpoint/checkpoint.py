@@ -14,7 +14,7 @@ from typing import Any, Literal
 from litlora.checkpoint import fingerprint, names
 from litlora.checkpoint.manifest import BaseRecord, Manifest, has_state, read_state
 from litlora.checkpoint.reading import file_in, read_json
-from litlora.checkpoint.shards import find_shards, has_weights
+from litlora.checkpoint.shards import find_shards
 from litlora.config import Config
 from litlora.errors import UserError
 from litlora.families import config_from_hf
@@ -36,7 +36,7 @@ class Checkpoint:
     @property
     def is_model(self) -> bool:
         """Whether it holds all weights of a model: a base, or a step of method `full`. If not, it is an adapter on `base()`."""
-        return self.kind == "base" or (self.kind == "step" and has_weights(self.path))
+        return self.kind == "base" or (self.manifest is not None and self.manifest.base is None)
 
     @property
     def is_demo(self) -> bool:
@@ -97,7 +97,12 @@ class Checkpoint:
 
     @cached_property
     def _shards(self) -> dict[str, Path]:
-        return find_shards(self.path)
+        shards = find_shards(self.path)
+        if self.manifest is not None:
+            foreign = sorted(path.name for path in set(shards.values()) if path.name not in self.manifest.files)
+            if foreign:
+                raise UserError("was not committed with this checkpoint", where=self.path / foreign[0], hint="move it away")
+        return shards
 
     @cached_property
     def _fingerprint(self) -> str:

@@ -20,7 +20,9 @@ COMMANDS: Commands = {
         "lora": Command("LoRA and DoRA: small matrices beside the frozen weights", "litlora.commands.finetune", "finetune", "FinetuneLoRA"),
     },
     "pretrain": Command("train a small model from nothing", "litlora.commands.pretrain", "pretrain", "Pretrain"),
-    "merge_lora": Command("write a plain Hugging Face model with the adapter merged in", "litlora.commands.merge_lora", "merge_lora", "MergeLoRA"),
+    "merge_lora": Command(
+        "write a plain Hugging Face model with the adapter merged in", "litlora.commands.merge_lora", "merge_lora", "MergeLoRA"
+    ),
     "generate": Command("answer one prompt, or many", "litlora.commands.generate", "generate", "Generate"),
     "chat": Command("talk to a model in the terminal", "litlora.commands.chat", "chat", "Chat"),
     "evaluate": Command("loss, perplexity and exact match on rows", "litlora.commands.evaluate", "evaluate", "Evaluate"),

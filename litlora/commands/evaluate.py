@@ -21,17 +21,22 @@ def evaluate(options: Evaluate) -> None:
     """Print one line of figures for the checkpoint, and one for its base alone with `--compare_base`."""
     opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter)
     config = opened.model.config
-    data = load_data(
-        options.data, opened.prompts, rows=options.rows, max_seq_length=config.max_position_embeddings, heldout=True
-    )
+    data = load_data(options.data, opened.prompts, rows=options.rows, max_seq_length=config.max_position_embeddings, heldout=True)
     samples = data.train[: options.max_samples]
-    console.header([("model", f"{opened.checkpoint.path}" + (f" ({opened.checkpoint.why})" if opened.checkpoint.why else "")), ("data", summary(data, samples))])
+    console.header(
+        [
+            ("model", f"{opened.checkpoint.path}" + (f" ({opened.checkpoint.why})" if opened.checkpoint.why else "")),
+            ("data", summary(data, samples)),
+        ]
+    )
     results = {}
     if options.compare_base:
         from litlora.generation import without_adapters
 
         if opened.checkpoint.is_model and not options.adapter:
-            raise UserError("is a base itself, so there is nothing to compare it with", where=opened.checkpoint.path, hint="leave --compare_base out")
+            raise UserError(
+                "is a base itself, so there is nothing to compare it with", where=opened.checkpoint.path, hint="leave --compare_base out"
+            )
         with without_adapters(opened.model):
             results["base"] = figures(opened, samples, options, "base")
     results["model"] = figures(opened, samples, options, "model")
@@ -49,7 +54,12 @@ def figures(opened: Opened, samples: Sequence[Sample], options: Evaluate, what: 
 
     total, graded = summed_loss(opened.model, pack(samples, BATCH_TOKENS), opened.model.lm_head.weight.device)
     loss = total / graded
-    found: dict[str, float | int] = {"samples": len(samples), "graded_tokens": graded, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    found: dict[str, float | int] = {
+        "samples": len(samples),
+        "graded_tokens": graded,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+    }
     if options.exact_match:
         asked = [(sample, split) for sample in samples if (split := last_answer(sample)) is not None]
         if asked:

@@ -36,6 +36,7 @@ def finetune(options: FinetuneLoRA) -> None:
     with Signals() as signals:
         start = resolve(options.checkpoint_dir, base_dir=options.base_dir) if options.checkpoint_dir else demo_base()
         base = start.base()
+        base.config(), base.shards()  # whatever is wrong with the model is said before anything is written
         if start is not base:
             refuse_another_method(start, options)
         prompts = Prompts(Tokenizer(start.tokenizer_dir()))
@@ -51,8 +52,7 @@ def finetune(options: FinetuneLoRA) -> None:
             if options.dry_run:
                 show_samples(job)
                 return
-            resumed = directory.resume_from
-            last = train(job, resolve(resumed.path, base_dir=options.base_dir) if resumed else None, signals)
+            last = train(job, directory.resume_from, signals)
         if first:
             say_what_next(last, options)
 
@@ -118,7 +118,11 @@ def refuse_another_method(start: Checkpoint, options: FinetuneLoRA) -> None:
     theirs = start.adapter_config()
     ours = adapter_config(options.lora, list(linear_shapes(start.config())))
     names_of = ("r", "alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
-    different = [f"{name}: {getattr(theirs, name)} there, {getattr(ours, name)} here" for name in names_of if getattr(theirs, name) != getattr(ours, name)]
+    different = [
+        f"{name}: {getattr(theirs, name)} there, {getattr(ours, name)} here"
+        for name in names_of
+        if getattr(theirs, name) != getattr(ours, name)
+    ]
     if sorted(targets(theirs, list(linear_shapes(start.config())))) != sorted(targets(ours, list(linear_shapes(start.config())))):
         different.append("target_modules differ")
     if different:

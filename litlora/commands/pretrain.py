@@ -44,17 +44,20 @@ def pretrain(options: Pretrain) -> None:
             for message in directory.messages:
                 console.warn(message)
             tokenizer = vocabulary(options)
-            prompts = Prompts(tokenizer, template=None if options.chat_template is None else Path(options.chat_template).read_text(encoding="utf-8"))
+            prompts = Prompts(
+                tokenizer, template=None if options.chat_template is None else Path(options.chat_template).read_text(encoding="utf-8")
+            )
             data = load_rows(options, prompts, context=options.model.max_position_embeddings)
             job = model_job(options, prompts, data)
             if options.dry_run:
                 show_samples(job)
                 return
-            resumed = directory.resume_from
-            last = train(job, resolve(resumed.path) if resumed else None, signals)
+            last = train(job, directory.resume_from, signals)
             if first:
                 finished = export(last, Path(options.out_dir) / names.MODEL, options, prompts)
-                console.header([("next", f"litlora generate {finished} --prompt TEXT"), ("", f"litlora finetune lora {finished} --data FILE")])
+                console.header(
+                    [("next", f"litlora generate {finished} --prompt TEXT"), ("", f"litlora finetune lora {finished} --data FILE")]
+                )
                 print(finished)
 
 
@@ -99,7 +102,12 @@ def model_job(options: Pretrain, prompts: Prompts, data: DataSet) -> Job:
         data=data,
         base=None,
         parent=None,
-        facts=[("model", f"a new {config.model_type} of {config.num_hidden_layers} blocks, width {config.hidden_size} · {compute_text(options)}")],
+        facts=[
+            (
+                "model",
+                f"a new {config.model_type} of {config.num_hidden_layers} blocks, width {config.hidden_size} · {compute_text(options)}",
+            )
+        ],
         build=build,
         restore=restore,
         contents=contents,

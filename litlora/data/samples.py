@@ -104,12 +104,13 @@ class DataSet:
             if count + sizes[group] <= wanted:
                 held.add(group)
                 count += sizes[group]
-        if not held or len(held) == len(ranked):
+        if len(ranked) < 2:
             raise UserError(
-                f"{len(ranked)} different rows are too few to hold some out for validation",
+                "one row alone cannot be trained on and held out for validation",
                 where="--eval.fraction",
                 hint="add rows, or --eval.fraction 0",
             )
+        held = held or {ranked[0]}
         keep = [n for n, group in enumerate(self.groups) if group not in held]
         validation = [sample for sample, group in zip(self.train, self.groups, strict=True) if group in held]
         return replace(

@@ -9,11 +9,11 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from litlora.console import Progress, count
 from litlora.data.batches import Batch, pack, share_of_rank
@@ -61,7 +61,7 @@ class Run:
     """What `fit` works with."""
 
     fabric: "Fabric"
-    model: nn.Module  # as fabric.setup_module returned it
+    model: Any  # as fabric.setup_module returned it
     optimizer: torch.optim.Optimizer
     plan: Plan
     samples: Sequence[Sample]
@@ -142,7 +142,7 @@ def record(
 
 def train_step(
     fabric: "Fabric",
-    model: nn.Module,
+    model: Any,  # as fabric.setup_module returned it
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
     *,
@@ -156,7 +156,7 @@ def train_step(
     """
     optimizer.zero_grad()
     here = [sum(batch.graded for batch in batches), *map(int, asked)]
-    counts = fabric.all_reduce(torch.tensor(here, dtype=torch.float64), reduce_op="sum")  # over the whole global batch
+    counts = over_ranks(fabric, torch.tensor(here, dtype=torch.float64))  # over the whole global batch
     graded, stop, commit = (int(number) for number in counts.tolist())
     if graded == 0:
         return StepResult(0.0, 0.0, 0, bool(stop), bool(commit))
@@ -166,8 +166,8 @@ def train_step(
             loss = model(batch.tokens.to(fabric.device), batch.targets.to(fabric.device), segments=batch.segments)  # a sum
             fabric.backward(loss * (fabric.world_size / graded))  # ranks are averaged, so undo it
         total += loss.detach()
-    norm = float(fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False))
-    result = StepResult((fabric.all_reduce(total, reduce_op="sum") / graded).item(), norm, graded, bool(stop), bool(commit))
+    norm: Any = fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False)
+    result = StepResult(over_ranks(fabric, total).item() / graded, norm.item(), graded, bool(stop), bool(commit))
     if result.finite:
         optimizer.step()
     return result
@@ -179,8 +179,14 @@ def evaluate(fabric: "Fabric", model: nn.Module, samples: Sequence[Sample], opti
     Leaves train mode, random numbers and gradients as they were (YARDSTICK N16).
     """
     total, graded = summed_loss(model, share_of_window(fabric, samples, options), fabric.device)
-    sums = fabric.all_reduce(torch.tensor([total, graded], dtype=torch.float64), reduce_op="sum")
+    sums = over_ranks(fabric, torch.tensor([total, graded], dtype=torch.float64))
     return (sums[0] / sums[1]).item(), int(sums[1].item())
+
+
+def over_ranks(fabric: "Fabric", tensor: Tensor) -> Tensor:
+    """The sum over all ranks, the same on each."""
+    total: Any = fabric.all_reduce(tensor, reduce_op="sum")
+    return cast(Tensor, total)
 
 
 def share_of_window(fabric: "Fabric", window: Sequence[Sample], options: TrainOptions) -> list[Batch]:

@@ -88,6 +88,8 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
 
     if fabric.is_global_zero:
         write_atomically(out_dir / names.RUN_YAML, run_yaml(job).encode())
+        if job.data.skipped:
+            write_atomically(out_dir / names.SKIPPED_ROWS, "".join(f"{reason}\n" for reason in job.data.skipped).encode())
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
     run = Run(
         fabric=fabric, model=wrapped, optimizer=wrapped_optimizer, plan=plan, samples=job.data.train, validation=job.data.validation,
@@ -202,7 +204,9 @@ def load_rows(options: FitOptions, prompts: Prompts, context: int) -> DataSet:
     longest = min(options.train.max_seq_length or context, context)
     data = load_data(options.data, prompts, rows=options.rows, max_seq_length=longest, mask_prompt=options.train.mask_prompt)
     if options.eval.data is not None:
-        other = load_data([options.eval.data], prompts, rows=options.rows, max_seq_length=longest, mask_prompt=options.train.mask_prompt, heldout=True)
+        other = load_data(
+            [options.eval.data], prompts, rows=options.rows, max_seq_length=longest, mask_prompt=options.train.mask_prompt, heldout=True
+        )
         data = replace(data, validation=other.train)
     return data.split(options.eval.fraction, options.seed, options.eval.max_samples)
 
@@ -258,7 +262,11 @@ def launch(options: FitOptions) -> Any:
     if options.threads:
         torch.set_num_threads(options.threads)
     fabric = Fabric(
-        accelerator=options.accelerator, devices=options.devices, num_nodes=options.num_nodes, strategy=options.strategy, precision="32-true"
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=options.strategy,
+        precision="32-true",
     )
     fabric.launch()
     return fabric
@@ -276,7 +284,8 @@ def header(job: Job, plan: Plan, resumed: Checkpoint | None) -> list[tuple[str, 
     options = job.options
     passes = f"{options.train.epochs:g} epochs" if options.train.max_steps is None else "max_steps"
     lines = [*job.facts, ("data", job.data.summary())]
-    lines.append(("plan", f"{plan.steps} steps ({passes}) of {options.train.global_batch_size} samples · lr {options.train.lr:g} {options.train.lr_schedule}"))
+    rate = f"lr {options.train.lr:g} {options.train.lr_schedule}"
+    lines.append(("plan", f"{plan.steps} steps ({passes}) of {options.train.global_batch_size} samples · {rate}"))
     lines.append(("writing", f"{options.out_dir}/" + (f", going on from {resumed.path.name}" if resumed else "")))
     return lines
 

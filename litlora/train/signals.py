@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: finish the step, commit, leave with 128 + the signal's number. A second one leaves at once. SIGUSR1: commit and go on."""
+"""SIGINT and SIGTERM: finish the step, commit, leave with 128 + the number; a second one leaves at once. SIGUSR1: commit and go on."""
 
 import os
 import signal
