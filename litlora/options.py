@@ -33,7 +33,7 @@ class TrainOptions:
         None, "tokens computed at once (default: chosen for this machine; never changes the result)", least=1
     )
     max_seq_length: int | None = option(None, "longest sample, in tokens; longer ones are cut (default: the model's context)", least=2)
-    lr: float = option(2e-4, "highest learning rate", least=0)
+    lr: float | None = option(None, "highest learning rate (default: 2e-4; 1e-3 for the demo base, which is narrow)", least=0)
     lr_schedule: Literal["cosine", "linear", "constant"] = option("cosine", "how the learning rate falls after the warm-up")
     lr_warmup_steps: int = option(10, "optimizer steps of linear warm-up", least=0)
     weight_decay: float = option(0.0, "AdamW weight decay", least=0)
@@ -188,7 +188,7 @@ class Chat(ComputeOptions, SamplingOptions):
     base_dir: str | None = option(None, "where a step's base is now, if it moved")
     adapter: list[str] = option([], "add an adapter at run time, PATH or PATH:WEIGHT; repeatable")
     system: str | None = option(None, "system prompt")
-    compare: bool = option(False, "answer with the base as well, side by side")
+    compare: bool = option(False, "answer with the base as well, below it")
 
 
 @dataclass(kw_only=True)

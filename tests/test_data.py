@@ -433,8 +433,10 @@ def test_the_split_is_the_seeds_and_the_rows_not_their_orders(tmp_path: Path, pr
     assert len(load(one, prompts).split(0.2, 1, max_samples=3).validation) == 3
     assert len(load(one, prompts).split(0.2, 1, max_samples=3).train) == 40
     assert load(one, prompts).split(0.0, 1).validation == []
-    with pytest.raises(UserError, match="1 different rows are too few"):
+    with pytest.raises(UserError, match="one row alone cannot be trained on"):
         load(jsonl(one, pairs(1, repeat=5)), prompts).split(0.2, 1)
+    two = load(jsonl(one, pairs(2)), prompts).split(0.9, 1)
+    assert (len(two.train), len(two.validation)) == (1, 1)
 
 
 def test_files_have_weights(tmp_path: Path, prompts: Prompts) -> None:
@@ -597,3 +599,8 @@ def test_ranks_share_a_window_without_loss_and_evenly(lengths: list[int], world:
 def test_a_window_of_one_sample_leaves_the_other_ranks_idle() -> None:
     """N12: the tail window of 13 samples by 4."""
     assert [len(share_of_rank(samples_of([5]), rank, 2)) for rank in range(2)] == [1, 0]
+
+
+def test_ranks_are_balanced_by_tokens_not_by_samples() -> None:
+    shares = [share_of_rank(samples_of([10, 40, 10, 10, 10]), rank, 2) for rank in range(2)]
+    assert [[len(sample.tokens) for sample in share] for share in shares] == [[40], [10, 10, 10, 10]]

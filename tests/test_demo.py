@@ -39,7 +39,7 @@ def test_every_row_is_an_order_and_its_json() -> None:
 
 
 def test_no_value_of_a_held_out_row_occurs_in_a_training_row() -> None:
-    """DESIGN section 7. Mutation: `part_of` says "train" to everything."""
+    """DESIGN section 7. Mutation: a held-out row copied into train.jsonl."""
     training = [(row["instruction"], json.loads(row["output"])) for row in rows_of(names.DEMO_TRAIN)]
     seen = set().union(*(words(text) | words(json.dumps(answer)) for text, answer in training))
     for row in rows_of(names.DEMO_HELDOUT):

@@ -22,7 +22,7 @@ def finetune(*words: str) -> FinetuneLoRA:
 def test_no_words_give_the_defaults() -> None:
     options = finetune()
     assert options == FinetuneLoRA()
-    assert (options.lora.r, options.lora.alpha, options.train.lr, options.data) == (16, 32.0, 2e-4, ["demo"])
+    assert (options.lora.r, options.lora.alpha, options.train.lr, options.data) == (16, 32.0, None, ["demo"])
 
 
 def test_the_first_bare_word_is_the_checkpoint() -> None:

@@ -36,26 +36,30 @@ class StepClock:
     seconds: list[float] = field(default_factory=list)  # of every step, warm-up included
     losses: list[float] = field(default_factory=list)  # mean over the graded tokens of the step
     gemm_gflops: list[float] = field(default_factory=list)  # when the warm-up is over, and at the end
+    cpu_seconds: list[float] = field(default_factory=list)  # of every step, all threads: far below threads * seconds = we were kept waiting
     first_step_at: float = 0.0  # seconds from the process's start to the end of its first step
     last: float = 0.0
+    last_cpu: float = 0.0
 
     def start(self) -> None:
-        self.last = time.perf_counter()
+        self.last, self.last_cpu = time.perf_counter(), time.process_time()
 
     def tick(self, loss: float) -> None:
         """A step is done; `loss` is its mean over graded tokens."""
         self.seconds.append(time.perf_counter() - self.last)
+        self.cpu_seconds.append(time.process_time() - self.last_cpu)
         self.losses.append(loss)
         if len(self.seconds) == 1:
             self.first_step_at = time.monotonic() - float(os.environ.get(STARTED, "nan"))
         if len(self.seconds) in (self.warmup, self.total):
             self.gemm_gflops.append(gemm_gflops())
-        self.last = time.perf_counter()  # what was measured in between is nobody's step
+        self.start()  # what was measured in between is nobody's step
 
     def report(self) -> dict[str, Any]:
         assert len(self.seconds) == self.total, f"{len(self.seconds)} steps were taken, {self.total} were asked for"
         return {
             "step_seconds": self.seconds[self.warmup :],
+            "step_cpu_seconds": self.cpu_seconds[self.warmup :],
             "warmup_seconds": self.seconds[: self.warmup],
             "losses": self.losses,
             "gemm_gflops": self.gemm_gflops,
@@ -65,17 +69,16 @@ class StepClock:
         }
 
 
-def gemm_gflops(dtype: str = "float32", size: int = GEMM_SIZE, tries: int = 5) -> float:
-    """What a square matrix product reaches now, in GFLOP/s, on the threads torch has been given: the best of a few tries."""
+def gemm_gflops(dtype: str = "float32", size: int = GEMM_SIZE, times: int = 20) -> float:
+    """What square matrix products reach now, in GFLOP/s, on the threads torch has been given: the mean, for others' work counts too."""
     import torch
 
     a, b = (torch.ones(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
-    best = float("inf")
-    for _ in range(tries):
-        start = time.perf_counter()
+    torch.mm(a, b)
+    start = time.perf_counter()
+    for _ in range(times):
         torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
+    return times * 2 * size**3 / (time.perf_counter() - start) / 1e9
 
 
 def peak_mb() -> float:

@@ -84,7 +84,8 @@ def fit(job: Job, fabric: L.Fabric, model: torch.nn.Module, optimizer: torch.opt
     flat: Any = [as_litgpt(sample) for step in steps for sample in step]
     collate = get_sft_collate_fn(pad_id=0, ignore_index=IGNORE)
     rows: Any = DataLoader(flat, batch_size=job.micro_batch, shuffle=False, collate_fn=collate)
-    shortest: Any = DataLoader([min(flat, key=lambda row: len(row["input_ids"]))], batch_size=1, collate_fn=collate)
+    least: Any = [min(flat, key=lambda row: len(row["input_ids"]))]
+    shortest: Any = DataLoader(least, batch_size=1, collate_fn=collate)
     rows, shortest = fabric.setup_dataloaders(rows, shortest)
     options = TrainArgs(
         save_interval=None,

@@ -77,6 +77,7 @@ def main() -> int:
             path = write_job(replace(job, **LINES[name].settings), args.work_dir / "job.json")
             command = [args.python[LINES[name].env], "-m", f"extensions.benchmarks.{LINES[name].runner}", str(path)]
             runs.append({"line": name, "turn": turn} | run_json(command, env=thread_env(args.threads)))
+            (args.work_dir / "c1_runs.json").write_text(json.dumps(runs))  # so that a quarter of an hour is not lost to what follows
             if "failed" in runs[-1]:
                 print(f"  failed: {runs[-1]['failed']}", file=sys.stderr)
     gate = losses_agree(runs, args.reference)
@@ -240,6 +241,8 @@ def summarise(args: argparse.Namespace, job: Job, runs: Sequence[Mapping[str, An
             "peak_mb": median([each["peak_mb"] for each in mine]),
             "first_step_at": median([each["first_step_at"] for each in mine]),
             "computed_positions": mine[0]["computed_positions"],
+            "real_tokens_per_cpu_second": median([sum(each["real_tokens"]) / sum(each["step_cpu_seconds"]) for each in mine]),
+            "busy": sum(sum(each["step_cpu_seconds"]) for each in mine) / sum(steps) / args.threads,
             "gemm_gflops": gemm,
             "share_of_gemm": speed * flops / (gemm * 1e9),
             "ours_over_it": {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)} if ratios else None,
@@ -270,6 +273,8 @@ def report(
                 "p90 s": f"{each['step_p90']:.3f}",
                 "peak MB": f"{each['peak_mb']:.0f}",
                 "first step s": f"{each['first_step_at']:.1f}",
+                "tok/cpu s": f"{each['real_tokens_per_cpu_second']:.1f}",
+                "busy": f"{each['busy']:.0%}",
                 "GEMM GFLOP/s": f"{each['gemm_gflops']:.0f}",
                 "of GEMM": f"{each['share_of_gemm']:.0%}",
                 "litlora is": f"{ratio['median']:.2f}x ({ratio['lowest']:.2f}-{ratio['highest']:.2f})" if ratio else "-",

@@ -100,7 +100,7 @@ class DataSet:
             sizes[group] = sizes.get(group, 0) + 1
         held: set[str] = set()
         count = 0
-        for group in ranked:
+        for group in ranked[:-1]:  # one is always left to train on
             if count + sizes[group] <= wanted:
                 held.add(group)
                 count += sizes[group]

@@ -103,7 +103,7 @@ def fit(run: Run, start: Position) -> Position:
             if not result.finite:
                 record(run, progress, position, result, lr, seconds, tokens, val_loss=None)
                 raise not_finite(position.step, committed, result)
-            if start.step == 0 and position.step <= 2 and run.options.lr > 0:
+            if start.step == 0 and position.step <= 2 and lr > 0:
                 check_alive(run.model, alive, position.step)
             last = position.step == run.plan.steps
             val_loss = None

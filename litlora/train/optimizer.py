@@ -11,6 +11,7 @@ from litlora.options import TrainOptions
 
 def build_optimizer(trained: Mapping[str, nn.Parameter], options: TrainOptions) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Weight decay is for matrices; gains and biases are left alone."""
+    assert options.lr is not None, "the command has chosen it"
     matrices = [parameter for parameter in trained.values() if parameter.dim() >= 2]
     vectors = [parameter for parameter in trained.values() if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -20,6 +21,7 @@ def build_optimizer(trained: Mapping[str, nn.Parameter], options: TrainOptions) 
 
 def learning_rate(options: TrainOptions, t: int, steps: int) -> float:
     """The learning rate of update `t` (from 1) of `steps`: warm-up lr t / w, then the schedule over (t - w) / (steps - w + 1)."""
+    assert options.lr is not None, "the command has chosen it"
     w = min(options.lr_warmup_steps, steps)
     if t <= w:
         return options.lr * t / w

@@ -146,7 +146,7 @@ class Committer:
         if broken:
             raise WorkError(f"{broken[0]} holds values that are not finite; nothing was committed", hint="lower --train.lr")
         moved = any(not torch.equal(parameter, self.initial[name]) for name, parameter in self.trained.items())
-        if not moved and self.job.options.train.lr > 0:
+        if not moved and self.job.options.train.lr:  # a rate of 0 is asked for by who wants to measure
             raise WorkError("no trained tensor differs from its start; nothing was committed", hint="look at --train.lr and the data")
 
 
