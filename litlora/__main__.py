@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from litlora.commands import COMMANDS, Command, Commands
 from litlora.errors import Interrupted, Refusal, UserError, did_you_mean
@@ -17,7 +18,7 @@ def main(words: Sequence[str] | None = None) -> int:
         rest.remove("--debug")
     try:
         return run(rest)
-    except (Refusal, Interrupted, OSError, KeyboardInterrupt, MemoryError) as error:
+    except (Exception, KeyboardInterrupt) as error:  # the last place where anything can be said of it
         if debug:
             raise
         return exit_code_of(error)
@@ -44,22 +45,32 @@ def run(words: list[str]) -> int:
             raise UserError(f"no command '{' '.join(['litlora', *taken, word])}'", hint=hint or "litlora --help lists the commands")
         taken.append(word)
         table = table[word]
-    from litlora import options, parsing
+    from litlora import options
 
-    kind, command = getattr(options, table.options), " ".join(taken)
-    parsed = parsing.parse(kind, words, command=command)
-    if getattr(parsed, "resume", False):  # a run is taken up with the options it had; what is given now wins
-        parsed = parsing.parse(kind, [*words, *resume_words(parsed.out_dir)], command=command)
+    parsed = parsed_options(getattr(options, table.options), words, " ".join(taken))
     getattr(importlib.import_module(table.module), table.function)(parsed)
     return 0
 
 
-def resume_words(out_dir: str) -> list[str]:
-    """The options of the run in `out_dir`, as words for the parser."""
+def parsed_options(kind: type, words: Sequence[str], command: str) -> Any:
+    """The command's options. A run that is resumed is taken up with those it had; what is given now, in files or words, wins."""
+    from litlora import parsing
+
+    if not hasattr(kind, "resume"):
+        return parsing.parse(kind, words, command=command)
+    given: Any = parsing.parse(kind, [word for word in words if word.partition("=")[0] != "--print_config"], command=command)
+    if given.resume:
+        first = 1 if words and not words[0].startswith("-") else 0  # a first bare word is the checkpoint
+        words = [*words[:first], *options_of_run(given.out_dir), *words[first:]]
+    return parsing.parse(kind, words, command=command)
+
+
+def options_of_run(out_dir: str) -> list[str]:
+    """The words that stand for the options of the run in `out_dir`; its file may name another place: where it was before it moved."""
     from litlora.checkpoint.names import RUN_YAML
 
     path = os.path.join(out_dir, RUN_YAML)
-    return ["--config", path] if os.path.isfile(path) else []
+    return ["--config", path, f"--out_dir={out_dir}"] if os.path.isfile(path) else []
 
 
 def overview(taken: Sequence[str], table: Commands) -> str:
@@ -83,6 +94,8 @@ def overview(taken: Sequence[str], table: Commands) -> str:
 def exit_code_of(error: BaseException) -> int:
     """Tell the user in a few lines what happened; the traceback is for --debug."""
     if isinstance(error, Interrupted):
+        if error.message:
+            print(error.message, file=sys.stderr)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         print("\ninterrupted", file=sys.stderr)
@@ -97,7 +110,14 @@ def exit_code_of(error: BaseException) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror or error}\nhint: --debug shows where", file=sys.stderr)
         return 1
-    print("error: out of memory\nhint: a smaller --train.micro_batch_tokens keeps the same result", file=sys.stderr)
+    first_line = next(iter(str(error).splitlines()), "")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in first_line:
+        what, hint = "out of memory", "in training, a smaller --train.micro_batch_tokens keeps the same result"
+    else:
+        what = f"{type(error).__name__}: {first_line}".removesuffix(": ")
+        known = isinstance(error, (ValueError, RuntimeError))  # what other packages raise where they cannot do what is asked
+        hint = "--debug shows where" if known else "this is a bug, please report it; --debug shows where"
+    print(f"error: {what}\nhint: {hint}", file=sys.stderr)
     return 1
 
 

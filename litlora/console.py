@@ -94,12 +94,6 @@ class Progress:
         self.close()
 
 
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def count(number: float) -> str:
     """A count as people read it: 812, 3.1k, 2.2M, 8.0B."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

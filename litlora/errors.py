@@ -43,11 +43,11 @@ class WorkError(Refusal, RuntimeError):
 
 
 class Interrupted(Exception):
-    """A signal was obeyed after a commit. Exit code 128 + the signal's number."""
+    """A signal was obeyed after a commit. Exit code 128 + the signal's number; `message` tells the user how to go on."""
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"interrupted by signal {signal_number}")
-        self.exit_code = 128 + signal_number
+    def __init__(self, signal_number: int, message: str = "") -> None:
+        super().__init__(message or f"interrupted by signal {signal_number}")
+        self.exit_code, self.message = 128 + signal_number, message
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from litlora.options import SamplingOptions
 from litlora.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 512  # computed at once, over all rows: bounds the memory of a long prompt
-FIRST_CACHE_TOKENS = 1024  # room in the cache of a new conversation
+FIRST_CACHE_TOKENS = 1024  # room for a row in a new cache
 BATCH_ROWS = 8  # prompts answered side by side
 NUCLEUS_GUESS = 256  # top_p's tokens are almost always among the likeliest 256: finding those takes 1/40 of sorting 152,000
 
@@ -55,10 +55,6 @@ class Conversation:
         answer.tokens = self.tokens(answer, self.asked)
         return answer
 
-    def forget(self) -> None:
-        """Drop what is held: the model computes something else from now on (another adapter)."""
-        self.held = []
-
     def tokens(self, answer: "Answer", asked: int) -> Iterator[int]:
         """The answer's ids without end; who reads them stops in time (Answer.push knows when)."""
         sampler = Sampler(answer.sampling, self.tokenizer.size, answer.prompt)
@@ -79,7 +75,7 @@ class Conversation:
         device = self.model.lm_head.weight.device
         for start in range(self.reused, len(prompt), PREFILL_TOKENS):
             part = list(prompt[start : start + PREFILL_TOKENS])
-            self.reserve(start + len(part))
+            reserve(self.cache, start + len(part), self.context)
             last = torch.tensor([len(part) - 1], device=device)
             logits = self.model(torch.tensor([part], device=device), cache=self.cache, logits_at=last)[0, 0]
             self.held += part
@@ -88,23 +84,27 @@ class Conversation:
     @torch.inference_mode()
     def step(self, token: Tensor, token_id: int) -> Tensor:  # () -> (V,)
         """Logits after one more token."""
-        self.reserve(len(self.held) + 1)
+        reserve(self.cache, len(self.held) + 1, self.context)
         logits: Tensor = self.model(token.view(1, 1), cache=self.cache)[0, 0]
         self.held.append(token_id)
         return logits
 
-    def reserve(self, size: int) -> None:
-        """Room for `size` tokens in the cache. It doubles, up to the context, so that memory follows use: a context may be 131,072."""
-        if size <= self.cache.size:
-            return
-        grown = KVCache(min(self.context, max(size, 2 * self.cache.size)))
-        for attention, held in self.cache.held.items():
-            with torch.inference_mode(False):
-                keys, values = (old.new_empty(*old.shape[:2], grown.size, old.size(3)) for old in held)
-            keys[:, :, : self.cache.size], values[:, :, : self.cache.size] = held
-            grown.held[attention] = (keys, values)
-        grown.lengths = list(self.cache.lengths)
-        self.cache = grown
+
+def reserve(cache: KVCache, size: int, most: int) -> None:
+    """Room for `size` tokens in each row of a cache. It doubles, up to `most`, so that memory follows use: a context may be 131,072.
+
+    Layer by layer, so that no more than one is held twice; where memory ends in between, the cache still holds what it held.
+    """
+    if size <= cache.size:
+        return
+    grown = min(most, max(size, 2 * cache.size))
+    for attention, held in cache.held.items():
+        with torch.inference_mode(False):
+            make = held[0].new_zeros if len(cache.lengths) > 1 else held[0].new_empty  # as KVCache: rows may look at each other's ends
+            keys, values = (make(*old.shape[:2], grown, old.size(3)) for old in held)
+        keys[:, :, : held[0].size(2)], values[:, :, : held[1].size(2)] = held
+        cache.held[attention] = (keys, values)
+    cache.size = grown
 
 
 def generate_batch(
@@ -136,7 +136,9 @@ def generate_batch(
 
 @torch.inference_mode()
 def answer_side_by_side(model: GPT, vocabulary: int, answers: "Sequence[Answer]") -> None:
-    cache = KVCache(max(answer.prompt_tokens + answer.limit for answer in answers), rows=len(answers))
+    most = max(answer.prompt_tokens + answer.limit for answer in answers)
+    longest = max(answer.prompt_tokens for answer in answers)
+    cache = KVCache(min(most, max(longest, FIRST_CACHE_TOKENS)), rows=len(answers))
     samplers = [Sampler(answer.sampling, vocabulary, answer.prompt) for answer in answers]
     logits = prefill_ragged(model, cache, [answer.prompt for answer in answers])  # (B, V)
     while True:
@@ -147,6 +149,7 @@ def answer_side_by_side(model: GPT, vocabulary: int, answers: "Sequence[Answer]"
         if all(answer.finish_reason for answer in answers):
             return
         held = [length if answer.finish_reason else length + 1 for answer, length in zip(answers, cache.lengths, strict=True)]
+        reserve(cache, max(cache.lengths) + 1, most)
         logits = model(picked[:, None], cache=cache)[:, 0]
         cache.rewind(held)  # rows that are finished stand still, so that they never outgrow the cache
 
@@ -175,7 +178,10 @@ def prefill_ragged(model: GPT, cache: KVCache, prompts: Sequence[Sequence[int]])
 def finite(logits: Tensor) -> Tensor:
     """The same logits, or a WorkError: a broken model must not look like a talkative one."""
     if not bool(logits.isfinite().all()):
-        raise WorkError("the model's logits are not finite numbers", hint="litlora verify looks for what is broken in the checkpoint")
+        raise WorkError(
+            "the model's logits are not finite numbers",
+            hint="try --precision fp32; if that does not help the weights are broken: try an earlier step",
+        )
     return logits
 
 

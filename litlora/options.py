@@ -8,9 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 
-def option(default: Any, help: str, *, above: float | None = None, least: float | None = None, most: float | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    unset: str = "",  # what None stands for, where that is the default
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> Any:
     """A dataclass field with its help text and, for numbers, the range it must lie in."""
-    metadata = {"help": help, "above": above, "least": least, "most": most}
+    metadata = {"help": help, "unset": unset, "above": above, "least": least, "below": below, "most": most}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -26,19 +35,19 @@ def group(kind: type, help: str, **defaults: Any) -> Any:
 
 @dataclass(kw_only=True)
 class TrainOptions:
-    max_steps: int | None = option(None, "stop after this many optimizer steps (default: what the epochs need)", least=1)
+    """How training goes: how long, how much at once, how fast, what is kept."""
+
+    max_steps: int | None = option(None, "stop after this many optimizer steps", unset="what the epochs need", least=1)
     epochs: float = option(3.0, "passes over the training rows", above=0)
     global_batch_size: int = option(16, "samples per optimizer step, over all devices", least=1)
-    micro_batch_tokens: int | None = option(
-        None, "tokens computed at once (default: chosen for this machine; never changes the result)", least=1
-    )
-    max_seq_length: int | None = option(None, "longest sample, in tokens; longer ones are cut (default: the model's context)", least=2)
-    lr: float | None = option(None, "highest learning rate (default: 2e-4; 1e-3 for the demo base, which is narrow)", least=0)
+    micro_batch_tokens: int | None = option(None, "tokens computed at once", unset="2048; never changes the result", least=1)
+    max_seq_length: int | None = option(None, "longest sample, in tokens; longer ones are cut", unset="the model's context", least=2)
+    lr: float | None = option(None, "highest learning rate", unset="2e-4; 1e-3 for the demo base", least=0)
     lr_schedule: Literal["cosine", "linear", "constant"] = option("cosine", "how the learning rate falls after the warm-up")
     lr_warmup_steps: int = option(10, "optimizer steps of linear warm-up", least=0)
     weight_decay: float = option(0.0, "AdamW weight decay", least=0)
-    beta1: float = option(0.9, "AdamW beta 1", least=0, most=1)
-    beta2: float = option(0.999, "AdamW beta 2", least=0, most=1)
+    beta1: float = option(0.9, "AdamW beta 1", least=0, below=1)
+    beta2: float = option(0.999, "AdamW beta 2", least=0, below=1)
     max_norm: float = option(1.0, "clip the gradient's norm to this; 0 turns clipping off", least=0)
     packing: bool = option(True, "compute whole samples as one stream without padding (false: padded rows; same result)")
     mask_prompt: bool = option(True, "grade answers only (false: every token)")
@@ -48,12 +57,16 @@ class TrainOptions:
 
 @dataclass(kw_only=True)
 class RowsOptions:
+    """How the rows of your data are read."""
+
     on_error: Literal["stop", "skip"] = option("stop", "a row that cannot be used: stop, or skip it and list it")
     map: list[str] = option([], "field names of your rows, as OURS=YOURS (prompt=question); repeatable")
 
 
 @dataclass(kw_only=True)
 class EvalOptions:
+    """What validation looks at, and when."""
+
     interval: int = option(100, "optimizer steps between validations; 0: only at the end", least=0)
     fraction: float = option(0.05, "share of the rows held out for validation", least=0, most=0.9)
     max_samples: int | None = option(200, "validate on at most this many held-out rows", least=1)
@@ -89,7 +102,9 @@ class ModelOptions:
 
 @dataclass(kw_only=True)
 class SamplingOptions:
-    max_new_tokens: int | None = option(None, "stop after so many new tokens (default: the context's end)", least=1)
+    """How the tokens of an answer are picked, and how many at most."""
+
+    max_new_tokens: int | None = option(None, "stop after so many new tokens", unset="the context's end", least=1)
     temperature: float = option(0.7, "0 takes the most likely token each time", least=0)
     top_k: int = option(0, "sample among the k most likely tokens; 0: all", least=0)
     top_p: float = option(0.95, "sample among the most likely tokens that hold this share of the probability", least=0, most=1)
@@ -109,7 +124,7 @@ class ComputeOptions:
     precision: Literal["auto", "fp32", "bf16"] = option(
         "auto", "dtype of the frozen weights and the arithmetic (auto: what this machine computes fast)"
     )
-    threads: int | None = option(None, "CPU threads (default: torch's choice)", least=1)
+    threads: int | None = option(None, "CPU threads", unset="torch's choice", least=1)
 
 
 @dataclass(kw_only=True)
@@ -123,8 +138,8 @@ class FitOptions(ComputeOptions):
     seed: int = option(1234, "of order, split, initialisation and dropout")
     devices: int = option(1, "processes on this machine", least=1)
     num_nodes: int = option(1, "machines", least=1)
-    accelerator: str = option("auto", "cpu, cuda, mps or auto")
-    strategy: str = option("auto", "Fabric's strategy: auto, ddp, fsdp")
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute")
+    strategy: Literal["auto", "ddp"] = option("auto", "how several processes share the work: Fabric's strategy")
     dry_run: bool = option(False, "show what would be done, with rendered samples; write nothing")
     train: TrainOptions = group(TrainOptions, "training")
     rows: RowsOptions = group(RowsOptions, "rows of your data")
@@ -136,7 +151,7 @@ class FinetuneLoRA(FitOptions):
     """Fine-tune a model with LoRA."""
 
     method: ClassVar[str] = "lora"
-    checkpoint_dir: str | None = option(None, "a Hugging Face directory or a step of the same method (default: the embedded demo base)")
+    checkpoint_dir: str | None = option(None, "a Hugging Face directory or a step of the same method", unset="the embedded demo base")
     base_dir: str | None = option(None, "where a step's base is now, if it moved")
     lora: LoRAOptions = group(LoRAOptions, "LoRA")
 
@@ -146,8 +161,8 @@ class Pretrain(FitOptions):
     """Train a small model from nothing."""
 
     method: ClassVar[str] = "full"
-    tokenizer_dir: str | None = option(None, "directory with a tokenizer.json (default: one is trained on the data)")
-    chat_template: str | None = option(None, "file with a chat template for the model (default: the tokenizer's own)")
+    tokenizer_dir: str | None = option(None, "directory with a tokenizer.json", unset="one is trained on the data")
+    chat_template: str | None = option(None, "file with a chat template for the model", unset="the tokenizer's own")
     dtype: Literal["float32", "bfloat16"] = option("bfloat16", "dtype of the finished model in out_dir/model; steps are float32")
     model: ModelOptions = group(ModelOptions, "the model's shape")
     train: TrainOptions = group(TrainOptions, "training", lr=3e-3, weight_decay=0.1, beta2=0.95, lr_warmup_steps=100, mask_prompt=False)
@@ -157,8 +172,8 @@ class Pretrain(FitOptions):
 class MergeLoRA:
     """Write a plain Hugging Face model with the adapter merged in."""
 
-    checkpoint_dir: str | None = option(None, "the step, or a run (default: the run in out)")
-    out_dir: str | None = option(None, "where the merged model goes (default: merged/ inside the step)")
+    checkpoint_dir: str | None = option(None, "the step, or a run", unset="the run in out")
+    out_dir: str | None = option(None, "where the merged model goes", unset="merged/ inside the step")
     base_dir: str | None = option(None, "where the base is now, if it moved")
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = option("keep", "dtype of the whole merged model (keep: the base's)")
     verify: Literal["quick", "full"] = option("quick", "quick: in the same pass; full: logits of merged against unmerged too")
@@ -169,7 +184,7 @@ class MergeLoRA:
 class Generate(ComputeOptions, SamplingOptions):
     """Answer one prompt, or many."""
 
-    checkpoint_dir: str | None = option(None, "a model, a step or a run (default: the run in out, else the demo base)")
+    checkpoint_dir: str | None = option(None, "a model, a step or a run", unset="the run in out, else the demo base")
     base_dir: str | None = option(None, "where a step's base is now, if it moved")
     adapter: list[str] = option([], "add an adapter at run time, PATH or PATH:WEIGHT; repeatable")
     prompt: str | None = option(None, "the prompt")
@@ -184,7 +199,7 @@ class Generate(ComputeOptions, SamplingOptions):
 class Chat(ComputeOptions, SamplingOptions):
     """Talk to a model in the terminal."""
 
-    checkpoint_dir: str | None = option(None, "a model, a step or a run (default: the run in out, else the demo base)")
+    checkpoint_dir: str | None = option(None, "a model, a step or a run", unset="the run in out, else the demo base")
     base_dir: str | None = option(None, "where a step's base is now, if it moved")
     adapter: list[str] = option([], "add an adapter at run time, PATH or PATH:WEIGHT; repeatable")
     system: str | None = option(None, "system prompt")
@@ -195,7 +210,7 @@ class Chat(ComputeOptions, SamplingOptions):
 class Evaluate(ComputeOptions):
     """Loss, perplexity and exact match on rows."""
 
-    checkpoint_dir: str | None = option(None, "a model, a step or a run (default: the run in out, else the demo base)")
+    checkpoint_dir: str | None = option(None, "a model, a step or a run", unset="the run in out, else the demo base")
     base_dir: str | None = option(None, "where a step's base is now, if it moved")
     adapter: list[str] = option([], "add an adapter at run time, PATH or PATH:WEIGHT; repeatable")
     data: list[str] = option(["demo"], "demo (its held-out rows), a file or a directory; repeatable")

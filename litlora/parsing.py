@@ -1,21 +1,23 @@
 """From the words of one command to its dataclass of options, and back to YAML.
 
-`options.py` declares; this file asks jsonargparse to parse one leaf command at a time. Words are first brought to the form
-`--name=value`, so that a path may begin with a dash, a switch needs no value and a list may be repeated.
+`options.py` declares; this file reads one leaf command at a time. Words are first brought to pairs of name and value, so that a
+path may begin with a dash, a switch needs no value and a list may be repeated. Text is then taken as it stands; what has to be
+understood (numbers, switches, choices) jsonargparse parses. A YAML file's values are words too: only its null is more.
 """
 
 import dataclasses
-import json
 import textwrap
+import types
 import typing
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from litlora.errors import UserError, did_you_mean
 
 Options = TypeVar("Options")
+Value = str | list[Any] | dict[str, Any] | None  # of one option, as it was written; a dict and what a list holds may be no value at all
 
 # What the same thing is called elsewhere: a user who types the name they know is told ours.
 PEER_NAMES = {
@@ -59,7 +61,14 @@ PEER_NAMES = {
 }
 
 
-class Leaf(typing.NamedTuple):
+class Given(NamedTuple):
+    """What one option was given, and by which file ("" for the command line)."""
+
+    value: Value
+    file: str
+
+
+class Leaf(NamedTuple):
     """One option of a command: the dotted name, and the dataclass field that declares it."""
 
     name: str
@@ -74,6 +83,14 @@ class Leaf(typing.NamedTuple):
     @property
     def is_switch(self) -> bool:
         return self.type is bool
+
+    @property
+    def is_optional(self) -> bool:
+        return isinstance(self.type, types.UnionType) and types.NoneType in typing.get_args(self.type)
+
+    @property
+    def is_text(self) -> bool:
+        return self.type is str or (self.is_optional and str in typing.get_args(self.type))
 
 
 def leaves(kind: type, prefix: str = "") -> Iterator[Leaf]:
@@ -97,17 +114,11 @@ def parse(kind: type[Options], words: Sequence[str], *, command: str) -> Options
     if any(name == "help" for name, _ in pairs):
         print(help_text(known.values(), kind, command))
         raise SystemExit(0)
-    files = [value for name, value in pairs if name == "config"]
-    given = {name: (value, file) for file in files for name, value in read_yaml(Path(file), known, command).items()}
-    chosen = [(name, value if isinstance(value, str) else json.dumps(value)) for name, (value, _) in given.items()]
-    chosen += [(name, value) for name, value in pairs if name not in ("config", "print_config")]
-    try:
-        values = build_parser(known).parse_args([f"--{name}={value}" for name, value in chosen])
-    except (ArgumentError, TypeError, ValueError) as error:
-        named = [name for name in known if f'"{name}"' in str(error)]
-        where = given[named[0]][1] if named and named[0] in given and named[0] not in dict(pairs) else ""
-        raise UserError(wrong_value(named, known, str(error)), where=where, hint=f"litlora {command} --help lists the options") from error
-    options = as_dataclass(kind, values.as_dict() if hasattr(values, "as_dict") else dict(values))
+    given: dict[str, Given] = {}
+    for file in [str(value) for name, value in pairs if name == "config"]:
+        given |= {name: Given(value, file) for name, value in read_yaml(Path(file), known, command).items()}
+    given |= {name: Given(value, "") for name, value in pairs if name in known}
+    options = as_dataclass(kind, understood(given, known, command))
     check_ranges(options)
     if any(name == "print_config" for name, _ in pairs):
         print(to_yaml(options), end="")
@@ -115,8 +126,8 @@ def parse(kind: type[Options], words: Sequence[str], *, command: str) -> Options
     return options
 
 
-def as_pairs(words: Sequence[str], known: Mapping[str, Leaf], command: str) -> Iterator[tuple[str, str]]:
-    """The words as (name, value); a first bare word is the checkpoint, a list's values are gathered into one JSON list."""
+def as_pairs(words: Sequence[str], known: Mapping[str, Leaf], command: str) -> Iterator[tuple[str, str | list[str]]]:
+    """The words as (name, value); a first bare word is the checkpoint, a list's values are gathered into one list."""
     lists: dict[str, list[str]] = {}
     rest = list(words)
     if rest and not rest[0].startswith("-") and "checkpoint_dir" in known:
@@ -148,8 +159,7 @@ def as_pairs(words: Sequence[str], known: Mapping[str, Leaf], command: str) -> I
             yield name, value if equals else rest.pop(0)
         else:
             raise UserError(f"--{name} needs a value")
-    for name, values in lists.items():
-        yield name, json.dumps(values)
+    yield from lists.items()
 
 
 def is_option(word: str, known: Mapping[str, Leaf]) -> bool:
@@ -166,18 +176,47 @@ def unknown_option(name: str, known: Mapping[str, Leaf], command: str, shown: st
         close = did_you_mean(name.replace("-", "_"), [*known, *tails])
         for tail, whole in tails.items():
             close = close.replace(f"mean {tail}?", f"mean --{whole}?")
-        hint = close or f"litlora {command} --help lists the options"
+        hint = close or all_options(command)
     return UserError(f"no option {shown}", where=where, hint=hint)
 
 
+def understood(given: Mapping[str, Given], known: Mapping[str, Leaf], command: str) -> dict[str, Any]:
+    """Every option's value by its dotted name: what was given, in the option's type, and the defaults."""
+    values = {leaf.name: leaf.default for leaf in known.values()}
+    words = []
+    for name, (value, file) in given.items():
+        leaf = known[name]
+        if leaf.is_list and isinstance(value, str):
+            value = [value]
+        texts = leaf.is_list and isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if texts or (leaf.is_text and isinstance(value, str)) or (leaf.is_optional and value is None):
+            values[name] = value
+        elif leaf.is_list or leaf.is_text or value is None:
+            raise UserError(wrong_value(leaf, "null" if value is None else str(value)), where=file, hint=all_options(command))
+        else:
+            words.append(f"--{name}={value}")
+    try:
+        parsed = build_parser(known).parse_args(words)
+    except (ArgumentError, TypeError, ValueError) as error:
+        name = next((name for name in given if f'"{name}"' in str(error)), "")
+        message = wrong_value(known[name], str(error).rpartition("value: ")[2].strip()) if name else " ".join(str(error).split())
+        raise UserError(message, where=given[name].file if name else "", hint=all_options(command)) from error
+    return values | {name: parsed[name] for name in given if not (known[name].is_text or known[name].is_list or given[name].value is None)}
+
+
 def build_parser(known: Mapping[str, Leaf]) -> Any:
-    """jsonargparse's parser for one command: one argument per option, no abbreviations."""
+    """jsonargparse's parser for one command: one argument per option that is not plain text, no abbreviations."""
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(allow_abbrev=False, exit_on_error=False, add_help=False, default_env=False)
     for leaf in known.values():
-        parser.add_argument(f"--{leaf.name}", type=leaf.type, default=leaf.default)
+        if not leaf.is_text and not leaf.is_list:
+            parser.add_argument(f"--{leaf.name}", type=leaf.type, default=leaf.default)
     return parser
+
+
+def all_options(command: str) -> str:
+    return f"litlora {command} --help lists the options"
 
 
 def help_text(known: Iterable[Leaf], kind: type, command: str) -> str:
@@ -191,6 +230,8 @@ def help_text(known: Iterable[Leaf], kind: type, command: str) -> str:
             above = inside
         default = " ".join(map(str, leaf.default)) if leaf.is_list else leaf.default
         shown = "" if default in (None, "", False) else f" [{default}]"
+        if default is None and leaf.field.metadata["unset"]:
+            shown = f" (default: {leaf.field.metadata['unset']})"
         head = f"  --{leaf.name} {values_of(leaf.type)}".rstrip()
         first, *more = textwrap.wrap(f"{leaf.field.metadata['help']}{shown}", 92)
         lines += [f"{head:<46}  {first}", *(f"{'':<48}{line}" for line in more)]
@@ -210,23 +251,23 @@ def values_of(kind: Any) -> str:
     return {int: "N", float: "X", str: "TEXT"}[plain[0]]
 
 
-def wrong_value(named: Sequence[str], known: Mapping[str, Leaf], message: str) -> str:
-    """jsonargparse's complaint about one option in our words."""
-    if not named:
-        return " ".join(message.split())
-    wanted = {"N": "a whole number", "X": "a number", "": "true or false"}.get(
-        values_of(known[named[0]].type), values_of(known[named[0]].type)
-    )
-    value = message.rpartition("value: ")[2].strip()
-    return f"--{named[0]} must be {wanted}, not {value}"
+def wrong_value(leaf: Leaf, value: str) -> str:
+    """What is said of a value that the option cannot have."""
+    values = values_of(leaf.type)
+    wanted = {"N": "a whole number", "X": "a number", "": "true or false", "TEXT": "a text", "TEXT ...": "texts"}.get(values, values)
+    return f"--{leaf.name} must be {wanted}, not {value}"
 
 
-def read_yaml(path: Path, known: Mapping[str, Leaf], command: str) -> dict[str, Any]:
-    """A YAML file of options, flattened to dotted names. Unknown keys are refused with the nearest known one."""
+def read_yaml(path: Path, known: Mapping[str, Leaf], command: str) -> dict[str, Value]:
+    """A YAML file of options, flattened to dotted names, every scalar but null as the text that stands there.
+
+    Unknown keys are refused with the nearest known one.
+    """
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml_texts(path.read_text(encoding="utf-8"))
+        flat = dict(flattened(content, known)) if isinstance(content, dict) else {}
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", where=path) from error
     except UnicodeDecodeError as error:
@@ -235,15 +276,39 @@ def read_yaml(path: Path, known: Mapping[str, Leaf], command: str) -> dict[str, 
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise UserError(f"not valid YAML ({getattr(error, 'problem', None) or str(error).splitlines()[0]})", where=where) from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
+    except RecursionError as error:
+        raise UserError("is nested too deep", where=path) from error
+    if content is not None and not isinstance(content, dict):
         raise UserError("holds no options (a mapping of names to values is needed)", where=path)
-    flat = dict(flattened(content, known))
     for name in flat:
         if name not in known:
             raise unknown_option(name, known, command, name, where=str(path))
     return flat
+
+
+def yaml_texts(text: str) -> Any:
+    """A YAML document of mappings, sequences, null and text: `007`, `yes` and `2024-01-01` stay what was typed."""
+    import yaml
+
+    standard, core = yaml.SafeLoader, "tag:yaml.org,2002:"
+
+    plain = {f"{core}{kind}" for kind in ("null", "merge")}
+    made = {tag: make for tag, make in standard.yaml_constructors.items() if tag in (None, f"{core}null", f"{core}map", f"{core}seq")}
+
+    class Texts(yaml.SafeLoader):
+        yaml_implicit_resolvers: ClassVar = {
+            letter: [(tag, pattern) for tag, pattern in resolvers if tag in plain]
+            for letter, resolvers in standard.yaml_implicit_resolvers.items()
+        }
+        yaml_constructors: ClassVar = made | {
+            f"{core}{kind}": standard.construct_yaml_str for kind in ("str", "int", "float", "bool", "timestamp")
+        }
+
+    loader = Texts(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def flattened(content: Mapping[str, Any], known: Mapping[str, Leaf], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -255,13 +320,13 @@ def flattened(content: Mapping[str, Any], known: Mapping[str, Leaf], prefix: str
             yield name, value
 
 
-def as_dataclass(kind: type[Options], values: Mapping[str, Any]) -> Options:
-    """The parsed values as the command's dataclass, groups included."""
+def as_dataclass(kind: type[Options], values: Mapping[str, Any], prefix: str = "") -> Options:
+    """The values, by their dotted names, as the command's dataclass, groups included."""
     made = {}
     defaults = kind()
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]  # every command is a dataclass
-        value, default = values[field.name], getattr(defaults, field.name)
-        made[field.name] = as_dataclass(type(default), value) if dataclasses.is_dataclass(default) else value
+        name, default = f"{prefix}{field.name}", getattr(defaults, field.name)
+        made[field.name] = as_dataclass(type(default), values, f"{name}.") if dataclasses.is_dataclass(default) else values[name]
     return kind(**made)
 
 
@@ -271,23 +336,23 @@ def check_ranges(options: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{name}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            above, least, most = (field.metadata[bound] for bound in ("above", "least", "most"))
-            if (
-                value != value
-                or (above is not None and value <= above)
-                or (least is not None and value < least)
-                or (most is not None and value > most)
-            ):
-                bounds = (
-                    [f"above {above}"] * (above is not None)
-                    + [f"at least {least}"] * (least is not None)
-                    + [f"at most {most}"] * (most is not None)
-                )
-                raise UserError(f"--{name} must be {' and '.join(bounds) or 'a number'}, not {value}")
+            above, least, below, most = (field.metadata[bound] for bound in ("above", "least", "below", "most"))
+            bounds = {  # what is asked, and whether the value keeps to it
+                f"above {above}": above is None or value > above,
+                f"at least {least}": least is None or value >= least,
+                f"below {below}": below is None or value < below,
+                f"at most {most}": most is None or value <= most,
+            }
+            if value != value or not all(bounds.values()):
+                asked = [bound for bound in bounds if not bound.endswith("None")]
+                raise UserError(f"--{name} must be {' and '.join(asked) or 'a number'}, not {value}")
 
 
 def to_yaml(options: Any) -> str:
     """The options as YAML that `--config` reads back to the same options."""
     import yaml
 
-    return yaml.safe_dump(dataclasses.asdict(options), sort_keys=False, allow_unicode=True)
+    values = dataclasses.asdict(options)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    broken = {"\x85", "\u2028", "\u2029"} & set(text)  # line ends to YAML, which PyYAML reads back as other ones unless escaped
+    return yaml.safe_dump(values, sort_keys=False) if broken else text

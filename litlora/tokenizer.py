@@ -38,9 +38,14 @@ class Tokenizer:
     size        how many ids are known; a model may have more rows, and those are never sampled
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        """Reads `directory`; raises UserError where it has no tokenizer.json or a damaged one."""
+    def __init__(self, directory: str | Path, model_dir: str | Path | None = None) -> None:
+        """Reads `directory`; raises UserError where it has no tokenizer.json or a damaged one.
+
+        `model_dir` is the whole model's directory, where it is another one: an adapter has a tokenizer and no config.json, and that
+        and generation_config.json name end ids too.
+        """
         self.directory = Path(directory)
+        model_dir = self.directory if model_dir is None else Path(model_dir)
         path = self.directory / "tokenizer.json"
         if not path.is_file():
             found = sorted(p.name for p in self.directory.iterdir())[:12] if self.directory.is_dir() else []
@@ -62,7 +67,7 @@ class Tokenizer:
 
         self.special_tokens = self._named_tokens()
         self.bos_id = self._id_of_named("bos_token")
-        models = [_read_json(self.directory / name) for name in ("generation_config.json", "config.json")]
+        models = [_read_json(model_dir / name) for name in ("generation_config.json", "config.json")]
         self._model_type = models[1].get("model_type")
         self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         ends = [i for config in models for i in _as_ids(config.get("eos_token_id")) if i < self.size]

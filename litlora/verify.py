@@ -94,11 +94,10 @@ def probe_ids(adapter: Checkpoint, merged: Checkpoint) -> list[list[int]]:
     """Token ids to compute with: the probe texts, or, of a model without a tokenizer, ids spread over its vocabulary."""
     config = merged.config()
     context = min(64, config.max_position_embeddings)
-    place = adapter.tokenizer_dir()
-    if not (place / names.TOKENIZER).exists():
+    if not (adapter.tokenizer_dir() / names.TOKENIZER).exists():
         return [[(1 + 7919 * (i + probe)) % config.vocab_size for i in range(context)] for probe in range(4)]
-    from litlora.tokenizer import Tokenizer
+    from litlora.checkpoint.files import open_tokenizer
 
-    tokenizer = Tokenizer(place)
+    tokenizer = open_tokenizer(adapter)
     rows = [tokenizer.encode(text, special=False)[:context] for text in PROBES]
     return [ids for ids in rows if ids]

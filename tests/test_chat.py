@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -315,13 +316,48 @@ def test_set_takes_every_sampling_option_and_refuses_what_the_command_line_refus
         ("/set stop two words", "stop", ["two words"]),
         (r'/set stop "\n\n"', "stop", ["\n\n"]),
         ("/set stop off", "stop", []),
+        ("/set top_p=0.3", "top_p", 0.3),
+        ("/set --top-p 0.4", "top_p", 0.4),
+        ("/set --min_p=0.1", "min_p", 0.1),
+        ("/set seed = -7", "seed", -7),
+        ("/set stop a=b", "stop", ["a=b"]),
+        ("/set stop null", "stop", ["null"]),
+        ("/set stop --help", "stop", ["--help"]),
+        ("/set stop off", "stop", []),
     ):
         session.handle(command)
         assert getattr(session.sampling, name) == value
-    for wrong, said in (("temperature -1", "at least 0"), ("temperatur 1", "temperatur"), ("top_k x", "whole number"), ("seed", "value")):
+    for wrong, said in (
+        ("temperature -1", "at least 0"),
+        ("temperatur 1", "temperatur"),
+        ("top_k x", "whole number"),
+        ("seed", "value"),
+        ("top_k=", "value"),
+    ):
         with pytest.raises(UserError, match=said):
             session.handle(f"/set {wrong}")
     assert session.sampling.temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    "name", ["help", "--help", "-h", "print_config", "--print_config", "config x.yaml", "--", "=", "=1", "precision fp32"]
+)
+def test_set_takes_sampling_options_alone(session: Session, name: str) -> None:
+    """What means something else to a parser leaves the chat as it is. Caught: SystemExit, AttributeError."""
+    before = replace(session.sampling)
+    with pytest.raises(UserError, match="no option"):
+        session.handle(f"/set {name}")
+    assert session.sampling == before
+
+
+def test_set_knows_what_was_meant_and_alone_shows_all(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong, meant in (("temperatur=1", "temperature"), ("max_tokens 5", "max_new_tokens")):
+        with pytest.raises(UserError) as refusal:
+            session.handle(f"/set {wrong}")
+        assert refusal.value.hint == f"did you mean {meant}?"
+    session.handle("/set")
+    shown = capsys.readouterr().err
+    assert all(f"{field.name} {getattr(session.sampling, field.name)}" in shown for field in fields(SamplingOptions))
 
 
 def test_a_saved_chat_is_a_row_to_train_on_and_loads_again(session: Session, tmp_path: Path) -> None:

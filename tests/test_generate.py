@@ -12,8 +12,9 @@ from talkers import make_step, make_talker
 
 import litlora
 from litlora.__main__ import main
-from litlora.commands.generate import raw_ids, split_weight
+from litlora.commands.generate import split_weight
 from litlora.errors import UserError
+from litlora.prompts import Prompts
 from litlora.tokenizer import Tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
@@ -76,10 +77,11 @@ def test_a_system_prompt_and_a_raw_prompt_reach_the_model(base: Path, run: Run) 
 def test_a_raw_prompt_has_one_bos(base: Path) -> None:
     """D02."""
     tokenizer = Tokenizer(base)
-    assert raw_ids(tokenizer, "a") == raw_ids(tokenizer, "<s>a") == [256, 97]
-    assert raw_ids(tokenizer, "") == [256]
+    prompts = Prompts(tokenizer)
+    assert prompts.text_ids("a") == prompts.text_ids("<s>a") == [256, 97]
+    assert prompts.text_ids("") == [256]
     tokenizer.adds_bos = False
-    assert raw_ids(tokenizer, "a") == [97]
+    assert Prompts(tokenizer).text_ids("a") == [97]
 
 
 def test_a_file_of_lines_is_answered_in_order(base: Path, run: Run, tmp_path: Path) -> None:

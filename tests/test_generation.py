@@ -4,6 +4,7 @@ import json
 import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from litlora.config import Config
 from litlora.errors import UserError, WorkError
 from litlora.generation import Answer, Conversation, Sampler, find_stop, generate_batch, without_adapters
 from litlora.methods import attach, linears
-from litlora.model import GPT
+from litlora.model import GPT, KVCache
 from litlora.options import LoRAOptions, SamplingOptions
 from litlora.tokenizer import Tokenizer
 
@@ -202,12 +203,39 @@ def test_only_what_is_new_is_computed(model: GPT, tokenizer: Tokenizer) -> None:
         assert answer.ids == fresh(model, tokenizer, prompt, replace(GREEDY, max_new_tokens=4)).ids
 
 
-def test_a_conversation_forgets_when_told(model: GPT, tokenizer: Tokenizer) -> None:
-    conversation = Conversation(model, tokenizer, ())
-    conversation.ask(ids_of(12), replace(GREEDY, max_new_tokens=2)).all()
-    conversation.forget()
-    conversation.ask(ids_of(12), replace(GREEDY, max_new_tokens=2)).all()
-    assert conversation.reused == 0
+def test_the_cache_follows_use_and_not_the_context(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context of 131,072 and no limit on the answer: what is held doubles with use, and its rows keep their tokens.
+
+    Caught: KVCache(context) for a batch; growing without copying what is held.
+    """
+    config = replace(CONFIG, max_position_embeddings=131_072)
+    model = tiny_model(config)
+    prompts = [ids_of(n, seed=n) for n in (5, 20, 11)]
+    probe = generate_batch(model, tokenizer, (), prompts, replace(GREEDY, max_new_tokens=60))
+    sizes: list[int] = []
+    forward = model.forward
+
+    def counted(*args: Any, cache: KVCache, **rest: Any) -> Tensor:
+        logits: Tensor = forward(*args, cache=cache, **rest)
+        assert {tensor.size(2) for held in cache.held.values() for tensor in held} == {cache.size}
+        sizes.append(cache.size)
+        return logits
+
+    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(generation, "FIRST_CACHE_TOKENS", 8)
+    stops = {probe[row].ids[at] for row, at in enumerate((58, 57, 59))}  # no limit: a stop token ends each row at the latest there
+    answers = generate_batch(model, tokenizer, stops, prompts, GREEDY)
+    for before, now in zip(probe, answers, strict=True):
+        assert now.ids == before.ids[: len(now.ids)]
+        assert now.finish_reason == "stop"
+    longest = max(answer.prompt_tokens + len(answer.ids) for answer in answers)
+    assert sizes[0] == 20
+    assert sizes == sorted(sizes)
+    assert sizes[-1] <= 2 * longest
+    sizes.clear()
+    limited = generate_batch(model, tokenizer, (), prompts, replace(GREEDY, max_new_tokens=30))
+    assert sizes[-1] == 50  # the longest prompt and its answer: never more than can be used
+    assert [answer.ids for answer in limited] == [answer.ids[:30] for answer in probe]
 
 
 def test_the_base_is_plain_while_adapters_are_out_and_they_come_back(tokenizer: Tokenizer) -> None:

@@ -280,6 +280,36 @@ def test_only_an_earlier_merge_can_be_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in step.iterdir() if names.MERGED in path.name] == [names.MERGED], "something was left beside it"
 
 
+def test_overwriting_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+    """Somebody's `NAME.new` beside it, a living process's work. What dead merges left goes. Caught: `.new` as the temporary name."""
+    step = make_step(tmp_path / "run", make_base(tmp_path / "base"))
+    place = tmp_path / "place"
+    out = merged(step, place / "foo")
+    dead, alive = 4_194_305, os.getppid()  # larger than any process's number
+    kept = ["foo.new", names.temporary_name("foo", alive), names.temporary_name("other", dead)]
+    inner = names.temporary_name("foo", dead)
+    gone = [inner, names.temporary_name(inner, dead), names.temporary_name("foo.earlier", dead)]
+    for name in (*kept, *gone):
+        (place / name).mkdir()
+        (place / name / "letter").write_text("dear")
+    merged(step, out, overwrite=True)
+    assert sorted(path.name for path in place.iterdir()) == sorted(["foo", *kept])
+    assert all((place / name / "letter").read_text() == "dear" for name in kept)
+    assert reread(out) == []
+
+
+def test_two_directories_swap_their_names_also_without_the_systems_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way taken where renameat2 is missing. Caught: the earlier one put aside under the new one's name."""
+    monkeypatch.setattr("litlora.merge.ctypes.CDLL", lambda *args, **more: None)
+    step = make_step(tmp_path / "run", make_base(tmp_path / "base"))
+    out = merged(step)
+    (out / "old").write_text("")
+    merged(step, overwrite=True)
+    assert not (out / "old").exists()
+    assert reread(out) == []
+    assert [path.name for path in step.iterdir() if names.MERGED in path.name] == [names.MERGED]
+
+
 def test_an_earlier_merge_outlives_a_failed_one(tmp_path: Path) -> None:
     """A05: it is replaced when the new one is complete, and not before. (Mutation: the old one removed first.)"""
     base = make_base(tmp_path / "base")

@@ -1,17 +1,22 @@
 """From words to options: what is understood, what is refused, and with which hint."""
 
+import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from litlora import __main__ as door
+from litlora import options as declared
 from litlora.__main__ import main
-from litlora.errors import UserError
-from litlora.options import Chat, FinetuneLoRA, Generate, MergeLoRA
+from litlora.errors import Interrupted, UserError
+from litlora.options import Chat, FinetuneLoRA, Generate, MergeLoRA, Pretrain, TrainOptions
 from litlora.parsing import leaves, parse, to_yaml
 
 
@@ -53,6 +58,9 @@ def test_switches_need_no_value_and_take_one() -> None:
         (["--train.max_steps", "3.5"], "--train.max_steps must be a whole number", "--help"),
         (["--train.lr", "nan"], "--train.lr must be", ""),
         (["--train.lr", "-1"], "--train.lr must be at least 0", ""),
+        (["--train.beta2", "1"], "--train.beta2 must be at least 0 and below 1", ""),
+        (["--strategy", "fsdp"], "--strategy must be {auto,ddp}", "--help"),
+        (["--accelerator", "gpu"], "--accelerator must be {auto,cpu,cuda,mps}", "--help"),
         (["--lora.r", "0"], "--lora.r must be at least 1", ""),
         (["--train.lr_schedule", "step"], "{cosine,linear,constant}", "--help"),
         (["--data"], "--data needs a value", ""),
@@ -82,9 +90,61 @@ def test_written_options_read_back_equal(tmp_path: Path) -> None:
     assert finetune("--config", str(tmp_path / "run.yaml")) == options
 
 
+TEXTS = [
+    "null", "~", "", "Null", "true", "1e-3", "007", "1.10", "[a",
+    "{a: b}", "- a", "a: b", " padded ", "#1", "🙂", "two\nlines", "<<", "=",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_verbatim_and_survives_the_file(tmp_path: Path, text: str) -> None:
+    """YAML's null, numbers and dates are words on the command line, also for `str | None`. Caught: jsonargparse for text."""
+    options = parse(Generate, [f"--prompt={text}", f"--stop={text}", f"--system={text}"], command="generate")
+    assert (options.prompt, options.stop, options.system) == (text, [text], text)
+    (tmp_path / "run.yaml").write_text(to_yaml(options), encoding="utf-8")
+    assert parse(Generate, ["--config", str(tmp_path / "run.yaml")], command="generate") == options
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])), number=st.none() | st.integers(1))
+def test_any_options_survive_the_file(tmp_path_factory: pytest.TempPathFactory, text: str, number: int | None) -> None:
+    """YARDSTICK Z01: what is written reads back, whatever a text looks like."""
+    options = Generate(prompt=text, stop=[text, "null"], max_new_tokens=number)
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(to_yaml(options).encode())
+    assert parse(Generate, ["--config", str(path)], command="generate") == options
+
+
+def test_null_in_a_file_unsets_and_other_values_stay_what_was_typed(tmp_path: Path) -> None:
+    """`out_dir: 0123` is no octal number. Caught: safe_load."""
+    (tmp_path / "a.yaml").write_text("checkpoint_dir: base\nbase_dir: b\ntrain: {max_steps: 5}\n")
+    (tmp_path / "b.yaml").write_text(
+        "checkpoint_dir: null\nbase_dir: 'null'\nout_dir: 0123\ntrain: {max_steps: ~, packing: no, lr: 1e-3}\neval: {data: 2024-01-01}\n"
+    )
+    options = finetune("--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml"))
+    assert (options.checkpoint_dir, options.base_dir, options.out_dir, options.eval.data) == (None, "null", "0123", "2024-01-01")
+    assert (options.train.max_steps, options.train.packing, options.train.lr) == (None, False, 1e-3)
+
+
+def test_one_word_in_a_file_is_a_list_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("data: rows.jsonl\nlora: {target_modules: all-linear}\nrows: {map: [prompt=q, output=1]}\n")
+    options = finetune("--config", str(path))
+    assert (options.data, options.lora.target_modules, options.rows.map) == (["rows.jsonl"], ["all-linear"], ["prompt=q", "output=1"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("data: null", "--data must be texts, not null"),
+        ("data: [a, [b]]", "--data must be texts"),
+        ("out_dir: null", "--out_dir must be a text, not null"),
+        ("out_dir: [a]", "--out_dir must be a text"),
+        ("seed: null", "--seed must be a whole number, not null"),
+        ("seed: {a: 1}", "--seed must be a whole number"),
+        ("train: {epochs: [1]}", "--train.epochs must be a number"),
+        ("train: &a {b: *a}", "nested too deep"),
+        ("seed: !!set {a}", "not valid YAML"),
         ("train:\n  lrr: 1", "no option train.lrr"),
         ("train: {lr: fast}", "--train.lr must be a number"),
         ("a: [1", "not valid YAML"),
@@ -150,3 +210,110 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     line = f"{sys.executable} -m litlora --help | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True, env=environment)
     assert done.stderr == ""
+
+
+# ---- a run that is resumed -------------------------------------------------------------------------------------------
+
+
+def resumed(tmp_path: Path, *words: str) -> FinetuneLoRA:
+    """What `finetune lora` is given for words that resume the run in `out`."""
+    run = tmp_path / "out"
+    run.mkdir(exist_ok=True)
+    before = ("--lora.r=3", "--lora.alpha=5", "--train.epochs=7", "--out_dir=where/it/was", "--checkpoint_dir=base")
+    (run / "run.yaml").write_text(to_yaml(finetune(*before)))
+    (tmp_path / "mine.yaml").write_text(f"resume: true\nout_dir: {run}\nlora: {{alpha: 6}}\ntrain: {{epochs: 8}}\n")
+    made: FinetuneLoRA = door.parsed_options(FinetuneLoRA, words, "finetune lora")
+    return made
+
+
+def test_a_resumed_run_has_its_options_and_what_is_given_now_wins(tmp_path: Path) -> None:
+    """run.yaml comes before the user's own files; `resume` may stand in one of them. Caught: run.yaml behind them."""
+    options = resumed(tmp_path, "--config", str(tmp_path / "mine.yaml"), "--train.epochs", "9")
+    assert (options.lora.r, options.lora.alpha, options.train.epochs, options.checkpoint_dir) == (3, 6.0, 9.0, "base")
+    assert (options.resume, options.out_dir) == (True, str(tmp_path / "out"))
+
+
+def test_a_resumed_run_takes_the_first_bare_word_as_its_checkpoint(tmp_path: Path) -> None:
+    options = resumed(tmp_path, "moved/base", "--resume", "--out_dir", str(tmp_path / "out"))
+    assert (options.checkpoint_dir, options.lora.r, options.out_dir) == ("moved/base", 3, str(tmp_path / "out"))
+
+
+def test_a_run_that_moved_is_resumed_where_it_is_and_shown_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its run.yaml names where it was made; the default `out` is where it is."""
+    monkeypatch.chdir(tmp_path)
+    assert resumed(tmp_path, "--resume").out_dir == "out"
+    with pytest.raises(SystemExit):
+        resumed(tmp_path, "--resume", "--print_config")
+    assert "  r: 3\n" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "out")
+    assert door.parsed_options(FinetuneLoRA, ["--resume"], "finetune lora") == finetune("--resume")
+
+
+# ---- the door --------------------------------------------------------------------------------------------------------
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+SMALLER = "in training, a smaller --train.micro_batch_tokens keeps the same result"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (Interrupted(2, "committed step-7\nlitlora finetune lora --resume"), 130, "committed step-7\nlitlora finetune lora --resume\n"),
+        (Interrupted(15), 143, ""),
+        (ValueError("no such\nlong story"), 1, "error: ValueError: no such\nhint: --debug shows where\n"),
+        (RuntimeError(), 1, "error: RuntimeError\nhint: --debug shows where\n"),
+        (AssertionError("us"), 1, "error: AssertionError: us\nhint: this is a bug, please report it; --debug shows where\n"),
+        (KeyError("x"), 1, "error: KeyError: 'x'\nhint: this is a bug, please report it; --debug shows where\n"),
+        (
+            OutOfMemoryError("CUDA"),
+            1,
+            f"error: out of memory\nhint: {SMALLER}\n",
+        ),
+    ],
+)
+def test_whatever_happens_inside_is_told_in_two_lines(
+    error: Exception, code: int, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DESIGN section 7: a traceback only with --debug. Caught: `except ValueError` alone at the door."""
+
+    def broken(words: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(door, "run", broken)
+    assert main([]) == code
+    assert capsys.readouterr().err == shown
+    with pytest.raises(type(error)):
+        main(["--debug"])
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+def help_of(kind: type, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        parse(kind, ["--help"], command="x")
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_help_is_true_for_each_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The learning rate's default is the method's; what None stands for is said only where the default is None."""
+    assert "highest learning rate (default: 2e-4; 1e-3 for the demo base) --" in help_of(FinetuneLoRA, capsys)
+    shown = help_of(Pretrain, capsys)
+    assert "highest learning rate [0.003] --" in shown
+    assert "tokens computed at once (default: 2048; never changes the result)" in shown
+    for kind in (FinetuneLoRA, Pretrain):
+        assert parse(kind, [], command="x") == kind()
+    assert TrainOptions().micro_batch_tokens is None
+
+
+def test_every_group_and_command_says_what_it_is() -> None:
+    """Without a docstring a dataclass's help begins with its own signature."""
+    kinds: list[Any] = [kind for kind in vars(declared).values() if dataclasses.is_dataclass(kind)]
+    assert len(kinds) > 10
+    assert not [kind.__name__ for kind in kinds if kind.__doc__.startswith(f"{kind.__name__}(")]

@@ -13,7 +13,7 @@ from conftest import ROOT, shared_data
 from test_tokenizer import byte_level, pieces, real
 
 from litlora.errors import UserError, WorkError
-from litlora.prompts import ALPACA, Prompts
+from litlora.prompts import Prompts, alpaca
 from litlora.prompts import sandbox as sandbox_module
 from litlora.prompts.sandbox import compile_template, render
 from litlora.tokenizer import Tokenizer
@@ -342,7 +342,9 @@ def test_a_base_without_a_template_is_spoken_to_in_alpacas_style(name: str) -> N
     """D01, D02, D03: BOS where the model has one, system, several turns, EOS after each answer."""
     tokenizer = real(name)
     prompts = Prompts(tokenizer)
-    assert (prompts.template, prompts.template_name) == (ALPACA, "alpaca (built in)")
+    assert (prompts.template, prompts.template_name) == (alpaca(tokenizer), "alpaca (built in)")
+    again = Prompts(tokenizer, prompts.template)  # as a step gives it back
+    assert again.sample_ids([user("hi"), answer("yo")]) == prompts.sample_ids([user("hi"), answer("yo")])
     sample = prompts.sample_ids([system("Be kind."), user("Name a fruit.\n\nred"), answer("Apple."), user("Another."), answer("Cherry.")])
     begin, end = ("<s>" if tokenizer.adds_bos else ""), str(tokenizer.token_of(tokenizer.eos_id or 0))
     expected = f"{begin}Be kind.\n\n### Instruction:\nName a fruit.\n\nred\n\n### Response:\nApple.{end}\n\n"
@@ -350,6 +352,15 @@ def test_a_base_without_a_template_is_spoken_to_in_alpacas_style(name: str) -> N
     assert whole_text(prompts, sample).replace("> ", ">") == expected  # a space of Llama 2's after a control token
     assert graded_text(prompts, sample) == f"Apple.{end}Cherry.{end}"
     assert prompts.stop_ids == tokenizer.eos_ids
+
+
+@pytest.mark.parametrize("end", ["<｜end▁of▁sentence｜>", 'a"\\n}}{{ 1 }}', "\n\r🤗"])
+def test_the_built_in_template_writes_any_end_token_as_it_is(end: str, tmp_path: Path) -> None:
+    """Quotes, backslashes, braces and letters beyond ASCII. Caught: the token between quotes as it stands."""
+    tokenizer = Tokenizer(byte_level(tmp_path))
+    tokenizer.token_of = lambda number: end  # type: ignore[method-assign]
+    text = render(compile_template(alpaca(tokenizer)), messages=[answer("yo")], add_generation_prompt=False)
+    assert text == (end if tokenizer.adds_bos else "") + f"### Response:\nyo{end}"
 
 
 def test_the_templates_name_says_where_it_is_from(models: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -286,6 +287,11 @@ def test_the_demo_base_is_recorded_by_its_word(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(names, "DEMO_BASE", make_base(tmp_path / "there"))
     assert resolve(step).base().path == tmp_path / "there"
     assert resolve(step).base().is_demo
+    monkeypatch.chdir(tmp_path)
+    for make in (lambda: Path("demo").mkdir(), lambda: make_base(Path("demo"), seed=8)):  # a folder of that name is not meant
+        shutil.rmtree("demo", ignore_errors=True)
+        make()
+        assert resolve(step).base().path == tmp_path / "there"
     monkeypatch.setattr(names, "DEMO_BASE", make_base(tmp_path / "changed", seed=9))
     with pytest.raises(UserError, match="was not trained on"):
         resolve(step).base()

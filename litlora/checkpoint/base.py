@@ -50,7 +50,7 @@ def _places(adapter: Path, name: str, record: BaseRecord | None) -> Iterator[Pat
     """Directories that exist, each once, most likely first."""
     seen: set[str] = set()
     candidates = [Path(name), adapter / name] if name else []
-    if name == names.DEMO and not Path(name).exists():
+    if name == names.DEMO and (record or not Path(name).exists()):  # we record the demo by that word, and folders by their whole path
         candidates = [names.DEMO_BASE]
     elif record and record.relative:
         candidates.append(adapter / record.relative)

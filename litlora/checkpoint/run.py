@@ -30,6 +30,7 @@ STEP_FILES = frozenset(
         *names.LICENCE_FILES,
     }
 )
+RUN_DIRECTORIES = (names.VOCABULARY, names.MODEL)
 RUN_FILES = (names.RUN_YAML, names.METRICS, names.SKIPPED_ROWS)
 
 
@@ -186,7 +187,13 @@ def _ours(path: Path) -> list[Path]:
         if step.is_symlink() or foreign:
             what = f"holds {foreign[0].name}, which litlora did not write" if foreign else "is a link"
             raise UserError(f"{what}; it is not deleted", where=step, hint="move it away, or choose another --out_dir")
-    return [*reversed(steps), *(path / name for name in RUN_FILES if (path / name).exists())]
+    made = [path / name for name in RUN_DIRECTORIES if (path / name).is_dir()]
+    for directory in made:
+        if directory.is_symlink() or not all(_is_ours(entry) for entry in directory.iterdir()):
+            raise UserError(
+                "holds what litlora did not write; it is not deleted", where=directory, hint="move it away, or choose another --out_dir"
+            )
+    return [*reversed(steps), *made, *(path / name for name in RUN_FILES if (path / name).exists())]
 
 
 def _is_ours(entry: Path) -> bool:

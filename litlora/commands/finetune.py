@@ -11,10 +11,9 @@ from litlora.checkpoint import names
 from litlora.checkpoint.card import model_card
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import Tensors
-from litlora.checkpoint.files import as_json, serving_files
+from litlora.checkpoint.files import as_json, open_tokenizer, serving_files
 from litlora.checkpoint.manifest import Manifest
 from litlora.checkpoint.resolve import demo_base, resolve
-from litlora.checkpoint.run import prepare_run_directory
 from litlora.checkpoint.weights import adapter_tensors, load_base, raw_tensors
 from litlora.data.samples import IGNORE, DataSet
 from litlora.errors import UserError
@@ -22,12 +21,11 @@ from litlora.families import linear_shapes
 from litlora.methods import adapter_state, attach, load_adapter_state, trainable
 from litlora.model import GPT
 from litlora.options import FinetuneLoRA
-from litlora.peft import adapter_config, adapter_config_to_peft, targets
+from litlora.peft import adapter_config, adapter_config_to_peft, rank_and_alpha, targets
 from litlora.precision import choose_dtype
 from litlora.prompts import Prompts
-from litlora.tokenizer import Tokenizer
 from litlora.train.guards import warn_of_untrained_end
-from litlora.train.run import Job, compute_text, is_first_process, load_rows, show_samples, train
+from litlora.train.run import Job, check_run, compute_text, is_first_process, load_rows, open_run, show_samples, train
 from litlora.train.signals import Signals
 
 RATE = 2e-4
@@ -43,21 +41,18 @@ def finetune(options: FinetuneLoRA) -> None:
         base.config(), base.shards()  # whatever is wrong with the model is said before anything is written
         if start is not base:
             refuse_another_method(start, options)
-        prompts = Prompts(Tokenizer(start.tokenizer_dir()))
-        first = is_first_process()
-        directory = prepare_run_directory(
-            options.out_dir, resume=options.resume, overwrite=options.overwrite, dry_run=options.dry_run or not first, needed_bytes=2**24
-        )
-        with directory:
-            for message in directory.messages:
+        prompts = Prompts(open_tokenizer(start))
+        check_run(options)
+        data = load_rows(options, prompts, context=base.config().max_position_embeddings)
+        job = lora_job(options, start, base, prompts, data)
+        if options.dry_run:
+            show_samples(job)
+            return
+        with open_run(options, needed_bytes=step_bytes(options, base)) as directory:
+            for message in directory.messages if is_first_process() else ():
                 console.warn(message)
-            data = load_rows(options, prompts, context=base.config().max_position_embeddings)
-            job = lora_job(options, start, base, prompts, data)
-            if options.dry_run:
-                show_samples(job)
-                return
             last = train(job, directory.resume_from, signals)
-        if first:
+        if is_first_process():
             say_what_next(last, options)
 
 
@@ -66,6 +61,14 @@ def with_rate(options: FinetuneLoRA, base: Checkpoint) -> FinetuneLoRA:
     if options.train.lr is not None:
         return options
     return replace(options, train=replace(options.train, lr=DEMO_RATE if base.is_demo else RATE))
+
+
+def step_bytes(options: FinetuneLoRA, base: Checkpoint) -> int:
+    """What a step takes on the disk: the adapter in fp32, AdamW's two moments, and the small files."""
+    shapes = linear_shapes(base.config())
+    described = adapter_config(options.lora, list(shapes))
+    adapted = sum(rank_and_alpha(described, name)[0] * sum(shapes[name]) for name in targets(described, list(shapes)))
+    return 3 * 4 * adapted + 2**25
 
 
 def lora_job(options: FinetuneLoRA, start: Checkpoint, base: Checkpoint, prompts: Prompts, data: DataSet) -> Job:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litlora.checkpoint.checkpoint import Checkpoint
+from litlora.checkpoint.files import open_tokenizer
 from litlora.checkpoint.resolve import resolve
 from litlora.console import say, style
 from litlora.errors import UserError
 from litlora.options import ComputeOptions, Generate, SamplingOptions
 from litlora.parsing import check_ranges
 from litlora.prompts import Prompts
-from litlora.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # torch takes two seconds: what can be refused is refused first
     from litlora.generation import Answer
@@ -90,7 +90,7 @@ class Question:
     raw: bool
 
     def prompt_ids(self, prompts: Prompts) -> list[int]:
-        return raw_ids(prompts.tokenizer, self.asked) if self.raw else prompts.prompt_ids(self.messages)
+        return prompts.text_ids(self.asked) if self.raw else prompts.prompt_ids(self.messages)
 
 
 def read_questions(options: Generate) -> list[Question]:
@@ -165,13 +165,6 @@ def asked(where: str, text: str, options: Generate) -> Question:
     except UnicodeEncodeError:  # Python hides bytes that are no text in half characters
         raise UserError("not UTF-8 text", where=where) from None
     return Question(where, text, with_system([{"role": "user", "content": text}], options.system), options.raw)
-
-
-def raw_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A text to go on with: control strings in it are control tokens, and BOS stands before it once, where the model has one."""
-    ids = tokenizer.encode(text, special=True)
-    needs_bos = tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]
-    return [tokenizer.bos_id, *ids] if needs_bos and tokenizer.bos_id is not None else ids
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
@@ -255,7 +248,7 @@ def open_adapter(path: str | Path, base: Checkpoint) -> Checkpoint:
 
 def prompts_for(checkpoint: Checkpoint, on: Sequence[tuple[Checkpoint, float]]) -> Prompts:
     """The tokenizer and the template that the first adapter was trained with, else the model's own."""
-    return Prompts(Tokenizer((on[0][0] if on else checkpoint).tokenizer_dir()))
+    return Prompts(open_tokenizer(on[0][0] if on else checkpoint))
 
 
 def put_on(opened: Opened, adapters: Sequence[tuple[str, float]]) -> None:

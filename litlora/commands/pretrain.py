@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -10,11 +11,10 @@ from litlora import console
 from litlora.checkpoint import names
 from litlora.checkpoint.card import model_card
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.commit import Tensors, commit_directory
+from litlora.checkpoint.commit import Tensors, commit_directory, remove
 from litlora.checkpoint.files import as_json, serving_files
 from litlora.checkpoint.manifest import Manifest
 from litlora.checkpoint.resolve import resolve
-from litlora.checkpoint.run import prepare_run_directory
 from litlora.checkpoint.weights import load_base, raw_tensors
 from litlora.config import Config, Rope
 from litlora.data.samples import DataSet, texts_of
@@ -26,7 +26,7 @@ from litlora.options import Pretrain
 from litlora.prompts import Prompts
 from litlora.safetensors_file import write_safetensors
 from litlora.tokenizer import Tokenizer
-from litlora.train.run import Job, compute_text, is_first_process, load_rows, show_samples, train
+from litlora.train.run import Job, check_run, compute_text, is_first_process, load_rows, open_run, show_samples, train
 from litlora.train.signals import Signals
 
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,39 +36,44 @@ def pretrain(options: Pretrain) -> None:
     """Train a model from nothing; print the path of the finished one."""
     with Signals() as signals:
         refuse_odd_shapes(options)
-        first = is_first_process()
-        directory = prepare_run_directory(
-            options.out_dir, resume=options.resume, overwrite=options.overwrite, dry_run=options.dry_run or not first, needed_bytes=2**26
-        )
-        with directory:
-            for message in directory.messages:
+        check_run(options)
+        if options.dry_run:
+            with TemporaryDirectory() as scratch:
+                show_samples(prepared(options, Path(scratch)))
+            return
+        with open_run(options, needed_bytes=2**28) as directory:
+            first = is_first_process()
+            for message in directory.messages if first else ():
                 console.warn(message)
-            tokenizer = vocabulary(options)
-            prompts = Prompts(
-                tokenizer, template=None if options.chat_template is None else Path(options.chat_template).read_text(encoding="utf-8")
-            )
-            data = load_rows(options, prompts, context=options.model.max_position_embeddings)
-            job = model_job(options, prompts, data)
-            if options.dry_run:
-                show_samples(job)
-                return
+            job = prepared(options, Path(options.out_dir) / names.VOCABULARY)
             last = train(job, directory.resume_from, signals)
             if first:
-                finished = export(last, Path(options.out_dir) / names.MODEL, options, prompts)
+                finished = export(last, Path(options.out_dir) / names.MODEL, options, job.prompts)
                 console.header(
                     [("next", f"litlora generate {finished} --prompt TEXT"), ("", f"litlora finetune lora {finished} --data FILE")]
                 )
                 print(finished)
 
 
-def vocabulary(options: Pretrain) -> Tokenizer:
-    """The tokenizer named by --tokenizer_dir; without one, a vocabulary learnt from the rows, kept in out_dir so that resuming finds it."""
+def prepared(options: Pretrain, place: Path) -> Job:
+    """Vocabulary (learnt into `place` if none is given), prompts and rows."""
+    template = None if options.chat_template is None else Path(options.chat_template).read_text(encoding="utf-8")
+    prompts = Prompts(vocabulary(options, place), template=template)
+    return model_job(options, prompts, load_rows(options, prompts, context=options.model.max_position_embeddings))
+
+
+def vocabulary(options: Pretrain, place: Path) -> Tokenizer:
+    """The tokenizer named by --tokenizer_dir; without one, a vocabulary learnt from the rows, kept so that resuming finds it."""
     if options.tokenizer_dir is not None:
         return Tokenizer(options.tokenizer_dir)
-    place = Path(options.out_dir) / names.VOCABULARY
     if not (place / names.TOKENIZER).exists():
+        if not is_first_process():
+            raise UserError(
+                "every process would learn a vocabulary of its own", where="--tokenizer_dir", hint="give one, or use one process"
+            )
         learnt = train_tokenizer(texts_of(options.data, options.rows), options.model.vocab_size)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_dir():  # a dry run's own, empty
+            place = place / names.VOCABULARY
         with commit_directory(place) as temporary:
             for name, content in tokenizer_files(learnt, options.model.max_position_embeddings).items():
                 (temporary / name).write_bytes(content)
@@ -81,7 +86,9 @@ def model_job(options: Pretrain, prompts: Prompts, data: DataSet) -> Job:
     def build(device: torch.device) -> GPT:
         model = GPT(config)
         init_weights(model, options.seed)
-        console.header([("shape", f"{console.count(sum(parameter.numel() for parameter in model.parameters()))} parameters, all trained")])
+        if is_first_process():
+            count = console.count(sum(parameter.numel() for parameter in model.parameters()))
+            console.header([("shape", f"{count} parameters, all trained")])
         return model.to(device)
 
     def restore(model: GPT, step: Checkpoint) -> None:
@@ -93,6 +100,7 @@ def model_job(options: Pretrain, prompts: Prompts, data: DataSet) -> Job:
     def card(manifest: Manifest) -> str:
         return model_card(manifest, str(Path(options.out_dir) / names.step_name(manifest.step)))
 
+    where = compute_text(options, torch.float32)
     return Job(
         command="pretrain",
         options=options,
@@ -102,12 +110,7 @@ def model_job(options: Pretrain, prompts: Prompts, data: DataSet) -> Job:
         data=data,
         base=None,
         parent=None,
-        facts=[
-            (
-                "model",
-                f"a new {config.model_type} of {config.num_hidden_layers} blocks, width {config.hidden_size} · {compute_text(options)}",
-            )
-        ],
+        facts=[("model", f"a new {config.model_type}, {config.num_hidden_layers} blocks of width {config.hidden_size} · {where}")],
         build=build,
         restore=restore,
         contents=contents,
@@ -152,6 +155,10 @@ def model_config(options: Pretrain, tokenizer: Tokenizer) -> Config:
 
 def refuse_odd_shapes(options: Pretrain) -> None:
     shape = options.model
+    if options.precision == "bf16":
+        raise UserError(
+            "a new model is trained in fp32", where="--precision bf16", hint="leave --precision out; --dtype says how the result is stored"
+        )
     if shape.hidden_size % (2 * shape.num_attention_heads):
         raise UserError("--model.hidden_size must be an even multiple of --model.num_attention_heads", hint="128 and 4, for example")
     if shape.num_attention_heads % shape.num_key_value_heads:
@@ -163,7 +170,7 @@ def export(step: Path, finished: Path, options: Pretrain, prompts: Prompts) -> P
     model = load_base(resolve(step))
     tensors = {name: tensor.to(STORED[options.dtype]) for name, tensor in own_tensors(model).items()}
     if finished.exists():
-        return finished  # of this very run: a directory is only ever written whole
+        remove(finished)  # of an earlier end of this run; everything in it comes from the step
     with commit_directory(finished) as temporary:
         for name, content in model_files(model.config, prompts, options.dtype).items():
             (temporary / name).write_bytes(content)

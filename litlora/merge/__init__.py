@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from litlora.checkpoint import names
-from litlora.checkpoint.commit import commit_directory, make_directory, remove, sync
+from litlora.checkpoint.commit import commit_directory, make_directory, remove, remove_leftovers, sync
 from litlora.errors import UserError, WorkError
 from litlora.merge.directory import encode, make_report, whole, write_small_files
 from litlora.merge.plan import Plan, prepare
@@ -81,18 +81,28 @@ def committed(plan: Plan) -> Iterator[Path]:
     """A temporary directory that becomes `plan.out_dir` when it is complete. An earlier merge keeps its place until then."""
     final = plan.out_dir.absolute()
     make_directory(final.parent)
+    remove_remains(final)
     if not os.path.lexists(final):
         with commit_directory(final, needed_bytes=plan.merged_bytes) as temporary:
             yield temporary
         return
-    newer = final.with_name(f"{final.name}.new")
-    if newer.exists():  # complete, but not yet in its place, when a machine went down
-        remove(newer)
+    newer = final.with_name(names.temporary_name(final.name, os.getpid()))
     with commit_directory(newer, needed_bytes=plan.merged_bytes) as temporary:
         yield temporary
     exchange(newer, final)
     sync(final.parent)
     remove(newer)
+
+
+def remove_remains(final: Path) -> None:
+    """What merges into `final` left when their process died: the new model, half-written or complete, or the earlier one."""
+    owners = {owner for path in final.parent.iterdir() if (owner := names.temporary_owner(path)) is not None}
+    for name in (final.name, earlier_name(final), *(names.temporary_name(final.name, owner) for owner in owners)):
+        remove_leftovers(final.parent, name)
+
+
+def earlier_name(final: Path) -> str:
+    return f"{final.name}.earlier"
 
 
 def exchange(new: Path, old: Path) -> None:
@@ -101,7 +111,7 @@ def exchange(new: Path, old: Path) -> None:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None and renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE) == 0:
         return
-    aside = old.with_name(names.temporary_name(old.name, os.getpid()))  # elsewhere: for a moment there is only the new one
+    aside = old.with_name(names.temporary_name(earlier_name(old), os.getpid()))  # elsewhere: for a moment there is only the new one
     os.rename(old, aside)
     os.rename(new, old)
     os.rename(aside, new)

@@ -17,19 +17,18 @@ Messages = Sequence[Message]
 SampleIds = tuple[list[int], list[bool]]  # the ids, and which of them are graded
 
 ALPACA = """\
-{{ bos_token }}
 {%- for message in messages %}
     {%- if not loop.first %}{{ "\\n\\n" }}{% endif %}
     {%- if message.role == "system" %}
         {{- message.content }}
     {%- elif message.role == "assistant" %}
-        {{- "### Response:\\n" + message.content + eos_token }}
+        {{- "### Response:\\n" + message.content + EOS }}
     {%- else %}
         {{- "### Instruction:\\n" + message.content }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "\\n\\n### Response:\\n" }}{% endif %}
-"""
+"""  # EOS stands for the end token: see `alpaca`
 MARKS = [chr(code) for code in (*range(0xFDD2, 0xFDF0), *range(0xE000, 0xF900))]  # noncharacters, then private use
 
 
@@ -44,16 +43,11 @@ class Prompts:
         """`template` None: the model's own, else the built-in Alpaca style."""
         self.tokenizer = tokenizer
         built_in = template is None and tokenizer.chat_template is None
-        self.template = template or tokenizer.chat_template or ALPACA
+        self.template = template or tokenizer.chat_template or alpaca(tokenizer)
         own = template in (None, tokenizer.chat_template)
         self.template_name = "alpaca (built in)" if built_in else "the model's own" if own else name
         self._begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
         self._values = dict(tokenizer.special_tokens)
-        if built_in:
-            self._values["bos_token"] = self._values.get("bos_token", "") if tokenizer.adds_bos else ""
-            if tokenizer.eos_id is None:
-                raise UserError("the tokenizer names no eos_token, so an answer could not end", where=tokenizer.directory)
-            self._values["eos_token"] = str(tokenizer.token_of(tokenizer.eos_id))
         self._compiled = compile_template(self.template)
 
     @cached_property
@@ -89,8 +83,9 @@ class Prompts:
         return self.tokenizer.encode_batch([self._render(messages, mark, ask=True)], special=True, mark=mark)[0]
 
     def text_ids(self, text: str) -> list[int]:
-        """A plain text to go on with: BOS where the model has one, then the text."""
-        return [*self._begin, *self.tokenizer.encode(text, special=False)]
+        """A text to go on with: control strings in it are control tokens, and BOS stands before it once, where the model has one."""
+        ids = self.tokenizer.encode(text, special=True)
+        return ids if ids[:1] == self._begin else [*self._begin, *ids]
 
     def batch_text_sample_ids(self, texts: Sequence[str]) -> list[SampleIds]:
         """Plain texts to learn: BOS where the model has one, the text, EOS; all graded but the BOS."""
@@ -246,6 +241,24 @@ class Prompts:
         except UserError:
             return []
         return [ids[-1]] if graded[-1] and ids[-1] in self.tokenizer.special_ids else []
+
+
+def alpaca(tokenizer: Tokenizer) -> str:
+    """The built-in template for one tokenizer. Its BOS and EOS are written out, because what reads the template back from a step
+    (litlora, transformers, vLLM) fills in names by other rules: a BOS that plain text does not get, no EOS that config.json names.
+    """
+    if tokenizer.eos_id is None:
+        raise UserError("the tokenizer names no eos_token, so an answer could not end", where=tokenizer.directory)
+    begin = tokenizer.token_of(tokenizer.bos_id) if tokenizer.adds_bos and tokenizer.bos_id is not None else None
+    text = ALPACA.replace("EOS", _literal(str(tokenizer.token_of(tokenizer.eos_id))))
+    return text if begin is None else "{{ " + _literal(begin) + " }}\n" + text
+
+
+def _literal(text: str) -> str:
+    """`text` as a string of the template language."""
+    for character, written in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r")):
+        text = text.replace(character, written)
+    return f'"{text}"'
 
 
 @dataclass

@@ -102,19 +102,21 @@ def fit(run: Run, start: Position) -> Position:
             seconds = time.monotonic() - began
             if not result.finite:
                 record(run, progress, position, result, lr, seconds, tokens, val_loss=None)
-                raise not_finite(position.step, committed, result)
+                bad = f"the loss is {result.loss}" if not math.isfinite(result.loss) else f"the gradient's norm is {result.grad_norm}"
+                raise not_finite(position.step, committed, bad)
             if start.step == 0 and position.step <= 2 and lr > 0:
                 check_alive(run.model, alive, position.step)
             last = position.step == run.plan.steps
             val_loss = None
-            if run.validation and not result.stop and (last or every(run.eval_interval, position.step)):
+            if run.validation and (last or every(run.eval_interval, position.step)):
                 val_loss = evaluate(run.fabric, run.model, run.validation, run.options)[0]
                 best = val_loss if position.best_val_loss is None else min(position.best_val_loss, val_loss)
                 position = replace(position, best_val_loss=best)
-            due = last or result.stop or result.commit or every(run.options.save_interval, position.step)
-            if due or val_loss is not None or every(run.options.log_interval, position.step):
+            if last or val_loss is not None or every(run.options.log_interval, position.step):
                 record(run, progress, position, result, lr, seconds, tokens, val_loss)
-            if due:
+            if val_loss is not None and not math.isfinite(val_loss):
+                raise not_finite(position.step, committed, f"the validation loss is {val_loss}")
+            if last or result.stop or result.commit or every(run.options.save_interval, position.step):
                 run.save(Commit(position=position, loss=result.loss, val_loss=val_loss))
                 committed = position.step
                 progress.line(f"COMMITTED step={committed}" + ("" if val_loss is None else f" val_loss={val_loss:.4f}"))
@@ -200,7 +202,7 @@ def share_of_window(fabric: "Fabric", window: Sequence[Sample], options: TrainOp
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Every step's random numbers (dropout) are a function of these three: there is no generator state to save or to restore."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + rank) % 2**63)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -221,7 +223,6 @@ def check_alive(model: nn.Module, alive: set[str], step: int) -> None:
         )
 
 
-def not_finite(step: int, committed: int, result: StepResult) -> WorkError:
-    what = f"the loss is {result.loss}" if not math.isfinite(result.loss) else f"the gradient's norm is {result.grad_norm}"
+def not_finite(step: int, committed: int, what: str) -> WorkError:
     last = f"the last good checkpoint is step-{committed}" if committed else "nothing was committed yet"
     return WorkError(f"{what} at step {step}; {last}", hint="lower --train.lr, or look at the rows of this step")

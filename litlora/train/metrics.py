@@ -1,11 +1,11 @@
 """metrics.csv: one row per logged step. A row is written whole, and rows beyond the checkpoint are dropped when a run is resumed."""
 
-import csv
 import math
 import resource
 import sys
 from pathlib import Path
 
+from litlora.checkpoint.commit import write_atomically
 from litlora.console import warn
 
 COLUMNS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "graded", "tokens", "seconds", "tokens_per_second", "memory_mb")
@@ -19,19 +19,17 @@ class Metrics:
         self.warned = False
         if path is not None:
             kept = [row for row in read(path) if int(row["step"]) <= keep_until]
-            self.append([",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in kept)], mode="w")
+            lines = [",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in kept)]
+            write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
 
     def write(self, **values: float | None) -> None:
         """A row; columns without a value stay empty."""
         values = {**values, "memory_mb": peak_memory_mb()}
-        self.append([",".join(written(values.get(name)) for name in COLUMNS)], mode="a")
-
-    def append(self, lines: list[str], *, mode: str) -> None:
         if self.path is None:
             return
         try:
-            with open(self.path, mode, encoding="utf-8") as file:
-                file.write("".join(f"{line}\n" for line in lines))
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(",".join(written(values.get(name)) for name in COLUMNS) + "\n")
         except OSError as error:
             if not self.warned:
                 warn(f"{self.path}: {error.strerror}; going on without the missing rows")
@@ -42,9 +40,9 @@ def read(path: Path) -> list[dict[str, str]]:
     """The rows of a metrics file; a row that a crash cut short is left out."""
     if not path.exists():
         return []
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if all(row.get(name) is not None for name in COLUMNS)]
+    lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+    rows = [line.split(",") for line in lines[1:]]
+    return [{name: row[column] for column, name in enumerate(COLUMNS)} for row in rows if len(row) == len(COLUMNS) and row[0].isdecimal()]
 
 
 def written(value: float | None) -> str:

@@ -50,7 +50,7 @@ class Plan:
             return self.max_steps
         whole, part = divmod(self.epochs, 1)
         steps = sum(self.windows_in(epoch) for epoch in range(int(whole)))
-        return steps + math.ceil(part * self.windows_in(int(whole)))
+        return steps + math.ceil(round(part * self.windows_in(int(whole)), 9))
 
     def windows_in(self, epoch: int) -> int:
         return math.ceil(len(epoch_order(self.weights, self.seed, epoch)) / self.global_batch_size)

@@ -19,16 +19,19 @@ from litlora.checkpoint import names
 from litlora.checkpoint.commit import Tensors, commit_step, write_atomically
 from litlora.checkpoint.manifest import BaseRecord, Manifest
 from litlora.checkpoint.resolve import Checkpoint
+from litlora.checkpoint.run import Run as RunDirectory
+from litlora.checkpoint.run import prepare_run_directory
 from litlora.checkpoint.state import VALUES, load_state, save_state
 from litlora.data.samples import IGNORE, DataSet, Sample, load_data
-from litlora.errors import UserError, WorkError
+from litlora.errors import Interrupted, UserError, WorkError
 from litlora.methods import trainable
 from litlora.model import GPT
 from litlora.options import FitOptions
 from litlora.parsing import to_yaml
 from litlora.precision import choose_dtype
 from litlora.prompts import Prompts
-from litlora.train.loop import MICRO_BATCH_TOKENS, Commit, Run, fit
+from litlora.train.allocator import keep_freed_memory
+from litlora.train.loop import MICRO_BATCH_TOKENS, Commit, Run, fit, over_ranks
 from litlora.train.metrics import Metrics
 from litlora.train.optimizer import build_optimizer
 from litlora.train.plan import Plan, Position
@@ -82,9 +85,17 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
     committer = Committer(job, model, trained, initial, optimizer, plan, fixed, resumed)
 
     def save(commit: Commit) -> None:
+        failure: Exception | None = None
         if fabric.is_global_zero:
-            committer.commit(commit)
-        fabric.barrier()
+            try:
+                committer.commit(commit)
+            except (WorkError, UserError, OSError) as error:
+                failure = error
+        failed = over_ranks(fabric, torch.tensor(float(failure is not None))).item()  # the others must not wait for what will not come
+        if failure is not None:
+            raise failure
+        if failed:
+            raise WorkError(f"the first process could not commit step {commit.position.step}")
 
     if fabric.is_global_zero:
         write_atomically(out_dir / names.RUN_YAML, run_yaml(job).encode())
@@ -96,7 +107,13 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
         options=options.train, eval_interval=options.eval.interval, seed=options.seed, metrics=metrics, signals=signals, save=save,
     )  # fmt: skip
     signals.training = True
-    end = fit(run, start)
+    try:
+        end = fit(run, start)
+    except Interrupted as stop:
+        raise Interrupted(
+            stop.exit_code - 128, f"go on with: litlora {job.command} --resume --out_dir {shlex.quote(options.out_dir)}"
+        ) from stop
+    signals.training = False
     return out_dir / names.step_name(end.step)
 
 
@@ -163,6 +180,7 @@ def what_may_not_change(job: Job) -> dict[str, Any]:
         "tokenizer": job.prompts.tokenizer.hash,
         "chat template": template_hash(job.prompts),
         "data": job.data.fingerprint,
+        "training rows": rows_hash(job.data.train),
         "seed": options.seed,
         "train.global_batch_size": options.train.global_batch_size,
         "train.micro_batch_tokens": options.train.micro_batch_tokens or MICRO_BATCH_TOKENS,
@@ -194,6 +212,27 @@ def refuse_another_run(resumed: Checkpoint, fixed: Mapping[str, Any]) -> None:
 def run_yaml(job: Job) -> str:
     options = replace(job.options, resume=False, overwrite=False, dry_run=False)
     return f"# litlora {job.command} --config {shlex.quote(str(Path(options.out_dir) / names.RUN_YAML))}\n{to_yaml(options)}"
+
+
+# ---- the directory ---------------------------------------------------------------------------------------------------
+
+
+def open_run(options: FitOptions, needed_bytes: int) -> RunDirectory:
+    """The run's directory, ours from here on: the one place where something is written or deleted before training begins.
+
+    Processes other than the first only look up the step to go on from: the first has already made the directory ready.
+    """
+    if is_first_process():
+        return prepare_run_directory(options.out_dir, resume=options.resume, overwrite=options.overwrite, needed_bytes=needed_bytes)
+    if options.resume:
+        return prepare_run_directory(options.out_dir, resume=True, dry_run=True)
+    return RunDirectory(Path(options.out_dir))
+
+
+def check_run(options: FitOptions) -> None:
+    """What can be refused about the directory, before rows are read. Writes nothing."""
+    if is_first_process():
+        prepare_run_directory(options.out_dir, resume=options.resume, overwrite=options.overwrite, dry_run=True)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -232,19 +271,32 @@ def marked(sample: Sample, prompts: Prompts) -> str:
     return "".join(parts)
 
 
+def rows_hash(samples: Sequence[Sample]) -> str:
+    """Of the samples that are trained on, after the split, in their order."""
+    state = hashlib.sha256()
+    for sample in samples:
+        state.update(sample.tokens.tobytes() + sample.targets.tobytes())
+    return state.hexdigest()
+
+
 def template_hash(prompts: Prompts) -> str:
     return hashlib.sha256(prompts.template.encode()).hexdigest()
 
 
 def plan_of(job: Job) -> Plan:
     options = job.options
-    return Plan(
+    plan = Plan(
         weights=tuple(job.data.weights),
         global_batch_size=options.train.global_batch_size,
         epochs=options.train.epochs,
         max_steps=options.train.max_steps,
         seed=options.seed,
     )
+    if plan.steps == 0 or not plan.windows_in(0):
+        raise UserError(
+            "not one step is planned: an epoch draws no sample", where=" ".join(options.data), hint="raise the weight or --train.epochs"
+        )
+    return plan
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
@@ -252,13 +304,14 @@ def plan_of(job: Job) -> Plan:
 
 def is_first_process() -> bool:
     """Whether this process speaks and writes for all (before Fabric is there to be asked)."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
 
 
 def launch(options: FitOptions) -> Any:
     """Fabric on the devices that were asked for, its processes started. Imported here: only training needs it."""
     from lightning.fabric import Fabric
 
+    keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     fabric = Fabric(
@@ -290,7 +343,8 @@ def header(job: Job, plan: Plan, resumed: Checkpoint | None) -> list[tuple[str, 
     return lines
 
 
-def compute_text(options: FitOptions) -> str:
-    device = "cuda" if torch.cuda.is_available() and options.accelerator in ("auto", "cuda", "gpu") else "cpu"
-    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[choose_dtype(options.precision, device)]
-    return f"{device}, {dtype}, {torch.get_num_threads()} threads" if device == "cpu" else f"{device}, {dtype}"
+def compute_text(options: FitOptions, dtype: torch.dtype | None = None) -> str:
+    """Where and in which dtype (None: what --precision means) it is computed."""
+    device = "cuda" if torch.cuda.is_available() and options.accelerator in ("auto", "cuda") else "cpu"
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype or choose_dtype(options.precision, device)]
+    return f"{device}, {name}, {options.threads or torch.get_num_threads()} threads" if device == "cpu" else f"{device}, {name}"

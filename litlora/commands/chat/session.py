@@ -4,6 +4,7 @@ Replies and what a command was asked to show are printed; everything about them 
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -18,7 +19,7 @@ from litlora.data.rows import read_rows
 from litlora.errors import UserError, did_you_mean
 from litlora.generation import Answer, Conversation, room, without_adapters
 from litlora.options import Chat, SamplingOptions
-from litlora.parsing import parse
+from litlora.parsing import PEER_NAMES, parse
 
 
 class Session:
@@ -142,13 +143,18 @@ class Session:
         say(f"system prompt: {'none' if self.system is None else self.system}")
 
     def do_set(self, rest: str) -> None:
-        name, _, value = rest.partition(" ")
-        if name:
-            value = "null" if value in ("off", "none") else unquoted(value)
-            word = f"--{name.removeprefix('--')}" + (f"={value}" if value else "")
-            wanted = parse(SamplingOptions, [] if name == "stop" and value == "null" else [word], command="chat")
-            setattr(self.sampling, name, getattr(wanted, name))
-        say("  ".join(f"{field.name} {getattr(self.sampling, field.name)}" for field in fields(SamplingOptions)))
+        known = [field.name for field in fields(SamplingOptions)]
+        if rest:
+            name, value = name_and_value(rest)
+            if name not in known:
+                hint = did_you_mean(PEER_NAMES.get(name, name), known) or "/set alone shows them all"
+                raise UserError(f"no option {name or rest}", hint=hint)
+            if not value:
+                raise UserError(f"{name} needs a value", hint=f"/set {name} {getattr(SamplingOptions(), name) or 'off'}")
+            off = value in ("off", "none")
+            words = [] if off and name == "stop" else [f"--{name}={'null' if off else unquoted(value)}"]
+            setattr(self.sampling, name, getattr(parse(SamplingOptions, words, command="chat"), name))
+        say("  ".join(f"{name} {getattr(self.sampling, name)}" for name in known))
 
     def do_retry(self, rest: str) -> None:
         if not self.messages:
@@ -263,6 +269,13 @@ def needed(rest: str, command: str) -> Path:
     if not rest:
         raise UserError(f"{command} needs a file", hint=f"{command} chats.jsonl")
     return Path(rest).expanduser()
+
+
+def name_and_value(text: str) -> tuple[str, str]:
+    """`temperature 0.5`, `temperature=0.5` or `--temperature 0.5`; the value may be missing."""
+    end = re.search(r"\s*=\s*|\s+", text)
+    name, value = (text[: end.start()], text[end.end() :]) if end else (text, "")
+    return name.lstrip("-").replace("-", "_"), value
 
 
 def unquoted(value: str) -> str:

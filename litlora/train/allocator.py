@@ -1,0 +1,23 @@
+"""Keep freed memory instead of giving it back after every operation.
+
+glibc maps each large tensor anew and returns it when it is freed; the kernel then clears the same pages again and again. Keeping
+them cost no memory at the peak and made a training step on a CPU about 6% faster (135M shape, 2 threads).
+"""
+
+import ctypes
+import os
+import sys
+
+MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD = -3, -1, -2  # mallopt(3)
+SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+
+def keep_freed_memory() -> None:
+    """For this process, where its allocator is glibc's and the user has not set it otherwise; elsewhere nothing happens."""
+    if not sys.platform.startswith("linux") or any(os.environ.get(name) for name in SET_BY_USER):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, 2**30)
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(TOP_PAD, 2**26)
