@@ -211,7 +211,8 @@ def refuse_another_run(resumed: Checkpoint, fixed: Mapping[str, Any]) -> None:
 
 def run_yaml(job: Job) -> str:
     options = replace(job.options, resume=False, overwrite=False, dry_run=False)
-    return f"# litlora {job.command} --config {shlex.quote(str(Path(options.out_dir) / names.RUN_YAML))}\n{to_yaml(options)}"
+    path = shlex.quote(str(Path(options.out_dir) / names.RUN_YAML))
+    return f"# Again, elsewhere: litlora {job.command} --config {path} --out_dir DIR\n{to_yaml(options)}"
 
 
 # ---- the directory ---------------------------------------------------------------------------------------------------
