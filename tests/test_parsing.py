@@ -306,7 +306,7 @@ def test_the_help_is_true_for_each_command(capsys: pytest.CaptureFixture[str]) -
     assert "highest learning rate (default: 2e-4; 1e-3 for the demo base) --" in help_of(FinetuneLoRA, capsys)
     shown = help_of(Pretrain, capsys)
     assert "highest learning rate [0.003] --" in shown
-    assert "tokens computed at once (default: 2048; never changes the result)" in shown
+    assert "tokens computed at once (default: 1024; never changes the result)" in shown
     for kind in (FinetuneLoRA, Pretrain):
         assert parse(kind, [], command="x") == kind()
     assert TrainOptions().micro_batch_tokens is None
