@@ -18,7 +18,7 @@ from litlora.checkpoint.weights import adapter_tensors, load_base, raw_tensors
 from litlora.data.samples import IGNORE, DataSet
 from litlora.errors import UserError
 from litlora.families import linear_shapes
-from litlora.methods import adapter_state, attach, load_adapter_state, trainable
+from litlora.methods import METHODS, adapter_state, load_adapter_state, trainable
 from litlora.model import GPT
 from litlora.options import FinetuneLoRA
 from litlora.peft import adapter_config, adapter_config_to_peft, rank_and_alpha, targets
@@ -77,7 +77,7 @@ def lora_job(options: FinetuneLoRA, start: Checkpoint, base: Checkpoint, prompts
 
     def build(device: torch.device) -> GPT:
         model = load_base(base, choose_dtype(options.precision, device), device)
-        attach(model, options.lora, seed=options.seed)
+        METHODS[options.method].attach(model, options.lora, seed=options.seed)
         if start is not base:
             restore(model, start)
         if is_first_process():
