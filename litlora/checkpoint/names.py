@@ -6,9 +6,6 @@ The first block is Hugging Face's layout, the second PEFT's, the third our own.
 import re
 from pathlib import Path
 
-from litlora import __version__
-
-VERSION = __version__
 
 # ---- a Hugging Face directory
 CONFIG = "config.json"
