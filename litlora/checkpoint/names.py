@@ -6,7 +6,6 @@ The first block is Hugging Face's layout, the second PEFT's, the third our own.
 import re
 from pathlib import Path
 
-
 # ---- a Hugging Face directory
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
