@@ -224,22 +224,22 @@ def final_bytes(out: Path, step: int) -> list[bytes]:
     return [(where / name).read_bytes() for name in (names.ADAPTER_WEIGHTS, names.TRAINING_STATE)] + [json.dumps(rows).encode()]
 
 
-@pytest.mark.parametrize("after", [1, 9, 17])
+@pytest.mark.parametrize("after", [1, 17, 31])
 def test_a_run_killed_anywhere_resumes_to_the_same_bits(talker: tuple[Path, Path], tmp_path: Path, after: int) -> None:
     """YARDSTICK R01, F04, promise 3: kill -9 the real command, `--resume`, and compare weights, optimizer and metrics.
 
-    Killed in the first steps, between commits and in the second epoch. Caught: resuming the optimizer without the weights.
+    Killed in the first steps, between commits and epochs later. Caught: resuming the optimizer without the weights.
     """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    steps = ("--train.max_steps", "20", "--train.log_interval", "3")
+    steps = ("--train.max_steps", "60", "--train.log_interval", "3")
     assert main(finetune_words(talker, whole, *steps)) == 0
     process = start(finetune_words(talker, broken, *steps))
     wait_until(process, lambda: logged(broken) >= after)
     process.kill()
     process.wait()
-    assert not (broken / "step-20").exists(), "it ended before it was killed"
+    assert not (broken / "step-60").exists(), "it ended before it was killed"
     assert main(["finetune", "lora", "--resume", "--out_dir", str(broken)]) == 0
-    assert final_bytes(broken, 20) == final_bytes(whole, 20)
+    assert final_bytes(broken, 60) == final_bytes(whole, 60)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -252,17 +252,17 @@ def test_a_signal_commits_and_says_so_in_the_exit_code(
     Caught: skipping a validation that is due in the very step that a signal ends.
     """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    steps = ("--train.max_steps", "40", "--train.log_interval", "3", "--eval.interval", "2")
+    steps = ("--train.max_steps", "60", "--train.log_interval", "3", "--eval.interval", "2")
     process = start(finetune_words(talker, broken, *steps))
     wait_until(process, lambda: logged(broken) >= after)
     process.send_signal(number)
     _, said = process.communicate()
     assert process.returncode == code, said
     assert f"--resume --out_dir {broken}" in said
-    assert not (broken / "step-40").exists(), "it ended before the signal came"
+    assert not (broken / "step-60").exists(), "it ended before the signal came"
     assert main(["finetune", "lora", "--resume", "--out_dir", str(broken)]) == 0
     assert main(finetune_words(talker, whole, *steps)) == 0
-    assert final_bytes(broken, 40) == final_bytes(whole, 40)
+    assert final_bytes(broken, 60) == final_bytes(whole, 60)
 
 
 def test_two_processes_give_the_result_of_one(talker: tuple[Path, Path], tmp_path: Path) -> None:
