@@ -12,7 +12,7 @@ import typing
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from litlora.errors import UserError, did_you_mean
 
@@ -296,14 +296,13 @@ def yaml_texts(text: str) -> Any:
     made = {tag: make for tag, make in standard.yaml_constructors.items() if tag in (None, f"{core}null", f"{core}map", f"{core}seq")}
 
     class Texts(yaml.SafeLoader):
-        yaml_implicit_resolvers: ClassVar = {
-            letter: [(tag, pattern) for tag, pattern in resolvers if tag in plain]
-            for letter, resolvers in standard.yaml_implicit_resolvers.items()
-        }
-        yaml_constructors: ClassVar = made | {
-            f"{core}{kind}": standard.construct_yaml_str for kind in ("str", "int", "float", "bool", "timestamp")
-        }
+        pass
 
+    Texts.yaml_implicit_resolvers = {
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag in plain]
+        for letter, resolvers in standard.yaml_implicit_resolvers.items()
+    }
+    Texts.yaml_constructors = made | {f"{core}{kind}": standard.construct_yaml_str for kind in ("str", "int", "float", "bool", "timestamp")}
     loader = Texts(text)
     try:
         return loader.get_single_data()
