@@ -21,7 +21,7 @@ from litlora.checkpoint.manifest import BaseRecord, Manifest
 from litlora.checkpoint.resolve import Checkpoint
 from litlora.checkpoint.run import Run as RunDirectory
 from litlora.checkpoint.run import prepare_run_directory
-from litlora.checkpoint.state import VALUES, load_state, save_state
+from litlora.checkpoint.state import load_state, save_state
 from litlora.data.samples import IGNORE, DataSet, Sample, load_data
 from litlora.errors import Interrupted, UserError, WorkError
 from litlora.methods import trainable
@@ -196,7 +196,7 @@ def may_change(options: FitOptions) -> dict[str, Any]:
 
 
 def refuse_another_run(resumed: Checkpoint, fixed: Mapping[str, Any]) -> None:
-    before = resumed.training_state()[VALUES]["fixed"]
+    before = resumed.training_values()["fixed"]
     plain = json.loads(json.dumps(fixed))
     different = [name for name in sorted({*before, *plain}) if before.get(name) != plain.get(name)]
     if different:
