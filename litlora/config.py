@@ -3,8 +3,11 @@
 No torch here: merging and listing need a model's shapes, not its arithmetic.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
+
+SILENT = ("o_proj", "down_proj")  # what writes last to the residual stream: zero in a new block that adds nothing yet
 
 LayerType = Literal["full_attention", "sliding_attention"]
 
@@ -49,6 +52,7 @@ class Config:
     sliding_window: int | None = None  # tokens a query of a sliding layer looks back at, itself included
     layer_types: tuple[LayerType, ...] = ()  # one per layer; empty: all full_attention
     tie_word_embeddings: bool = False
+    llama_pro_layers: tuple[int, ...] = ()  # the blocks that were inserted into an earlier, shallower model
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -59,3 +63,20 @@ class Config:
         """How far back layer number `layer` looks, in tokens; None is all the way."""
         sliding = bool(self.layer_types) and self.layer_types[layer] == "sliding_attention"
         return self.sliding_window if sliding else None
+
+
+def merged_layers(config: Config, inserted: Iterable[int]) -> list[tuple[int, bool]]:
+    """The layers of the model that has a new block after each of the layers `inserted`, in order: which of the first model's it
+    comes from, and whether it is the block inserted after that."""
+    after = set(inserted)
+    return [(layer, is_new) for layer in range(config.num_hidden_layers) for is_new in ((False, True) if layer in after else (False,))]
+
+
+def expanded_config(config: Config, inserted: Iterable[int]) -> Config:
+    """`config` with a new block after each of the layers `inserted`: of the same type as that layer, and recorded as new."""
+    places = merged_layers(config, inserted)
+    if len(places) == config.num_hidden_layers:
+        return config
+    new = tuple(place for place, (layer, is_new) in enumerate(places) if is_new or layer in config.llama_pro_layers)
+    types = tuple(config.layer_types[layer] for layer, _ in places) if config.layer_types else ()
+    return replace(config, num_hidden_layers=len(places), layer_types=types, llama_pro_layers=new)

@@ -8,8 +8,8 @@ since transformers 5. No torch here.
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +56,7 @@ SUPPORTED: dict[str, Family] = {
 }
 
 ALSO_KNOWN_AS = "Llama 1 to 3, TinyLlama and SmolLM2 are llama; Qwen 2.5 is qwen2"
+LLAMA_PRO_LAYERS = "llama_pro_layers"  # our own key of config.json: which layers were inserted; other readers ignore it
 DEFAULT_WINDOW, DEFAULT_MAX_WINDOW_LAYERS = 4096, 28  # transformers' defaults for mistral and qwen
 
 # Keys of relatives of these families, with the values that change nothing. transformers ignores most of them under our
@@ -136,6 +137,7 @@ def config_from_hf(config: Mapping[str, Any], where: str | Path) -> Config:
         sliding_window=window,
         layer_types=layer_types,
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
+        llama_pro_layers=inserted_layers(reader, layers),
         initializer_range=reader.number("initializer_range", 0.02, zero=True),
         bos_token_id=reader.token("bos_token_id", family.bos_token_id),
         eos_token_ids=reader.tokens("eos_token_id", family.eos_token_id),
@@ -171,6 +173,7 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         **({"mlp_bias": config.mlp_bias} if family.mlp_bias else {}),
         **window,
         "tie_word_embeddings": config.tie_word_embeddings,
+        **({LLAMA_PRO_LAYERS: list(config.llama_pro_layers)} if config.llama_pro_layers else {}),
         "initializer_range": config.initializer_range,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_ids[0] if len(config.eos_token_ids) == 1 else list(config.eos_token_ids) or None,
@@ -179,6 +182,25 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         "dtype": config.torch_dtype,
         "use_cache": True,
     }
+
+
+def with_biases(config: Config, modules: Iterable[str]) -> Config | None:
+    """`config` with a bias on each of these Linears (others of their kind get one too); None where its model type has no key for one."""
+    family, ends = SUPPORTED[config.model_type], {name.rpartition(".")[2] for name in modules}
+    attention, out, mlp = ends & {"q_proj", "k_proj", "v_proj"}, ends & {"o_proj"}, ends & {"gate_proj", "up_proj", "down_proj"}
+    asked = family.bias == "asked"
+    missing = (attention and not (asked or config.attention_bias)) or (out and not asked) or (mlp and not family.mlp_bias)
+    if missing or "lm_head" in ends:
+        return None
+    if asked and (attention or out):
+        config = replace(config, attention_bias=True, attention_out_bias=True)
+    return replace(config, mlp_bias=True) if mlp else config
+
+
+def changed_keys(before: Config, after: Config) -> dict[str, Any]:
+    """What differs in config.json, so that a model derived from another keeps every key of it that it does not have to change."""
+    old, new = config_to_hf(before), config_to_hf(after)
+    return {key: value for key, value in new.items() if key not in old or old[key] != value}
 
 
 # ---- names and shapes of the weights ---------------------------------------------------------------------------------
@@ -362,6 +384,13 @@ def checked_layers(reader: Reader, types: Any, window: int | None, layers: int) 
     if window is None:
         raise reader.refusal("sliding_window", "layer_types has sliding layers, but no window is given or use_sliding_window is not true")
     return window, tuple(kinds)
+
+
+def inserted_layers(reader: Reader, layers: int) -> tuple[int, ...]:
+    value = reader.values.get(LLAMA_PRO_LAYERS) or []
+    if not isinstance(value, list) or any(type(layer) is not int or not 0 <= layer < layers for layer in value):
+        raise reader.refusal(LLAMA_PRO_LAYERS, f"a list of layer numbers below {layers} is needed, found {value!r}")
+    return tuple(sorted(set(value)))
 
 
 def rope(reader: Reader, context: int) -> Rope:

@@ -9,15 +9,13 @@ any number of conversations share one. Ids are counted against the context befor
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from litlora.errors import UserError, WorkError
-from litlora.methods import linears, remove_adapters
-from litlora.model import GPT, Adapter, KVCache, Linear
+from litlora.model import GPT, KVCache
 from litlora.options import SamplingOptions
 from litlora.tokenizer import Tokenizer
 
@@ -357,37 +355,3 @@ def nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:  # (n
     inside = before < top_p
     inside[0] = True
     return torch.where(inside, values, 0), order
-
-
-# ---- adapters that come and go ---------------------------------------------------------------------------------------
-
-
-Slots = Sequence[tuple[Linear, Adapter | None]]
-
-
-def adapters_in(model: GPT) -> Slots:
-    """Every slot with what it holds, for `put_back`."""
-    return [(host, host.adapter) for host in linears(model).values()]
-
-
-def put_back(slots: Slots) -> None:
-    for host, adapter in slots:
-        host.adapter = adapter
-
-
-@contextmanager
-def adapters_restored(model: GPT) -> Iterator[None]:
-    """Whatever happens to the model's adapters inside, afterwards each slot holds what it held, also after an exception."""
-    slots = adapters_in(model)
-    try:
-        yield
-    finally:
-        put_back(slots)
-
-
-@contextmanager
-def without_adapters(model: GPT) -> Iterator[None]:
-    """The base alone for a while, with the same weights in memory."""
-    with adapters_restored(model):
-        remove_adapters(model)
-        yield

@@ -1,24 +1,26 @@
 """A GPT, and what fine-tuning adds to it, in one file. Read it the way a batch travels:
 
     tokens -> GPT -> Block x L -> Attention -> attend -> MLP -> logits, or the loss
-                       every weight matrix is a Linear, and a Linear may carry an Adapter
+                       every weight matrix is a Linear; a Linear, an Attention and an MLP may carry an Adapter,
+                       an Attention a learnt prompt, and a Block may be followed by an inserted one
 
 Shapes. B rows, T tokens of this call, S tokens looked at, C hidden size, H query heads, K key/value heads, D head
-size, V vocabulary, R rank, N graded tokens.
+size, V vocabulary, R rank, P learnt positions, N graded tokens.
 
 Names. Parameters carry Hugging Face's Llama names, so a Llama-like checkpoint loads as it is. An adapter adds names
-below its host (`...q_proj.adapter.lora_A`) and never changes one.
+below its host (`...q_proj.adapter.lora_A`, `...layers.3.inserted.mlp.up_proj.weight`) and never changes one.
 
 Arithmetic. Norms, rotary tables and losses are computed in at least fp32 whatever the weights' dtype; everything else
-in the weights' dtype.
+in the dtype of the embedding's output. Weights that are trained may be kept wider, and are rounded where they are used.
 """
 
+import copy
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from litlora.config import Config, Rope
+from litlora.config import SILENT, Config, Rope
 from litlora.errors import UserError
 
 IGNORE = -100  # a target that is not graded
@@ -36,6 +38,7 @@ class GPT(nn.Module):
     """A Llama-like decoder: token ids in, logits or a loss out. `config` says its shape and arithmetic."""
 
     checkpoint: Any = None  # the Checkpoint it was loaded from, whose tokenizer goes with it
+    plain: Any = None  # what it was before anything was added to it (methods/attach.py puts it back)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -103,9 +106,10 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dtype: torch.dtype | None = None  # what is computed in; None: the embedding's own
 
     def forward(self, tokens: Tensor, context: "Context") -> Tensor:  # (B, T) -> (B, T, C)
-        x: Tensor = self.embed_tokens(tokens)
+        x: Tensor = self.embed_tokens(tokens).to(self.dtype)
         for block in self.layers:
             x = block(x, context)
         return x
@@ -155,16 +159,20 @@ class Context:
 
 
 class Block(nn.Module):
+    inserted: "Block | None"  # LLaMA-Pro: the block that follows this one
+
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.register_module("inserted", None)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:  # (B, T, C) -> (B, T, C)
         x = x + self.self_attn(self.input_layernorm(x), context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x if self.inserted is None else self.inserted(x, context)
 
 
 class Attention(nn.Module):
@@ -172,6 +180,8 @@ class Attention(nn.Module):
 
     q_norm: "RMSNorm | None"
     k_norm: "RMSNorm | None"
+    prompt: "Adapter | None"  # what it makes of (q, y), before o_proj
+    adapter: "Adapter | None"
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
@@ -183,6 +193,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(H * D, C, config.attention_out_bias)
         self.register_module("q_norm", RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None)
         self.register_module("k_norm", RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None)
+        self.register_module("prompt", None)
+        self.register_module("adapter", None)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:  # (B, T, C) -> (B, T, C)
         B, T, _ = x.shape
@@ -195,8 +207,10 @@ class Attention(nn.Module):
         k = rotate(k.transpose(1, 2), context)  # (B, K, T, D)
         if context.cache is not None:
             k, v = context.cache.extend(self, k, v, context.ragged)  # (B, K, S, D)
-        y: Tensor = self.o_proj(self.attention(q, k, v, context).flatten(2))
-        return y
+        y = self.attention(q, k, v, context)  # (B, T, H, D)
+        if self.prompt is not None:
+            y = self.prompt(self, q, y)
+        return adapted(self, x, self.o_proj(y.flatten(2)))
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # -> (B, T, H, D)
         if context.segments is None or len(context.segments) == 1:
@@ -228,17 +242,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, context: Context
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
+    adapter: "Adapter | None"
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.register_module("adapter", None)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, intermediate) both
         gated = Gated.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
-        y: Tensor = self.down_proj(gated)
-        return y
+        return adapted(self, x, self.down_proj(gated))
 
 
 class Linear(nn.Linear):
@@ -251,7 +267,8 @@ class Linear(nn.Linear):
         self.register_module("adapter", None)  # a class attribute would shadow the module put here
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return adapted(self, x, F.linear(x, self.weight, self.bias))
+        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        return adapted(self, x, F.linear(x, self.weight.to(x.dtype), bias))
 
 
 class RMSNorm(nn.Module):
@@ -529,23 +546,32 @@ class Rotated(torch.autograd.Function):
 # come out instead. A fresh adapter says "the same", so training starts at the base.
 
 
-def adapted(host: Linear, x: Tensor, y: Tensor) -> Tensor:
+def adapted(host: "Host", x: Tensor, y: Tensor) -> Tensor:
     return y if host.adapter is None else host.adapter(host, x, y)
 
 
+Host = Linear | Attention | MLP
+SLOTS = ("adapter", "prompt", "inserted")  # the places where a module takes something that it was not made with
+
+
 class Adapter(nn.Module):
-    """What happens between a host's x (..., in) and y (..., out)."""
+    """What happens between a host's x (..., in) and y (..., out). Its parameters are fp32, cast to x's dtype where they are used."""
 
-    def forward(self, host: Linear, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, host: Any, x: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def folded(self, host: Linear) -> Tensor:
-        """The weight (out, in), in at least fp32, with which the host alone computes the same. Left out where none does."""
+    def folded(self, host: Linear) -> tuple[Tensor, Tensor | None]:
+        """The weight (out, in) and bias (out,), in at least fp32, with which the host alone computes the same. Left out where none do."""
         raise NotImplementedError
+
+
+def wider(tensor: Tensor) -> Tensor:
+    """In at least fp32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class LoRA(Adapter):
-    """W + scale B A (Hu et al. 2021, arXiv:2106.09685). A and B are kept in fp32 and cast to x's dtype where used."""
+    """W + scale B A (Hu et al. 2021, arXiv:2106.09685)."""
 
     def __init__(self, host: Linear, r: int, alpha: float, dropout: float, use_rslora: bool = False) -> None:
         super().__init__()
@@ -557,17 +583,47 @@ class LoRA(Adapter):
         self.dropout = dropout
         self.scale = alpha / math.sqrt(r) if use_rslora else alpha / r  # arXiv:2312.03732, equation 7
 
+    def matrices(self) -> tuple[Tensor, Tensor]:  # (R, in), (out, R)
+        """A and B as they are used, and stored."""
+        return self.lora_A, self.lora_B
+
     def forward(self, host: Linear, x: Tensor, y: Tensor) -> Tensor:
         if self.training and self.dropout > 0:
             x = F.dropout(x, self.dropout)
         return self.added(x, y, self.scale)
 
     def added(self, x: Tensor, y: Tensor, scale: float) -> Tensor:  # y + scale x A^T B^T
-        low = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)  # (B * T, R)
-        return torch.addmm(y.flatten(0, -2), low, self.lora_B.to(x.dtype).t(), alpha=scale).view_as(y)
+        a, b = self.matrices()
+        low = F.linear(x, a.to(x.dtype)).flatten(0, -2)  # (B * T, R)
+        return torch.addmm(y.flatten(0, -2), low, b.to(x.dtype).t(), alpha=scale).view_as(y)
 
-    def folded(self, host: Linear) -> Tensor:
-        return torch.addmm(host.weight.to(self.lora_B.dtype), self.lora_B, self.lora_A, alpha=self.scale)
+    def folded(self, host: Linear) -> tuple[Tensor, Tensor | None]:
+        a, b = self.matrices()
+        return torch.addmm(host.weight.to(b.dtype), b, a, alpha=self.scale), host.bias
+
+
+class PiSSA(LoRA):
+    """LoRA that starts at W's principal components (Meng et al. 2024, arXiv:2404.02948), and leaves W as it is.
+
+    What is added is scale (B A - B0 A0), with B0 A0 the start: exactly zero at first, where the paper subtracts scale B0 A0 from
+    W. The parameters are what was learnt, dA = A - A0 and dB = B - B0, so that
+    B A - B0 A0 = dB A0 + B dA, a LoRA of twice the rank: that is how it computes and how it is stored.
+    """
+
+    start_A: Tensor  # (R, in)
+    start_B: Tensor  # (out, R)
+
+    def __init__(self, host: Linear, r: int, alpha: float, dropout: float, use_rslora: bool = False) -> None:
+        super().__init__(host, r, alpha, dropout, use_rslora)
+        with torch.no_grad():
+            self.lora_A.zero_()
+            u, s, v = torch.svd_lowrank(wider(host.weight), q=min(r + 8, *host.weight.shape), niter=8)  # (out, q), (q,), (in, q)
+            size = (s[:r] / self.scale).sqrt()
+            self.register_buffer("start_A", size[:, None] * v[:, :r].t(), persistent=False)
+            self.register_buffer("start_B", u[:, :r] * size, persistent=False)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:  # (2 R, in), (out, 2 R)
+        return torch.cat((self.start_A, self.lora_A)), torch.cat((self.lora_B, self.start_B + self.lora_B), 1)
 
 
 class DoRA(LoRA):
@@ -590,55 +646,119 @@ class DoRA(LoRA):
 
     def gain(self, host: Linear) -> Tensor:  # (out,)
         with torch.no_grad():  # section 4.3: the norm is a constant to the gradient
-            length = torch.linalg.vector_norm(super().folded(host), dim=1)
+            length = torch.linalg.vector_norm(super().folded(host)[0], dim=1)
         return self.magnitude / length
 
-    def folded(self, host: Linear) -> Tensor:
-        return self.gain(host)[:, None] * super().folded(host)
+    def folded(self, host: Linear) -> tuple[Tensor, Tensor | None]:
+        return self.gain(host)[:, None] * super().folded(host)[0], host.bias
+
+
+class ScaleShift(Adapter):
+    """scale (y + shift), both (out,) (LLaMA-Adapter V2: Gao et al. 2023, arXiv:2304.15010, equation 3)."""
+
+    def __init__(self, host: Linear) -> None:
+        super().__init__()
+        wide = wider(host.weight.detach()[:, 0])
+        self.scale = nn.Parameter(torch.ones_like(wide))
+        self.shift = nn.Parameter(torch.zeros_like(wide))
+
+    def forward(self, host: Linear, x: Tensor, y: Tensor) -> Tensor:
+        return (self.scale * (y + self.shift)).to(y.dtype)
+
+    def folded(self, host: Linear) -> tuple[Tensor, Tensor | None]:
+        bias = self.shift if host.bias is None else host.bias + self.shift
+        return self.scale[:, None] * host.weight, self.scale * bias
+
+
+class Bottleneck(Adapter):
+    """y + scale up(activation(down(.))) of y, in series with its host (Houlsby et al. 2019, arXiv:1902.00751, figure 2), or of x,
+    in parallel (He et al. 2022, arXiv:2110.04366, table 1). The host is an attention or an MLP; its x is the normed stream."""
+
+    def __init__(self, host: Attention | MLP, width: int, scale: float, activation: str, parallel: bool) -> None:
+        super().__init__()
+        last = host.o_proj if isinstance(host, Attention) else host.down_proj
+        weight = wider(last.weight.detach()[:1, :1])
+        self.down = nn.Linear(last.out_features, width, device=weight.device, dtype=weight.dtype)
+        self.up = nn.Linear(width, last.out_features, device=weight.device, dtype=weight.dtype)
+        for silent in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(silent)
+        self.scale, self.parallel = scale, parallel
+        self.activation: Any = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation]
+
+    def forward(self, host: Attention | MLP, x: Tensor, y: Tensor) -> Tensor:
+        into = x if self.parallel else y
+        down, up = ((linear.weight.to(y.dtype), linear.bias.to(y.dtype)) for linear in (self.down, self.up))
+        return torch.add(y, F.linear(self.activation(F.linear(into, *down)), *up), alpha=self.scale)
+
+
+class Prompt(Adapter):
+    """y + gate softmax(q K^T / sqrt(D)) V over P learnt positions (LLaMA-Adapter: Zhang et al. 2023, arXiv:2303.16199, equations
+    4 to 6), in its attention, before o_proj: here x is q (B, H, T, D) and y (B, T, H, D).
+
+    As in PEFT the gate is one number without a tanh, and the learnt positions are not rotated. Keys and values are made anew at
+    every call: nothing is cached that training could change.
+    """
+
+    def __init__(self, host: Attention, length: int) -> None:
+        super().__init__()
+        weight = wider(host.q_proj.weight.detach()[:1, :1])
+        self.adaption_prompt = nn.Parameter(weight.new_empty(1, length, host.q_proj.in_features).normal_())  # (1, P, C)
+        self.adaption_gate = nn.Parameter(weight.new_zeros(1))
+
+    def forward(self, host: Attention, q: Tensor, y: Tensor) -> Tensor:  # -> (B, T, H, D)
+        prompt = self.adaption_prompt.to(q.dtype)
+        k, v = (linear(prompt).unflatten(-1, (-1, host.head_dim)) for linear in (host.k_proj, host.v_proj))  # (1, P, K, D)
+        if host.k_norm is not None:
+            k = host.k_norm(k)
+        k, v = (side.transpose(1, 2).expand(len(q), -1, -1, -1) for side in (k, v))  # (B, K, P, D)
+        seen = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)  # (B, T, H, D)
+        return y + self.adaption_gate.to(y.dtype) * seen
 
 
 class Composed(Adapter):
     """Several adapters in one slot: y + sum of w_i (adapter_i(host, x, y) - y). DoRA goes alone, with weight 1."""
 
-    def __init__(self, adapters: Sequence[LoRA], weights: Sequence[float]) -> None:
+    def __init__(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
         super().__init__()
         if len(adapters) != len(weights) or (any(isinstance(a, DoRA) for a in adapters) and list(weights) != [1.0]):
             raise UserError("DoRA cannot be weighted or combined with another adapter", hint="merge it into a base first")
         self.adapters = nn.ModuleList(adapters)
         self.weights = tuple(weights)
 
-    def forward(self, host: Linear, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, host: Any, x: Tensor, y: Tensor) -> Tensor:
         total = y
         for adapter, weight in zip(self.adapters, self.weights, strict=True):
             total = torch.add(total, adapter(host, x, y) - y, alpha=weight)
         return total
 
-    def folded(self, host: Linear) -> Tensor:
-        base = host.weight.to(torch.promote_types(host.weight.dtype, torch.float32))
-        total = base
+    def folded(self, host: Linear) -> tuple[Tensor, Tensor | None]:
+        base = wider(host.weight)
+        total, bias = base, cast("Tensor | None", host.bias)
         for adapter, weight in zip(self.adapters, self.weights, strict=True):
-            assert isinstance(adapter, LoRA)
-            total = torch.add(total, adapter.folded(host) - base, alpha=weight)
-        return total
+            assert isinstance(adapter, Adapter)
+            folded, shifted = adapter.folded(host)
+            total = torch.add(total, folded - base, alpha=weight)
+            if shifted is not None:
+                own = torch.zeros_like(shifted) if host.bias is None else host.bias
+                bias = torch.add(own if bias is None else bias, shifted - own, alpha=weight)
+        return total, bias
+
+
+# ---- inserted blocks ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def merge(model: GPT) -> GPT:
-    """The same model, plain: every adapter folded into its host in fp32, rounded once to the host's dtype.
-
-    A tied head that carried an adapter is untied, and the config says so. UserError, before anything changes, where an
-    adapter computes more than a weight can hold.
-    """
-    hosts = [(name, host, host.adapter) for name, host in model.named_modules() if isinstance(host, Linear) and host.adapter is not None]
-    for name, _, adapter in hosts:
-        if type(adapter).folded is Adapter.folded:
-            raise UserError(f"{type(adapter).__name__} computes more than a weight can hold, so it cannot be merged", where=name)
-    for _, host, adapter in hosts:
-        host.weight = nn.Parameter(adapter.folded(host).to(host.weight.dtype), requires_grad=False)
-        host.adapter = None
-    if model.lm_head.weight is not model.model.embed_tokens.weight:
-        model.config = replace(model.config, tie_word_embeddings=False)
-    return model
+def silent_copy(block: Block) -> Block:
+    """LLaMA-Pro (Wu et al. 2024, arXiv:2401.02415, section 3.2): a copy that adds nothing yet, for what it writes to x is zero."""
+    copied = copy.deepcopy(block)
+    for module in copied.modules():  # what is on the block is not part of it
+        for slot in SLOTS:
+            if slot in module._modules:
+                setattr(module, slot, None)
+    for name, parameter in copied.named_parameters():
+        if name.split(".")[-2] in SILENT:
+            parameter.zero_()
+    return copied
 
 
 @torch.no_grad()

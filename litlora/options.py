@@ -42,7 +42,12 @@ class TrainOptions:
     global_batch_size: int = option(16, "samples per optimizer step, over all devices", least=1)
     micro_batch_tokens: int | None = option(None, "tokens computed at once", unset="1024; never changes the result", least=1)
     max_seq_length: int | None = option(None, "longest sample, in tokens; longer ones are cut", unset="the model's context", least=2)
-    lr: float | None = option(None, "highest learning rate", unset="2e-4; 1e-3 for the demo base", least=0)
+    lr: float | None = option(
+        None,
+        "highest learning rate",
+        unset="lora 2e-4, adapter 1e-3, pro 5e-5, freeze 2e-5, full 1e-5, a new model 3e-3; more for the demo base",
+        least=0,
+    )
     lr_schedule: Literal["cosine", "linear", "constant"] = option("cosine", "how the learning rate falls after the warm-up")
     lr_warmup_steps: int = option(10, "optimizer steps of linear warm-up", least=0)
     weight_decay: float = option(0.0, "AdamW weight decay", least=0)
@@ -60,6 +65,9 @@ class RowsOptions:
     """How the rows of your data are read."""
 
     on_error: Literal["stop", "skip"] = option("stop", "a row that cannot be used: stop, or skip it and list it")
+    documents: Literal["file", "blank", "line"] = option(
+        "file", "one document of a .txt file: all of it, what stands between blank lines, or a line"
+    )
     map: list[str] = option([], "field names of your rows, as OURS=YOURS (prompt=question); repeatable")
 
 
@@ -73,16 +81,78 @@ class EvalOptions:
     data: str | None = option(None, "validate on this file instead of held-out rows")
 
 
+LAYERS = "0-based numbers, ranges (4-7), last:N or first:N"
+
+
 @dataclass(kw_only=True)
-class LoRAOptions:
+class WholeOptions:
+    """What every method can train besides its own: modules of the base, whole."""
+
+    modules_to_save: list[str] = option([], "modules trained and saved whole: embed_tokens, lm_head, norm, input_layernorm ...")
+    untie: bool = option(False, "separate a head that is the embedding's own matrix, so that one can change without the other")
+
+
+@dataclass(kw_only=True)
+class LoRAOptions(WholeOptions):
     """LoRA (Hu et al. 2021, arXiv:2106.09685) on the Linear layers; DoRA is arXiv:2402.09353."""
 
     r: int = option(16, "rank", least=1)
     alpha: float = option(32.0, "the update is scaled by alpha / r", above=0)
     dropout: float = option(0.0, "dropout on what goes into A", least=0, most=0.99)
-    target_modules: list[str] = option(["all-linear"], "module names (q_proj v_proj ...), or all-linear: every projection of the blocks")
+    target_modules: list[str] = option(
+        ["all-linear"], "q_proj, self_attn.q_proj, a full name, a regular expression of full names, or all-linear: all of the blocks"
+    )
+    layers: list[str] = option([], f"adapt these layers only: {LAYERS}; nothing: all")
+    rank_pattern: list[str] = option([], "another rank for some modules, as NAME=R (down_proj=64); repeatable")
+    alpha_pattern: list[str] = option([], "another alpha for some modules, as NAME=ALPHA; repeatable")
+    init: Literal["default", "pissa", "orthogonal"] = option(
+        "default", "of A and B: default (B zero), pissa (arXiv:2404.02948), orthogonal (B A zero, neither A nor B)"
+    )
+    lr_ratio: float = option(1.0, "B's learning rate over A's (LoRA+, arXiv:2402.12354, which suggests 16)", above=0)
     use_dora: bool = option(False, "learn each row's length apart from its direction (DoRA)")
     use_rslora: bool = option(False, "scale by alpha / sqrt(r) (arXiv:2312.03732)")
+
+
+@dataclass(kw_only=True)
+class AdapterOptions(WholeOptions):
+    """Adapters beside and inside the blocks: bottlenecks, a learnt prompt, or scales and shifts."""
+
+    kind: Literal["prompt", "scale_shift", "series", "parallel"] = option(
+        "parallel", "prompt: LLaMA-Adapter (arXiv:2303.16199); scale_shift: its v2 (2304.15010); series: 1902.00751; parallel: 2110.04366"
+    )
+    layers: list[str] = option([], f"adapt these layers only: {LAYERS}; nothing: all")
+    positions: Literal["attention", "mlp", "both"] = option("both", "series, parallel: where the bottlenecks sit")
+    width: int = option(64, "series, parallel: numbers in the bottleneck", least=1)
+    scale: float | None = option(None, "series, parallel: factor of what the bottleneck adds", unset="1 in series, 4 in parallel", above=0)
+    activation: Literal["relu", "gelu", "silu"] = option("relu", "series, parallel: between down and up")
+    length: int = option(10, "prompt: learnt positions that every query may look at", least=1)
+    target_modules: list[str] = option(["all-linear"], "scale_shift: the Linear layers, named as LoRA's targets are")
+    norms: bool = option(True, "scale_shift: train the norms' gains as well, as the paper does")
+
+
+@dataclass(kw_only=True)
+class ProOptions(WholeOptions):
+    """LLaMA-Pro (Wu et al. 2024, arXiv:2401.02415): copies of blocks that add nothing at first; only they learn."""
+
+    n_insert: int | None = option(None, "new blocks, spread evenly", unset="a quarter of the base's, rounded up", least=1)
+    positions: list[str] = option([], f"instead: the base's blocks that a new one follows: {LAYERS}")
+
+
+@dataclass(kw_only=True)
+class FreezeOptions:
+    """Everything is frozen but the chosen modules of the chosen layers, and the extra modules outside the layers."""
+
+    layers: list[str] = option(["last:2"], f"the layers that learn: {LAYERS}")
+    modules: list[str] = option(["all"], "what of them learns: self_attn, mlp, q_proj, input_layernorm ...; all: everything in them")
+    extra_modules: list[str] = option([], "what learns outside the layers: embed_tokens, norm (the last one only), lm_head")
+    untie: bool = option(False, "separate a head that is the embedding's own matrix, so that one can change without the other")
+
+
+@dataclass(kw_only=True)
+class FullOptions:
+    """Every parameter learns; each step is a whole model."""
+
+    untie: bool = option(False, "separate a head that is the embedding's own matrix")
 
 
 @dataclass(kw_only=True)
@@ -147,25 +217,65 @@ class FitOptions(ComputeOptions):
 
 
 @dataclass(kw_only=True)
-class FinetuneLoRA(FitOptions):
+class Finetune(FitOptions):
+    """What `litlora finetune` has with every method; the method's own options are the group that bears its name."""
+
+    method: ClassVar[str]
+    checkpoint_dir: str | None = option(None, "a Hugging Face directory or a step of the same method", unset="the embedded demo base")
+    base_dir: str | None = option(None, "where a step's base is now, if it moved")
+
+
+@dataclass(kw_only=True)
+class FinetuneLoRA(Finetune):
     """Fine-tune a model with LoRA."""
 
     method: ClassVar[str] = "lora"
-    checkpoint_dir: str | None = option(None, "a Hugging Face directory or a step of the same method", unset="the embedded demo base")
-    base_dir: str | None = option(None, "where a step's base is now, if it moved")
     lora: LoRAOptions = group(LoRAOptions, "LoRA")
 
 
 @dataclass(kw_only=True)
-class Pretrain(FitOptions):
-    """Train a small model from nothing."""
+class FinetuneAdapter(Finetune):
+    """Fine-tune a model with adapters beside and inside its blocks."""
+
+    method: ClassVar[str] = "adapter"
+    adapter: AdapterOptions = group(AdapterOptions, "adapters")
+
+
+@dataclass(kw_only=True)
+class FinetunePro(Finetune):
+    """Fine-tune new blocks between those of a model."""
+
+    method: ClassVar[str] = "pro"
+    pro: ProOptions = group(ProOptions, "LLaMA-Pro")
+
+
+@dataclass(kw_only=True)
+class FinetuneFreeze(Finetune):
+    """Fine-tune some layers and modules of a model."""
+
+    method: ClassVar[str] = "freeze"
+    freeze: FreezeOptions = group(FreezeOptions, "what is not frozen")
+
+
+@dataclass(kw_only=True)
+class FinetuneFull(Finetune):
+    """Fine-tune the whole model."""
 
     method: ClassVar[str] = "full"
+    full: FullOptions = group(FullOptions, "full fine-tuning")
+
+
+@dataclass(kw_only=True)
+class Pretrain(FitOptions):
+    """Train a small model from nothing, or a given one further on plain text."""
+
+    method: ClassVar[str] = "full"
+    checkpoint_dir: str | None = option(None, "go on from this model, with its tokenizer and dtype", unset="a new model")
     tokenizer_dir: str | None = option(None, "directory with a tokenizer.json", unset="one is trained on the data")
     chat_template: str | None = option(None, "file with a chat template for the model", unset="the tokenizer's own")
-    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "dtype of the finished model in out_dir/model; steps are float32")
-    model: ModelOptions = group(ModelOptions, "the model's shape")
-    train: TrainOptions = group(TrainOptions, "training", lr=3e-3, weight_decay=0.1, beta2=0.95, lr_warmup_steps=100, mask_prompt=False)
+    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "dtype of a new model in out_dir/model; its steps are float32")
+    model: ModelOptions = group(ModelOptions, "the new model's shape")
+    train: TrainOptions = group(TrainOptions, "training", weight_decay=0.1, beta2=0.95, lr_warmup_steps=100, mask_prompt=False)
 
 
 @dataclass(kw_only=True)
@@ -204,6 +314,58 @@ class Chat(ComputeOptions, SamplingOptions):
     adapter: list[str] = option([], "add an adapter at run time, PATH or PATH:WEIGHT; repeatable")
     system: str | None = option(None, "system prompt")
     compare: bool = option(False, "answer with the base as well, below it")
+
+
+@dataclass(kw_only=True)
+class Inspect:
+    """What a path is, where it comes from, what its training changed, and what it is good for."""
+
+    checkpoint_dir: str | None = option(None, "a model, a step, a run or a PEFT adapter", unset="the run in out, else the demo base")
+    base_dir: str | None = option(None, "where a step's base is now, if it moved")
+    json: bool = option(False, "print one JSON object")
+
+
+@dataclass(kw_only=True)
+class Expand:
+    """Insert blocks that add nothing yet into a model (LLaMA-Pro, Wu et al. 2024, arXiv:2401.02415)."""
+
+    checkpoint_dir: str | None = option(None, "a Hugging Face directory, or a merged model", unset="the embedded demo base")
+    n_insert: int | None = option(None, "new blocks, spread evenly", unset="a quarter of the base's, rounded up", least=1)
+    positions: list[str] = option([], f"instead: the base's blocks that a new one follows: {LAYERS}")
+    out_dir: str | None = option(None, "where the deeper model goes", unset="must be given")
+
+
+@dataclass(kw_only=True)
+class ExtendVocab:
+    """Make a base with a larger vocabulary, for text in another language."""
+
+    checkpoint_dir: str | None = option(None, "the base: a Hugging Face directory", unset="the embedded demo base")
+    data: list[str] = option([], "learn tokens for this text: a file (.txt, .json, .jsonl) or a directory; repeatable")
+    tokenizer_dir: str | None = option(None, "take the tokens of the tokenizer.json in this directory instead")
+    vocab_size: int | None = option(None, "tokens in the whole new tokenizer", unset="with --tokenizer_dir all that fit in", least=1)
+    out_dir: str = option("extended", "where the new base goes")
+    eval_data: list[str] = option([], "measure tokens per character on this text, not on the last tenth of --data; repeatable")
+    rows: RowsOptions = group(RowsOptions, "rows of your data")
+
+
+@dataclass(kw_only=True)
+class ListSteps:
+    """The checkpoints of a run in a table: losses, size, state, note; the best one is marked."""
+
+    checkpoint_dir: str | None = option(None, "the run", unset="out")
+    sort: Literal["step", "val_loss", "train_loss", "size"] = option("step", "in which order")
+    tag: str | None = option(None, "those with this tag only (a word of the note that begins with #)")
+    json: bool = option(False, "print a JSON list")
+
+
+@dataclass(kw_only=True)
+class WriteNote:
+    """Write a note about a checkpoint, or show it; words that begin with # are tags."""
+
+    bare: ClassVar[tuple[str, ...]] = ("checkpoint_dir", "text")
+    checkpoint_dir: str | None = option(None, "the step, or a run's best", unset="must be given")
+    text: str | None = option(None, "the note; an empty text takes it away", unset="show what was written")
+    append: bool = option(False, "add to what was written")
 
 
 @dataclass(kw_only=True)

@@ -110,7 +110,7 @@ def leaves(kind: type, prefix: str = "") -> Iterator[Leaf]:
 def parse(kind: type[Options], words: Sequence[str], *, command: str) -> Options:
     """The options of `litlora <command> <words>`. Raises UserError for anything that is not an option, a value or a file."""
     known = {leaf.name: leaf for leaf in leaves(kind)}
-    pairs = list(as_pairs(words, known, command))
+    pairs = list(as_pairs(words, known, command, getattr(kind, "bare", ("checkpoint_dir",))))
     if any(name == "help" for name, _ in pairs):
         print(help_text(known.values(), kind, command))
         raise SystemExit(0)
@@ -126,12 +126,16 @@ def parse(kind: type[Options], words: Sequence[str], *, command: str) -> Options
     return options
 
 
-def as_pairs(words: Sequence[str], known: Mapping[str, Leaf], command: str) -> Iterator[tuple[str, str | list[str]]]:
-    """The words as (name, value); a first bare word is the checkpoint, a list's values are gathered into one list."""
+def as_pairs(
+    words: Sequence[str], known: Mapping[str, Leaf], command: str, bare: Sequence[str] = ("checkpoint_dir",)
+) -> Iterator[tuple[str, str | list[str]]]:
+    """The words as (name, value); the first bare words are the options `bare`, a list's values are gathered into one list."""
     lists: dict[str, list[str]] = {}
     rest = list(words)
-    if rest and not rest[0].startswith("-") and "checkpoint_dir" in known:
-        rest = ["--checkpoint_dir", *rest]
+    for name in bare:
+        if name not in known or not rest or rest[0].startswith("-"):
+            break
+        yield name, rest.pop(0)
     while rest:
         word = rest.pop(0)
         if word in ("-h", "--help"):
@@ -278,6 +282,8 @@ def read_yaml(path: Path, known: Mapping[str, Leaf], command: str) -> dict[str, 
         raise UserError(f"not valid YAML ({getattr(error, 'problem', None) or str(error).splitlines()[0]})", where=where) from error
     except RecursionError as error:
         raise UserError("is nested too deep", where=path) from error
+    except ValueError as error:  # a zero byte in the path
+        raise UserError(f"cannot be read ({error})", where=repr(str(path))) from error
     if content is not None and not isinstance(content, dict):
         raise UserError("holds no options (a mapping of names to values is needed)", where=path)
     for name in flat:

@@ -1,4 +1,4 @@
-"""The proof of a merge beyond what is measured while it is made: the directory read again, and its logits against the adapter's.
+"""The proof of a merge beyond what is measured while it is made: the directory read again, and its logits against the step's.
 
 `reread` needs no torch; `compare_logits` imports it when it is called.
 """
@@ -52,7 +52,8 @@ def reread(directory: Path) -> list[str]:
 
 
 def compare_logits(adapter: Checkpoint, merged: Checkpoint) -> dict[str, Any]:
-    """The merged model against the base with its adapter, both computed in fp32. WorkError where they differ beyond the dtype's bound."""
+    """The merged model against the base with what was trained on it, both computed in fp32. WorkError where they differ beyond the
+    dtype's bound."""
     import torch
 
     from litlora.checkpoint.weights import load_model
@@ -69,9 +70,10 @@ def compare_logits(adapter: Checkpoint, merged: Checkpoint) -> dict[str, Any]:
     largest = float(expected.abs().max())
     difference = float((expected - found).abs().max())
     kl = float((expected.softmax(-1) * (expected.log_softmax(-1) - found.log_softmax(-1))).sum(-1).mean())
-    with SafetensorsFile(next(iter(merged.shards().values()))) as file:
-        dtype = next(info.dtype for name, info in file.tensors.items() if len(info.shape) == 2)
-    bound, kl_bound = BOUNDS.get(dtype, BOUNDS["BF16"])
+    shards = merged.shards()
+    head = next(name for name in ("lm_head.weight", "model.embed_tokens.weight", "embed_tokens.weight") if name in shards)
+    with SafetensorsFile(shards[head]) as file:
+        bound, kl_bound = BOUNDS.get(file.tensors[head].dtype, BOUNDS["BF16"])
     bound *= max(1.0, largest)
     if not (difference <= bound and kl <= kl_bound):
         seen = f"logits differ by {difference:.3g} (at most {bound:.3g}), KL {kl:.3g} (at most {kl_bound:.3g})"

@@ -12,8 +12,9 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import Tensors, commit_step
 from litlora.checkpoint.manifest import BaseRecord, Manifest, TrainingState
-from litlora.families import config_from_hf, expected_tensors, linear_shapes
-from litlora.peft import adapter_config_from_peft, expected_adapter_tensors
+from litlora.families import config_from_hf, expected_tensors
+from litlora.methods import from_peft
+from litlora.peft import adapter_config_from_peft
 from litlora.safetensors_file import write_safetensors
 
 CONFIG: dict[str, Any] = {  # head_dim * heads != hidden_size, fewer key/value heads, no power of two anywhere
@@ -64,8 +65,8 @@ def make_base(path: Path, seed: int = 0, *, shards: int = 1, tensors: Tensors | 
 
 def adapter_tensors(seed: int = 0, config: Mapping[str, Any] = ADAPTER, **changes: Any) -> Tensors:
     random = np.random.default_rng(seed)
-    linears = linear_shapes(config_from_hf({**CONFIG, **changes}, "config.json"))
-    shapes = expected_adapter_tensors(adapter_config_from_peft(config, "adapter_config.json"), linears)
+    base = config_from_hf({**CONFIG, **changes}, "config.json")
+    shapes = from_peft(adapter_config_from_peft(config, "adapter_config.json"), base).file_shapes(base)
     return {name: ("F32", shape, random.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
 
 

@@ -13,7 +13,7 @@ from talkers import make_step, make_talker
 import litlora
 from litlora import GPT, Config, generate, load
 from litlora.errors import UserError
-from litlora.methods import linears
+from litlora.methods.attach import linears
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -29,8 +29,10 @@ from litlora.checkpoint.state import VALUES, load_state, save_state
 from litlora.checkpoint.weights import adapter_tensors as read_adapter
 from litlora.checkpoint.weights import load_base, load_model, raw_tensors
 from litlora.errors import UserError
-from litlora.methods import adapter_state, attach_from, trainable
-from litlora.model import GPT, merge
+from litlora.methods import from_peft
+from litlora.methods.attach import attach, load_tuned_state, merge, trainable, tuned_state
+from litlora.methods.tuning import Tuning
+from litlora.model import GPT
 from litlora.peft import adapter_config_from_peft
 from litlora.safetensors_file import write_safetensors
 
@@ -129,7 +131,7 @@ def test_a_mapped_base_costs_no_memory_and_is_never_written_to(tmp_path: Path) -
 import re, sys, torch
 from litlora.checkpoint.resolve import resolve
 from litlora.checkpoint.weights import load_model
-import litlora.methods
+import litlora.methods.attach
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 checkpoint = resolve({str(base)!r})
@@ -173,17 +175,18 @@ def test_a_step_computes_what_peft_computes_from_the_same_directory(tmp_path: Pa
 
 
 def test_what_a_model_gives_back_is_what_its_step_holds(tmp_path: Path) -> None:
-    """A03: the same names, every tensor to the bit, also from a 16-bit adapter; the base's weights do not learn."""
+    """A03: the same names, every tensor to the bit, also from a 16-bit adapter; what is loaded for use does not learn."""
     base = make_base(tmp_path / "base")
-    model = load_model(resolve(add_step(tmp_path / "out", 100, base)))
+    step = resolve(add_step(tmp_path / "out", 100, base))
+    model = load_model(step)
     want = {name: torch.from_numpy(raw) for name, (_, _, raw) in adapter_tensors(100).items()}  # type: ignore[arg-type]
-    held = adapter_state(model)
+    held = tuned_state(model, step.tuning(), step.config())
     assert held.keys() == want.keys()
     assert all(torch.equal(held[name], want[name]) for name in want)
-    assert len(trainable(model)) == len(want)
+    assert not [name for name in trainable(model) if ".adapter." in name]
     narrow = make_adapter(tmp_path / "narrow", str(base))
     write_safetensors(narrow / names.ADAPTER_WEIGHTS, raw_tensors({name: tensor.bfloat16() for name, tensor in want.items()}), {})
-    held = adapter_state(load_model(resolve(narrow)))
+    held = tuned_state(load_model(resolve(narrow)), step.tuning(), step.config())
     assert all(torch.equal(held[name], want[name].bfloat16().float()) for name in want)
 
 
@@ -198,7 +201,12 @@ def test_every_fault_of_an_adapters_tensors_is_listed(tmp_path: Path) -> None:
     tensors[third] = ("F32", (2, 24), np.zeros((2, 24), np.float32))
     tensors[fourth.replace("lora_B", "lora_C")] = tensors.pop(fourth)
     write_safetensors(path / names.ADAPTER_WEIGHTS, tensors, {})
-    for work in (lambda: load_model(resolve(path)), lambda: read_adapter(resolve(path))):
+    model, tuning = load_base(resolve(base)), resolve(path).tuning()
+    attach(model, tuning, seed=0)
+    for work in (
+        lambda: load_model(resolve(path)),
+        lambda: load_tuned_state(model, tuning, read_adapter(resolve(path)), resolve(path).adapter_file(), resolve(base).config()),
+    ):
         error = refused(work)
         for fault in (f"missing: {first}", f"unexpected: {list(tensors)[-2]}", f"wrong shape: {third}", f"missing: {fourth}", "lora_C"):
             assert fault in str(error), fault
@@ -218,7 +226,7 @@ def test_adapters_add_up_and_only_those_of_the_same_base(tmp_path: Path) -> None
     foreign = add_step(tmp_path / "foreign", 3, other)
     peft = make_adapter(tmp_path / "peft", "", seed=4)  # says nothing about its base
     with torch.no_grad():
-        together = load_model(resolve(first), adapters=[(resolve(second), 0.5), (resolve(peft), -1.0)])(tokens())
+        together = load_model(resolve(first), adapters=[(resolve(second), 0.5), (resolve(peft, base_dir=base), -1.0)])(tokens())
         model = load_base(resolve(base))
         for name, host in model.named_modules():
             for path, weight in ((first, 1.0), (second, 0.5), (peft, -1.0)):
@@ -269,11 +277,15 @@ def test_a_real_model_gives_the_logits_of_its_reference() -> None:
 # ---- the optimizer's state -------------------------------------------------------------------------------------------
 
 
+def tuning_on(base: Path) -> Tuning:
+    return from_peft(adapter_config_from_peft(ADAPTER, "adapter_config.json"), resolve(base).config())
+
+
 def trained(tmp_path: Path, steps: int) -> tuple[GPT, torch.optim.AdamW]:
     """The adapter of a tiny model after some updates, the same for the same number."""
     base = tmp_path / "base" if (tmp_path / "base").exists() else make_base(tmp_path / "base")
     model = load_base(resolve(base))
-    attach_from(model, adapter_config_from_peft(ADAPTER, "adapter_config.json"))
+    attach(model, tuning_on(base), seed=0)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
     go_on(model, optimizer, 0, steps)
     return model, optimizer
@@ -296,15 +308,17 @@ def test_training_goes_on_to_the_bit_from_a_saved_state(tmp_path: Path, shuffled
     values = {"position": {"step": 3, "best": math.inf}, "lr": 0.1 + 0.2, "names": ["é", "\u2028"]}
     base = BaseRecord(path=str(tmp_path / "base"), model_type="llama", fingerprint=resolve(tmp_path / "base").fingerprint())
     files = {names.ADAPTER_CONFIG: json.dumps({**ADAPTER, "base_model_name_or_path": base.path}).encode()}
-    tensors = {names.ADAPTER_WEIGHTS: raw_tensors(adapter_state(model))}
-    state = save_state(optimizer, trainable(model), values)
+    tensors = {names.ADAPTER_WEIGHTS: raw_tensors(tuned_state(model, tuning_on(tmp_path / "base"), model.config))}
+    state = save_state(optimizer, trainable(model), values, {})
     step = commit_step(tmp_path, manifest_of(3, base), tensors=tensors, files=files, state=state)
     go_on(model, optimizer, 3, 5)  # what was saved shares no memory with what goes on
-    again = load_model(resolve(step))
+    again = load_base(resolve(tmp_path / "base"))
+    attach(again, tuning_on(tmp_path / "base"), seed=1)
+    load_tuned_state(again, tuning_on(tmp_path / "base"), read_adapter(resolve(step)), step, again.config)
     parameters = trainable(again)
     order = list(reversed(parameters.values())) if shuffled else list(parameters.values())
     fresh = torch.optim.AdamW(order, lr=1e-2)
-    assert load_state(resolve(step), fresh, parameters) == values
+    assert load_state(resolve(step), fresh, parameters, {}) == values
     assert resolve(step).training_values() == values
     go_on(again, fresh, 3, 7)
     for (name, ours), theirs in zip(parameters.items(), trainable(whole).values(), strict=True):
@@ -318,28 +332,51 @@ def test_the_state_of_another_optimizer_or_model_is_refused(tmp_path: Path) -> N
     model, optimizer = trained(tmp_path, 2)
     base = BaseRecord(path=str(tmp_path / "base"), model_type="llama", fingerprint=resolve(tmp_path / "base").fingerprint())
     files = {names.ADAPTER_CONFIG: json.dumps({**ADAPTER, "base_model_name_or_path": base.path}).encode()}
-    tensors = {names.ADAPTER_WEIGHTS: raw_tensors(adapter_state(model))}
+    tensors = {names.ADAPTER_WEIGHTS: raw_tensors(tuned_state(model, tuning_on(tmp_path / "base"), model.config))}
     step = resolve(
-        commit_step(tmp_path, manifest_of(2, base), tensors=tensors, files=files, state=save_state(optimizer, trainable(model), {}))
+        commit_step(tmp_path, manifest_of(2, base), tensors=tensors, files=files, state=save_state(optimizer, trainable(model), {}, {}))
     )
     parameters = trainable(model)
-    assert "was saved by AdamW" in str(refused(lambda: load_state(step, torch.optim.SGD(parameters.values(), lr=1), parameters)))
+    assert "was saved by AdamW" in str(refused(lambda: load_state(step, torch.optim.SGD(parameters.values(), lr=1), parameters, {})))
     fewer = dict(list(parameters.items())[1:])
-    assert "parameters" in str(refused(lambda: load_state(step, torch.optim.AdamW(fewer.values()), fewer)))
+    assert "parameters" in str(refused(lambda: load_state(step, torch.optim.AdamW(fewer.values()), fewer, {})))
     wider = {**parameters, next(iter(parameters)): torch.nn.Parameter(torch.zeros(9, 24))}
     optimizer = torch.optim.AdamW(wider.values())
-    assert "does not fit the model" in str(refused(lambda: load_state(step, optimizer, wider)))
+    assert "does not fit the model" in str(refused(lambda: load_state(step, optimizer, wider, {})))
     assert not optimizer.state
     (step.path / names.TRAINING_STATE).write_bytes(b"x" + (step.path / names.TRAINING_STATE).read_bytes()[1:])
-    assert names.TRAINING_STATE in str(refused(lambda: load_state(step, torch.optim.AdamW(parameters.values()), parameters)))
+    assert names.TRAINING_STATE in str(refused(lambda: load_state(step, torch.optim.AdamW(parameters.values()), parameters, {})))
     for name in (names.TRAINING_STATE, names.TRAINING_STATE_META):
         (step.path / name).unlink()
-    assert "has no training state" in str(refused(lambda: load_state(step, torch.optim.AdamW(parameters.values()), parameters)))
+    assert "has no training state" in str(refused(lambda: load_state(step, torch.optim.AdamW(parameters.values()), parameters, {})))
+
+
+def test_what_a_step_holds_rounded_comes_back_to_the_bit(tmp_path: Path) -> None:
+    """R01: a 16-bit model's fp32 masters, PiSSA's start. Mutations: not copying them back; not noticing that the step has others."""
+    model, optimizer = trained(tmp_path, 2)
+    parameters = trainable(model)
+    generator = torch.Generator().manual_seed(1)
+    exact = {name: torch.randn(shape, generator=generator) for name, shape in (("w", (3, 5)), ("a.start_A", (2,)), ("tiny", ()))}
+    record = BaseRecord(path=str(tmp_path / "base"), model_type="llama", fingerprint=resolve(tmp_path / "base").fingerprint())
+    state = save_state(optimizer, parameters, {"a": 1}, exact)
+    files = {names.ADAPTER_CONFIG: json.dumps(ADAPTER).encode()}
+    step = resolve(commit_step(tmp_path, manifest_of(2, record), tensors={names.ADAPTER_WEIGHTS: {}}, files=files, state=state))
+    found = {name: torch.zeros_like(tensor) for name, tensor in exact.items()}
+    fresh = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    assert load_state(step, fresh, parameters, found) == {"a": 1}
+    assert all(torch.equal(found[name], tensor) for name, tensor in exact.items())
+    assert all(torch.equal(fresh.state[p]["exp_avg"], optimizer.state[p]["exp_avg"]) for p in parameters.values())
+    for wrong in ({}, {**found, "more": torch.zeros(1)}, {**found, "w": torch.zeros(5, 3)}):
+        untouched = torch.optim.AdamW(parameters.values(), lr=1e-2)
+        error = refused(lambda wrong=wrong, untouched=untouched: load_state(step, untouched, parameters, wrong))
+        assert "other tensors" in str(error)
+        assert names.TRAINING_STATE in str(error)
+        assert not untouched.state
 
 
 def test_an_optimizer_that_has_not_stepped_has_a_state_too(tmp_path: Path) -> None:
     model, optimizer = trained(tmp_path, 0)
-    state = save_state(optimizer, trainable(model), {"a": 1})
+    state = save_state(optimizer, trainable(model), {"a": 1}, {})
     assert not state.tensors
     assert state.values[VALUES] == {"a": 1}
 

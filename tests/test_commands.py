@@ -19,15 +19,19 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_samples import make_base
 from conftest import ROOT, shared_data
-from talkers import make_talker
+from talkers import byte_tokenizer, make_talker
 
 from litlora.__main__ import main
 from litlora.checkpoint import names
+from litlora.data import demo
+from litlora.methods import METHODS
 
-SMALL = {
-    "finetune": "--train.global_batch_size 1 --train.max_steps 300 --eval.max_samples 2 --threads 1 --overwrite",
-    "pretrain": "--train.max_steps 2 --train.global_batch_size 2 --eval.max_samples 2 --threads 1 --overwrite",
+TRAINED = "--train.global_batch_size 1 --train.max_steps 2 --eval.max_samples 2 --threads 1 --overwrite"
+SMALL = {  # what is added to a documented command of this name, so that it is done in a moment
+    "finetune": TRAINED,
+    "pretrain": TRAINED.replace("batch_size 1", "batch_size 2"),
     "generate": "--max_new_tokens 4 --threads 1",
     "chat": "--max_new_tokens 4 --threads 1",
     "evaluate": "--max_samples 2 --max_new_tokens 4 --threads 1",
@@ -36,9 +40,9 @@ SMALL = {
 ROWS = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("one", "two", "three", "four", "five", "six", "seven", "eight")]
 
 
-def documented() -> list[tuple[str, str]]:
-    """(file, command) of every litlora command in a shell block of README and tutorials, and in the first lines of config_hub."""
-    found = []
+def documented() -> dict[str, list[str]]:
+    """file -> its litlora commands in their order: the shell blocks of README and tutorials, and the first lines of config_hub."""
+    found: dict[str, list[str]] = {}
     for path in [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md"))]:
         for block in re.findall(r"```(?:sh|bash)\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
             for line in block.splitlines():
@@ -46,16 +50,21 @@ def documented() -> list[tuple[str, str]]:
                 for part in line.split("&&"):
                     part = part.strip().removeprefix(".venv/bin/")
                     if part.startswith("litlora "):
-                        found.append((path.name, part))
+                        found.setdefault(path.name, []).append(part)
     for path in sorted((ROOT / "config_hub").rglob("*.yaml")):
-        found.append((str(path.relative_to(ROOT)), path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")))
+        found[str(path.relative_to(ROOT))] = [path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")]
     return found
 
 
-def typed(command: str) -> list[str]:
-    """The words of a documented command, made small."""
+def typed(command: str, source: str) -> list[str]:
+    """The words of a documented command, made small; a run that names no directory goes into one of its own."""
     words = shlex.split(command)[1:]
-    return [*words, *SMALL[words[0]].split()]
+    words += SMALL.get(words[0], "").split()
+    if "--resume" in words:
+        return [word for word in words if word != "--overwrite"] + ["--train.max_steps", "301"]
+    if words[0] == "finetune" and "--out_dir" not in words:
+        words += ["--out_dir", "out/" + re.sub(r"\W", "-", source)]
+    return [word for word in words if word != "--overwrite"] if "--dry_run" in words else words
 
 
 @pytest.fixture(scope="session")
@@ -68,31 +77,34 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("tutorials", "config_hub"):
             shutil.copytree(ROOT / name, place / name)
         (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-        for name in re.findall(r"models/([\w.-]+)", "\n".join(command for _, command in documented())):
-            if not (place / "models" / name).exists():
-                (place / "models").mkdir(exist_ok=True)
-                make_talker(place / "models" / name)
-        assert main(["finetune", "lora", *SMALL["finetune"].split()]) == 0
+        for name in sorted(set(re.findall(r"models/([\w.-]+)", "\n".join(command for each in documented().values() for command in each)))):
+            (place / "models").mkdir(exist_ok=True)
+            make_base(place / "models" / name, vocab_size=288, max_position_embeddings=256, num_hidden_layers=6)
+            byte_tokenizer(place / "models" / name)
+        assert main(["finetune", "lora", *TRAINED.split(), "--train.max_steps", "300"]) == 0
     finally:
         os.chdir(here)
     return place
 
 
-@pytest.mark.parametrize(("source", "command"), documented())
-def test_every_documented_command_runs(workplace: Path, source: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README, tutorials and the first line of each recipe."""
+@pytest.mark.parametrize("source", documented())
+def test_every_documented_command_runs(workplace: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README, tutorials and the first line of each recipe; those of one file in their order, for one takes what another made."""
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
-    words = typed(command)
-    if words[:2] == ["finetune", "lora"]:
-        words += ["--train.max_steps", "2"]
-        if "--out_dir" not in words and "--resume" not in words:
-            words += ["--out_dir", "out/" + re.sub(r"\W", "-", source)]
-    if "--resume" in words:
-        words = [word for word in words if word != "--overwrite"] + ["--train.max_steps", "301"]
-    if "--dry_run" in words:
-        words.remove("--overwrite")
-    assert main(words) == 0
+    for name in ("text", "chats"):  # what the demo's base was trained on: a tenth of it will do
+        part, count, makers = demo.FILES[name]
+        monkeypatch.setitem(demo.FILES, name, (part, count // 10, makers))
+    for command in documented()[source]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+        assert main(typed(command, source)) == 0, command
+
+
+def test_a_recipe_stands_for_each_method() -> None:
+    """config_hub/finetune/MODEL/METHOD.yaml begins with the command of that method; the demo has them all."""
+    for path in (ROOT / "config_hub" / "finetune").rglob("*.yaml"):
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        assert first.startswith(f"# litlora finetune {path.stem} --config {path.relative_to(ROOT)}"), path
+    assert {path.stem for path in (ROOT / "config_hub" / "finetune" / "demo").iterdir()} == set(METHODS)
 
 
 def test_the_readme_names_the_three_commands() -> None:
@@ -265,17 +277,25 @@ def test_a_signal_commits_and_says_so_in_the_exit_code(
     assert final_bytes(broken, 60) == final_bytes(whole, 60)
 
 
-def test_two_processes_give_the_result_of_one(talker: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_processes_give_the_result_of_one(talker: tuple[Path, Path], tmp_path: Path, method: str) -> None:
     """YARDSTICK N14: gloo, unequal token counts, an odd number of samples, saving and validating in between."""
     from safetensors.torch import load_file
 
-    steps = ("--train.max_steps", "12", "--lora.dropout", "0", "--train.lr", "1e-3")
+    steps = ["--train.max_steps", "12", "--train.lr", "1e-3"]
     alone, both = tmp_path / "alone", tmp_path / "both"
-    assert main(finetune_words(talker, alone, *steps)) == 0
-    process = start(finetune_words(talker, both, *steps, "--devices", "2", "--strategy", "ddp"))
+
+    def words(out: Path, *more: str) -> list[str]:
+        found = [*finetune_words(talker, out, *steps), *more]
+        lora = found.index("--lora.dropout")  # what is dropped depends on who computes it
+        return ["finetune", method, *found[2:lora], *found[lora + 2 :]]
+
+    assert main(words(alone)) == 0
+    process = start(words(both, "--devices", "2", "--strategy", "ddp"))
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    one, two = (load_file(out / "step-12" / names.ADAPTER_WEIGHTS) for out in (alone, both))
+    file = names.WEIGHTS if method == "full" else names.ADAPTER_WEIGHTS
+    one, two = (load_file(out / "step-12" / file) for out in (alone, both))
     for name, tensor in one.items():
         assert (tensor - two[name]).abs().max() <= 1e-2 * 1e-3 * 12, name
     assert (alone / names.METRICS).read_text().count("\n") == (both / names.METRICS).read_text().count("\n")

@@ -22,7 +22,7 @@ from test_tokenizer import byte_level, real
 from litlora.data.batches import Batch, pack, share_of_rank
 from litlora.data.formats import Text, format_of, parse_mapping, to_messages
 from litlora.data.order import epoch_order
-from litlora.data.rows import Row, data_files, read_rows
+from litlora.data.rows import Row, data_files, read_rows, rows_of_bytes
 from litlora.data.samples import IGNORE, DataSet, Sample, load_data
 from litlora.errors import UserError
 from litlora.options import RowsOptions
@@ -144,7 +144,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, prompts: Prompts, content: str
 @pytest.mark.parametrize(
     ("content", "form"),
     [
-        (gzip.compress(GOOD.encode()), "gzip-compressed"),
+        (gzip.compress(GOOD.encode(), mtime=0), "gzip-compressed"),
         (GOOD.encode("utf-16"), "UTF-16"),
         (b"PK\x03\x04..", "a zip archive"),
         (b"PAR1..", "a parquet file"),
@@ -604,3 +604,19 @@ def test_a_window_of_one_sample_leaves_the_other_ranks_idle() -> None:
 def test_ranks_are_balanced_by_tokens_not_by_samples() -> None:
     shares = [share_of_rank(samples_of([10, 40, 10, 10, 10]), rank, 2) for rank in range(2)]
     assert [[len(sample.tokens) for sample in share] for share in shares] == [[40], [10, 10, 10, 10]]
+
+
+@pytest.mark.parametrize(
+    ("documents", "wanted"),
+    [
+        ("file", [("one\ntwo\n\n\nthree \n", 1)]),
+        ("blank", [("one\ntwo", 1), ("three ", 5)]),
+        ("line", [("one", 1), ("two", 2), ("three ", 5)]),
+    ],
+)
+def test_a_text_file_is_cut_into_documents_as_asked(tmp_path: Path, documents: str, wanted: list[tuple[str, int]]) -> None:
+    """Each document is a row with the line it begins at; nothing of the text is lost, and an unknown place is never named."""
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"one\r\ntwo\n\n\nthree \n")
+    rows = list(rows_of_bytes(path.read_bytes(), str(path), "text", documents=documents))
+    assert [(row.value["text"], row.where) for row in rows] == [(text, f"{path}:{line}:1") for text, line in wanted]

@@ -1,6 +1,7 @@
 """The rules of the house (DESIGN section 2), held by looking at the source itself."""
 
 import ast
+import builtins
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ FLOORS = [
     {"parsing", "console", "precision", "model", "families", "peft", "safetensors_file", "tokenizer"},
     {"methods", "prompts"},
     {"checkpoint", "data", "generation"},
-    {"train", "merge", "verify"},
+    {"train", "merge", "verify", "vocabulary"},
     {"commands"},
     {"__init__", "__main__"},
 ]
@@ -25,12 +26,16 @@ LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 # The Python API's front doors reach up, lazily, when they are called: `GPT.from_pretrained` is the model's own.
 LAZY_EXCEPTIONS = {("model", "checkpoint")}
 
+METHODS = ("lora", "adapter", "pro", "freeze", "full")
+
 TORCH_FREE = [
     "litlora", "litlora.__main__", "litlora.errors", "litlora.config", "litlora.options", "litlora.parsing", "litlora.console",
-    "litlora.families", "litlora.peft", "litlora.safetensors_file", "litlora.tokenizer", "litlora.prompts", "litlora.checkpoint",
-    "litlora.checkpoint.names", "litlora.checkpoint.commit", "litlora.checkpoint.manifest", "litlora.checkpoint.resolve",
-    "litlora.checkpoint.fingerprint", "litlora.merge", "litlora.commands", "litlora.commands.merge_lora", "litlora.data.rows",
-    "litlora.data.formats", "litlora.data.samples", "litlora.data.demo",
+    "litlora.families", "litlora.peft", "litlora.peft.targets", "litlora.safetensors_file", "litlora.tokenizer", "litlora.prompts",
+    "litlora.methods", "litlora.methods.tuning", "litlora.checkpoint", "litlora.checkpoint.names", "litlora.checkpoint.commit",
+    "litlora.checkpoint.manifest", "litlora.checkpoint.resolve", "litlora.checkpoint.fingerprint", "litlora.checkpoint.checkpoint",
+    "litlora.checkpoint.card", "litlora.checkpoint.run", "litlora.merge", "litlora.merge.expand", "litlora.vocabulary",
+    "litlora.commands", "litlora.commands.merge_lora", "litlora.commands.expand", "litlora.commands.extend_vocab",
+    "litlora.commands.generate", "litlora.data.rows", "litlora.data.formats", "litlora.data.samples", "litlora.data.demo",
 ]  # fmt: skip
 
 
@@ -74,7 +79,7 @@ def test_a_file_imports_only_from_lower_floors_or_its_own_room() -> None:
 
 
 def test_what_looks_at_files_alone_imports_no_torch() -> None:
-    """DESIGN section 2: config, families, PEFT's format, checkpoint, merge and all of parsing start without torch or lightning."""
+    """DESIGN section 2: config, families, PEFT's format, what methods mean, checkpoint, merge and all of parsing start without torch."""
     code = f"""
 import importlib, sys
 for name in {TORCH_FREE!r}:
@@ -86,7 +91,9 @@ for name in {TORCH_FREE!r}:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("words", ["--help", "finetune lora --help", "merge_lora --help", "chat --help", "finetune --help"])
+@pytest.mark.parametrize(
+    "words", ["--help", "finetune --help", "merge_lora --help", "chat --help", *(f"finetune {method} --help" for method in METHODS)]
+)
 def test_help_imports_neither_torch_nor_numpy(words: str) -> None:
     """C5: seven seconds for --help was the complaint."""
     code = f"""
@@ -164,7 +171,7 @@ def test_every_command_is_a_file_and_a_function_of_its_name() -> None:
         for command in inside.values() if isinstance(inside, dict) else [inside]:
             assert isinstance(command, Command)
             assert command.module == f"litlora.commands.{word}"
-            assert command.function == word
+            assert command.function == word or (hasattr(builtins, word) and command.function.startswith(f"{word}_")), word
             assert callable(getattr(importlib.import_module(command.module), command.function))
             assert hasattr(options, command.options)
 

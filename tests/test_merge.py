@@ -31,8 +31,9 @@ from litlora.errors import UserError, WorkError
 from litlora.families import config_from_hf, linear_shapes
 from litlora.merge import MergeOverflow, merge, prepare
 from litlora.merge.tensors import WIDTH, load, store
+from litlora.methods import from_peft
 from litlora.options import MergeLoRA
-from litlora.safetensors_file import SafetensorsFile, from_float32, to_float32
+from litlora.safetensors_file import SafetensorsFile, from_float32, header_bytes, to_float32
 from litlora.verify import compare_logits, prove, reread
 
 MANTISSA = {"F32": 23, "F16": 10, "BF16": 7}
@@ -59,9 +60,8 @@ def make_step(
     values = {**samples.ADAPTER, "base_model_name_or_path": str(base.resolve()), **changes}
     config = json.loads((base / names.CONFIG).read_text())
     if tensors is None:
-        shapes = peft.expected_adapter_tensors(
-            peft.adapter_config_from_peft(values, "adapter"), linear_shapes(config_from_hf(config, "config"))
-        )
+        of_base = config_from_hf(config, "config")
+        shapes = from_peft(peft.adapter_config_from_peft(values, "adapter"), of_base).file_shapes(of_base)
         random = np.random.default_rng(5)
         tensors = {name: ("F32", shape, (random.normal(size=shape) * size).astype(np.float32)) for name, shape in shapes.items()}
     if values.get("use_dora"):
@@ -259,7 +259,7 @@ def test_a_merge_never_writes_into_its_base(tmp_path: Path) -> None:
     step = make_step(tmp_path / "run", base)
     (tmp_path / "link").symlink_to(base)
     for place in (base, base / "merged", tmp_path / "link" / "merged", base / ".." / "base"):
-        with pytest.raises(UserError, match="never writes into its base"):
+        with pytest.raises(UserError, match="no command writes into a base"):
             prepare(resolve(step), place, overwrite=True)
 
 
@@ -516,12 +516,16 @@ def test_an_update_that_changes_nothing_is_refused(tmp_path: Path) -> None:
     assert json.loads((merged(step, dtype="float32") / names.MERGE_REPORT).read_text())["update_lost_to_rounding"] < 0.01
 
 
-def test_lora_on_the_head_of_a_tied_base_is_refused_in_advance(tmp_path: Path) -> None:
-    """A04."""
+def test_lora_on_a_head_that_stays_the_embedding_is_refused_in_advance(tmp_path: Path) -> None:
+    """A04. (How a separated one is merged: test_merge_methods.py.)"""
     base = make_base(tmp_path / "base", tie_word_embeddings=True)
-    adapter = samples.make_adapter(tmp_path / "adapter", str(base), target_modules=["q_proj", "lm_head"])
-    with pytest.raises(UserError, match="shares with its embedding"):
-        prepare(resolve(adapter))
+    values = {**samples.ADAPTER, "target_modules": ["lm_head"]}
+    shapes = {f"base_model.model.lm_head.lora_{side}.weight": shape for side, shape in (("A", (3, 24)), ("B", (61, 3)))}
+    tensors = {name: ("F32", shape, np.ones(shape, np.float32)) for name, shape in shapes.items()}
+    step = make_step(tmp_path / "run", base, tensors=tensors, **values)  # its manifest does not say that the two were separated
+    with pytest.raises(UserError, match="cannot be merged: the head is the embedding's own matrix") as caught:
+        prepare(resolve(step))
+    assert f"litlora chat {step}" in caught.value.hint
 
 
 def test_the_head_of_an_untied_base_is_merged(tmp_path: Path) -> None:
@@ -660,6 +664,29 @@ def test_the_dtype_of_the_whole_model_can_be_changed(tmp_path: Path) -> None:
     assert report["tensors"]["converted"] == len(after)
 
 
+def test_an_unusual_header_is_kept_byte_for_byte(tmp_path: Path) -> None:
+    """DESIGN 6: where no tensor is added, renamed or converted, the file is the base's but for the adapted numbers."""
+    base = make_base(tmp_path / "base")
+    tensors = {name: (dtype, values.shape, raw) for name, (dtype, values, raw) in reversed(read(base).items())}
+    header, places = header_bytes({name: one[:2] for name, one in tensors.items()}, {"by": "hand"}, keep_order=True)
+    (base / names.WEIGHTS).write_bytes(header + b"".join(tensors[name][2] for name in places))
+    out = merged(make_step(tmp_path / "run", base))
+    assert (out / names.WEIGHTS).read_bytes().startswith(header)
+    assert (out / names.WEIGHTS).stat().st_size == (base / names.WEIGHTS).stat().st_size
+
+
+def test_dtypes_that_cannot_be_computed_with_are_refused_where_they_would_be(tmp_path: Path) -> None:
+    """N04: a tensor that nothing was trained on may have any dtype."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors = dict(samples.base_tensors())
+    tensors[name] = ("F64", tensors[name][1], np.asarray(tensors[name][2]).astype(np.float64))
+    base = samples.make_base(tmp_path / "base", tensors=tensors)
+    with pytest.raises(UserError, match=rf"{name} is F64, which cannot be computed with"):
+        prepare(resolve(make_step(tmp_path / "run", base)))
+    out = merged(make_step(tmp_path / "other", base, target_modules=["down_proj"]))
+    assert read(out)[name][2] == read(base)[name][2]
+
+
 def test_names_without_their_prefix_are_kept(tmp_path: Path) -> None:
     """A base that was saved without its head drops `model.`: the merged one has the same names."""
     tensors = samples.base_tensors(tie_word_embeddings=True)
@@ -678,8 +705,10 @@ def test_the_report_says_what_changed_and_what_rounding_took(tmp_path: Path) -> 
     step = make_step(tmp_path / "run", base, size=0.01)
     out = merged(step)
     report, before, after, oracle = json.loads((out / names.MERGE_REPORT).read_text()), read(base), read(out), exact(step, base)
-    assert report["tensors"] == {"changed": 6, "converted": 0, "copied": len(before) - 6}
-    assert report["modules"].keys() == {name.removesuffix(".weight") for name in oracle}
+    assert report["tensors"] == {"changed": 6, "converted": 0, "copied": len(before) - 6, "new": 0}
+    assert report["new_layers"] == []
+    assert report["adapter"]["method"] == "lora"
+    assert list(report["modules"]) == [name.removesuffix(".weight") for name in oracle], "not in the model's order"
     for name, (result, _) in oracle.items():
         weight, update = before[name][1], result - before[name][1]
         told = report["modules"][name.removesuffix(".weight")]

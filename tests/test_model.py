@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from litlora import model as model_file
 from litlora.config import Rope
 from litlora.errors import UserError
+from litlora.methods.attach import merge
 from litlora.model import (
     GPT,
     IGNORE,
@@ -27,7 +28,6 @@ from litlora.model import (
     LoRA,
     SummedLoss,
     init_weights,
-    merge,
     rotary_frequencies,
     rotary_steps,
     rotary_table,
@@ -512,7 +512,7 @@ def test_several_adapters_add_up_by_weight() -> None:
     expected = y + 0.25 * (one(host, x, y) - y) - 1.5 * (two(host, x, y) - y)
     host.adapter = Composed([one, two], [0.25, -1.5])
     torch.testing.assert_close(host(x), expected)
-    host.weight.data, host.adapter = host.adapter.folded(host), None
+    (host.weight.data, host.bias.data), host.adapter = host.adapter.folded(host), None
     torch.testing.assert_close(host(x), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -561,7 +561,9 @@ def test_a_merge_rounds_once(dtype: torch.dtype, use_rslora: bool) -> None:
     shake(lora, 3)
     W, A, B, s = (value.detach().double() for value in (host.weight, lora.lora_A, lora.lora_B, torch.tensor(lora.scale)))
     exact = W + s * B @ A
-    merged = lora.folded(host).to(dtype).double()
+    weight, bias = lora.folded(host)
+    merged = weight.to(dtype).double()
+    assert bias is None
     ulp = torch.finfo(dtype).eps * 2.0 ** exact.abs().log2().floor()
     assert ((merged - exact).abs() <= 0.5 * ulp + (5 + 2) * 2**-24 * (W.abs() + s * B.abs() @ A.abs())).all()
 

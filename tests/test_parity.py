@@ -1,16 +1,27 @@
 """The same numbers as the reference implementations: transformers for models, PEFT for adapters, stories3m's own record."""
 
 import json
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, random_tokens, randomise, relative, shared_data, tiny_config, tiny_gpt, tiny_hf_config, transformers_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from litlora.config import Config
+from litlora.errors import UserError
 from litlora.families import config_from_hf
+from litlora.methods import from_peft, lora_config, tuning_of
+from litlora.methods.attach import add, attach, load_tuned_state, tuned_state
+from litlora.methods.tuning import Tuning
 from litlora.model import GPT, IGNORE, DoRA, KVCache, Linear, LoRA
+from litlora.options import AdapterOptions, LoRAOptions
+from litlora.peft import adapter_config_from_peft, adapter_config_to_peft, prompt_from_peft, prompt_to_peft
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 
@@ -183,6 +194,306 @@ def test_dropout_drops_what_peft_drops(method: type[LoRA]) -> None:
         assert grad is not None
         assert parameter.grad is not None
         assert relative(grad, parameter.grad.view_as(grad)) <= 1e-5, name
+
+
+# ---- PEFT's files, theirs and ours -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TheirFile:
+    """What PEFT trained and wrote: its model, with the adapter on it, and our reading of the file."""
+
+    model: Any
+    directory: Path
+    tuning: Tuning
+    tensors: dict[str, Tensor]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of what it trains, by the names in the file."""
+        found = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                assert parameter.grad is not None
+                name = name.replace("modules_to_save.default.", "").replace(".default.", ".")
+                found[name.removesuffix(".weight") if "magnitude" in name else name] = parameter.grad
+        return found
+
+
+@torch.no_grad()
+def shaken(model: torch.nn.Module, by: float = 0.1) -> None:
+    """As after training."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+
+
+def by_peft(config: Any, theirs: Any, base: Config, directory: Path) -> TheirFile:
+    from peft import get_peft_model
+
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says what it does with a head
+        model = get_peft_model(theirs, config)
+        shaken(model, 0.5 if config.is_prompt_learning or config.is_adaption_prompt else 0.1)
+        model.save_pretrained(directory)
+    tuning, tensors = opened(directory, base)
+    return TheirFile(model=model.eval(), directory=directory, tuning=tuning, tensors=tensors)
+
+
+def opened(directory: Path, base: Config) -> tuple[Tuning, dict[str, Tensor]]:
+    """A file of PEFT's form, as anybody's."""
+    values = json.loads((directory / "adapter_config.json").read_text())
+    tensors = load_file(directory / "adapter_model.safetensors")
+    if values["peft_type"] == "LORA":
+        return from_peft(adapter_config_from_peft(values, directory), base), tensors
+    return tuning_of(AdapterOptions(**prompt_from_peft(values, directory)), base), tensors
+
+
+def write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    directory.mkdir(exist_ok=True)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / "adapter_model.safetensors", {"format": "pt"})
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+def in_peft(directory: Path, theirs: Any) -> Any:
+    """A directory, loaded by PEFT."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(theirs, directory).eval()
+
+
+PEFT_LORA: dict[str, tuple[str, dict[str, Any]]] = {
+    "all-linear": ("qwen3", {"lora_alpha": 9, "target_modules": "all-linear"}),
+    "rslora": ("llama_biased", {"r": 6, "lora_alpha": 5, "use_rslora": True, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+    "head": ("qwen2", {"r": 3, "lora_alpha": 3, "target_modules": ["gate_proj", "up_proj", "down_proj", "lm_head"]}),
+    "dora": ("llama_biased", {"r": 3, "lora_alpha": 6, "use_dora": True, "target_modules": ["q_proj", "v_proj", "down_proj", "lm_head"]}),
+    "patterns": (
+        "qwen2",
+        {
+            "lora_alpha": 8,
+            "target_modules": r".*\.(q_proj|up_proj|o_proj)",
+            "rank_pattern": {"layers.1.mlp.up_proj": 2, "q_proj": 7},
+            "alpha_pattern": {"o_proj": 3},
+        },
+    ),
+    "layers": ("mistral", {"target_modules": ["v_proj", "up_proj"], "layers_to_transform": [1], "exclude_modules": ["up_proj"]}),
+    "head of a tied base": ("smollm", {"target_modules": ["q_proj", "lm_head"]}),
+    "saved": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "every norm": ("qwen3", {"target_modules": ["up_proj"], "modules_to_save": ["norm"]}),
+    "the last norm": ("llama3", {"target_modules": ["up_proj"], "modules_to_save": ["model.norm"]}),
+    "a whole MLP": ("llama_biased", {"target_modules": ["q_proj"], "modules_to_save": ["layers.1.mlp"]}),
+    "tied: embedding": ("smollm", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    "tied: head": ("smollm", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
+    "tied: both": ("smollm", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "tied: embedding, kept so": (
+        "smollm",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "tied: head, kept so": ("smollm", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+}
+
+
+@pytest.mark.parametrize(("family", "values"), PEFT_LORA.values(), ids=list(PEFT_LORA))
+def test_an_adapter_of_peft_computes_and_learns_the_same_here_and_goes_back_unchanged(
+    family: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    """N01, N02, A04. In fp64, where rounding hides nothing (transformers' norms stay in fp32). Must catch: alpha / r where rsLoRA is
+    asked; a pattern's rank with the default's alpha; a head that PEFT separated and we kept, or the other way round; a key not
+    written that changes the result; a tensor renamed."""
+    from peft import LoraConfig
+
+    gpt, plain = tiny_gpt(family).double(), transformers_model(family, tiny_gpt(family)).double()
+    base, tokens = gpt.config, random_tokens(2, 15)
+    untouched = plain(tokens).logits.detach()
+    theirs = by_peft(LoraConfig(task_type="CAUSAL_LM", **{"r": 4, **values}), plain, base, tmp_path / "theirs")
+    attach(gpt, theirs.tuning, seed=1)
+    load_tuned_state(gpt, theirs.tuning, theirs.tensors, tmp_path, base)
+    want = theirs.model(tokens).logits
+    assert (gpt(tokens) - want).abs().max() <= 1e-5 * max(1, want.abs().max())
+    assert relative(untouched, want) > 0.01  # the adapter matters
+
+    targets = some_graded(tokens)
+    plain_loss(want, targets).backward()
+    gpt(tokens, targets).backward()
+    expected, names = theirs.gradients(), theirs.tuning.file_names(base)
+    assert expected.keys() == names.keys()
+    for stored, name in names.items():
+        grad = gpt.get_parameter(name).grad
+        assert grad is not None
+        assert relative(grad, expected[stored].view_as(grad)) <= 1e-5, name
+
+    described = adapter_config_from_peft(json.loads((theirs.directory / "adapter_config.json").read_text()), "adapter_config.json")
+    ours = tuned_state(gpt, theirs.tuning, base)
+    copied = {name for name in theirs.tensors if ".base_layer." in name}  # of a head with LoRA, PEFT saves the base's as well
+    assert ours.keys() == theirs.tensors.keys() - copied
+    assert all(torch.equal(tensor, theirs.tensors[name]) for name, tensor in ours.items())
+    write(tmp_path / "back", adapter_config_to_peft(described), ours)
+    with torch.no_grad():
+        back, kept = (
+            in_peft(directory, transformers_model(family, tiny_gpt(family)).double())(tokens).logits
+            for directory in (tmp_path / "back", theirs.directory)
+        )
+    assert torch.equal(back, kept)
+
+
+OUR_LORA: dict[str, tuple[str, LoRAOptions]] = {
+    "plain": ("qwen2", LoRAOptions(r=3, alpha=7.0)),
+    "rslora and head": ("llama_biased", LoRAOptions(r=5, alpha=3.0, use_rslora=True, target_modules=["all-linear", "lm_head"])),
+    "one layer": ("qwen3", LoRAOptions(r=2, target_modules=["layers.1.mlp.up_proj"])),
+    "dora": ("llama_biased", LoRAOptions(r=3, use_dora=True, target_modules=["all-linear", "lm_head"])),
+    "patterns": ("qwen2", LoRAOptions(r=3, rank_pattern=["up_proj=5"], alpha_pattern=[r"layers\.1\..*=2.5"], layers=["last:2"])),
+    "regular expression": ("mistral", LoRAOptions(r=3, target_modules=[r".*\.[02]\..*(q|up)_proj", "o_proj"])),
+    "orthogonal": ("qwen3", LoRAOptions(r=4, init="orthogonal")),
+    "pissa": ("llama_biased", LoRAOptions(r=3, init="pissa")),
+    "pissa, rslora, patterns": (
+        "qwen2",
+        LoRAOptions(r=3, init="pissa", use_rslora=True, rank_pattern=["up_proj=5"], alpha_pattern=["q_proj=9"]),
+    ),
+    "saved": ("qwen2", LoRAOptions(r=3, modules_to_save=["embed_tokens", "lm_head", "norm"])),
+    "saved norms": ("qwen3", LoRAOptions(r=3, modules_to_save=["input_layernorm", "norm", "q_norm"])),
+    "saved MLP": ("llama_biased", LoRAOptions(r=3, target_modules=["q_proj"], modules_to_save=["layers.1.mlp"])),
+    "tied: saved embedding": ("smollm", LoRAOptions(r=3, modules_to_save=["embed_tokens", "norm"])),
+    "tied: saved head": ("smollm", LoRAOptions(r=3, modules_to_save=["lm_head"])),
+    "separated: saved embedding": ("smollm", LoRAOptions(r=3, modules_to_save=["embed_tokens"], untie=True)),
+    "separated: saved head": ("smollm", LoRAOptions(r=3, modules_to_save=["lm_head"], untie=True)),
+    "separated: LoRA on the head": ("smollm", LoRAOptions(r=3, target_modules=["q_proj", "lm_head"], untie=True)),
+}
+
+
+@pytest.mark.parametrize(("family", "options"), OUR_LORA.values(), ids=list(OUR_LORA))
+def test_an_adapter_of_litlora_computes_the_same_in_peft(family: str, options: LoRAOptions, tmp_path: Path) -> None:
+    """N02, A04: under the config that its options mean, and under that config here as well, as anybody reads it. Must catch: `norm`
+    written for the last one, which to PEFT is every norm; PiSSA's file with an init that makes PEFT subtract from the base."""
+    gpt, tokens = tiny_gpt(family), random_tokens(2, 15)
+    base, tuning = gpt.config, tuning_of(options, gpt.config)
+    attach(gpt, tuning, seed=1)
+    shaken(gpt, 0.05)
+    write(tmp_path, adapter_config_to_peft(lora_config(options, base, "base")), tuned_state(gpt, tuning, base))
+    plain = transformers_model(family, tiny_gpt(family))
+    theirs = in_peft(tmp_path, plain)
+    with torch.no_grad():
+        want = gpt(tokens)
+        assert relative(tiny_gpt(family)(tokens), want) > 0.01
+        assert (theirs(tokens).logits - want).abs().max() <= 1e-5 * max(1, want.abs().max())
+        theirs.base_model.disable_adapter_layers()
+        untouched = tiny_gpt(family)(tokens)
+        assert (theirs(tokens).logits - untouched).abs().max() <= 1e-5 * max(1, untouched.abs().max())  # it left the base alone
+        again = tiny_gpt(family)
+        add(again, *opened(tmp_path, base))
+        assert (again(tokens) - want).abs().max() <= 1e-5 * max(1, want.abs().max())
+
+
+def test_a_copy_of_the_base_in_an_adapter_file_must_be_the_base(tmp_path: Path) -> None:
+    """PEFT saves the whole head along when the head has LoRA: the same numbers are no fault, others are another base."""
+    from peft import LoraConfig
+
+    gpt = tiny_gpt("qwen2")
+    config = LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["up_proj", "lm_head"])
+    theirs = by_peft(config, transformers_model("qwen2", gpt), gpt.config, tmp_path)
+    (copied,) = (name for name in theirs.tensors if ".base_layer." in name)
+    add(tiny_gpt("qwen2"), theirs.tuning, theirs.tensors)
+    theirs.tensors[copied][7, 3] += 0.5
+    with pytest.raises(UserError, match="another base"):
+        add(gpt, theirs.tuning, theirs.tensors)
+
+
+# ---- learnt prompts --------------------------------------------------------------------------------------------------
+
+SQUARE = {"head_dim": 10}  # H * D = C: PEFT counts the key and value heads by it
+PROMPTS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", SQUARE),
+    ("llama3", SQUARE),
+    ("llama", {**SQUARE, "num_key_value_heads": 1, "mlp_bias": True}),
+    ("mistral", SQUARE),
+    ("smollm", SQUARE),
+]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(("family", "changes"), PROMPTS, ids=str)
+def test_a_prompt_of_peft_computes_and_learns_the_same_here_and_goes_back(
+    family: str, changes: dict[str, Any], layers: int, tmp_path: Path
+) -> None:
+    """PEFT's ADAPTION_PROMPT, with and without grouped heads. Must catch: prompts that are rotated; one softmax over prompt and text;
+    the gate through a tanh; layers counted from below."""
+    from peft import AdaptionPromptConfig
+
+    gpt, tokens = tiny_gpt(family, **changes), random_tokens(2, 15)
+    base, plain = gpt.config, transformers_model(family, gpt, **changes)
+    untouched = gpt(tokens).detach()
+    config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=layers)
+    theirs = by_peft(config, plain, base, tmp_path / "theirs")
+    assert theirs.tuning.in_peft
+    attach(gpt, theirs.tuning, seed=1)
+    load_tuned_state(gpt, theirs.tuning, theirs.tensors, tmp_path, base)
+    want = theirs.model(tokens).logits
+    assert (gpt(tokens) - want).abs().max() <= 1e-5 * max(1, want.abs().max())
+    assert relative(untouched, want) > 0.01
+
+    targets = some_graded(tokens)
+    plain_loss(want, targets).backward()
+    gpt(tokens, targets).backward()
+    expected, names = theirs.gradients(), theirs.tuning.file_names(base)
+    assert expected.keys() == names.keys() == theirs.tensors.keys()
+    for stored, name in names.items():
+        grad = gpt.get_parameter(name).grad
+        assert grad is not None
+        assert relative(grad, expected[stored]) <= 2e-5, name
+
+    options = AdapterOptions(kind="prompt", length=4, layers=[f"last:{layers}"])
+    shaken(gpt, 0.2)
+    write(tmp_path / "ours", prompt_to_peft(options, len(theirs.tuning.slots), "base"), tuned_state(gpt, theirs.tuning, base))
+    with torch.no_grad():
+        want = gpt(tokens)
+        loaded = in_peft(tmp_path / "ours", transformers_model(family, tiny_gpt(family, **changes), **changes))
+        assert (loaded(tokens).logits - want).abs().max() <= 1e-5 * max(1, want.abs().max())
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama_biased", SQUARE), ("llama", {}), ("qwen2", SQUARE), ("qwen3", SQUARE)], ids=str)
+def test_a_prompt_is_not_written_for_peft_where_peft_computes_something_else(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """llama with biases: PEFT adds the output's bias a second time. H * D other than C: it counts the heads wrong, and fails.
+    qwen: it knows no such model type. Should one of these begin to agree, `peft_prompts` is due for a look."""
+    from peft import AdaptionPromptConfig, get_peft_model
+
+    gpt, tokens = tiny_gpt(family, **changes), random_tokens(2, 15)
+    base, tuning = gpt.config, tuning_of(AdapterOptions(kind="prompt", length=4), gpt.config)
+    assert not tuning.in_peft
+    attach(gpt, tuning, seed=1)
+    shaken(gpt, 0.5)
+    config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=3)
+    theirs = transformers_model(family, tiny_gpt(family, **changes), **changes)
+    if family.startswith("qwen"):
+        with pytest.raises(ValueError, match="Unsupported model type"):
+            get_peft_model(theirs, config)
+        return
+    wrapped = get_peft_model(theirs, config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "adaption_" in name:
+                parameter.copy_(gpt.get_parameter(name.removeprefix("base_model.model.").replace("adaption_", "prompt.adaption_")))
+        if base.attention_out_bias:
+            assert (wrapped(tokens).logits - gpt(tokens)).abs().max() > 1e-2
+            for block in theirs.model.layers:  # the whole difference: with the bias taken off once they agree
+                block.self_attn.register_forward_hook(lambda module, inputs, output: (output[0] - module.model.o_proj.bias, *output[1:]))
+            want = gpt(tokens)
+            assert (wrapped(tokens).logits - want).abs().max() <= 1e-5 * max(1, want.abs().max())
+        else:
+            with pytest.raises((ZeroDivisionError, RuntimeError)):
+                wrapped(tokens)
+
+
+def test_a_prompt_is_written_for_peft_only_where_its_config_can_say_it() -> None:
+    """It knows the upper layers, all of one length, and nothing that is trained besides."""
+    config = tiny_config("llama", **SQUARE)
+    upper = AdapterOptions(kind="prompt", layers=["last:2"])
+    assert tuning_of(upper, config).in_peft
+    assert not tuning_of(replace(upper, layers=["0-1"]), config).in_peft
+    assert not tuning_of(replace(upper, layers=["0", "2"]), config).in_peft
+    assert not tuning_of(replace(upper, modules_to_save=["norm"]), config).in_peft
+    assert not tuning_of(AdapterOptions(kind="series"), config).in_peft
 
 
 # ---- a real model ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from litlora import __main__ as door
 from litlora import options as declared
 from litlora.__main__ import main
 from litlora.errors import Interrupted, UserError
-from litlora.options import Chat, FinetuneLoRA, Generate, MergeLoRA, Pretrain, TrainOptions
+from litlora.options import Chat, FinetuneLoRA, Generate, MergeLoRA, Pretrain, TrainOptions, WriteNote
 from litlora.parsing import leaves, parse, to_yaml
 
 
@@ -303,13 +303,23 @@ def help_of(kind: type, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_the_help_is_true_for_each_command(capsys: pytest.CaptureFixture[str]) -> None:
     """The learning rate's default is the method's; what None stands for is said only where the default is None."""
-    assert "highest learning rate (default: 2e-4; 1e-3 for the demo base) --" in help_of(FinetuneLoRA, capsys)
+    rates = "lora 2e-4, adapter 1e-3, pro 5e-5, freeze 2e-5, full 1e-5, a new model 3e-3; more for the demo base"
+    default = f"highest learning rate (default: {rates}) --"
+    assert default in help_of(FinetuneLoRA, capsys)
     shown = help_of(Pretrain, capsys)
-    assert "highest learning rate [0.003] --" in shown
+    assert default in shown
     assert "tokens computed at once (default: 1024; never changes the result)" in shown
     for kind in (FinetuneLoRA, Pretrain):
         assert parse(kind, [], command="x") == kind()
     assert TrainOptions().micro_batch_tokens is None
+
+
+def test_a_command_may_take_several_bare_words() -> None:
+    """`litlora note out/step-200 "sounds right"`; a command without them takes one, the checkpoint."""
+    taken = parse(WriteNote, ["out/step-200", "sounds right", "--append"], command="note")
+    assert (taken.checkpoint_dir, taken.text, taken.append) == ("out/step-200", "sounds right", True)
+    with pytest.raises(UserError, match="'b' belongs to no option"):
+        parse(Pretrain, ["a", "b"], command="pretrain")
 
 
 def test_every_group_and_command_says_what_it_is() -> None:

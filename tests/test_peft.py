@@ -1,4 +1,4 @@
-"""peft.py against PEFT itself: the config's keys, which modules it means, and the names in the file."""
+"""peft: adapter_config.json, ranks and scales, and the names in the file, against PEFT itself. (Which modules: test_targets.py.)"""
 
 import json
 import math
@@ -14,27 +14,26 @@ from conftest import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftConfig, get_peft_model
-from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from litlora.errors import UserError
-from litlora.options import LoRAOptions
+from litlora.families import config_from_hf
+from litlora.methods import from_peft
+from litlora.methods.tuning import LoRASlot
+from litlora.options import AdapterOptions
 from litlora.peft import (
     AdapterConfig,
-    adapter_config,
     adapter_config_from_peft,
     adapter_config_to_peft,
     check_tensors,
     copied_base_tensor,
-    expected_adapter_tensors,
-    from_peft_name,
-    match_targets,
+    is_prompt,
+    prompt_from_peft,
+    prompt_to_peft,
     rank_and_alpha,
     scale,
-    shortened,
-    targets,
     to_peft_name,
 )
 
@@ -131,15 +130,15 @@ def test_a_published_adapter_is_read_and_its_names_are_understood() -> None:
     assert (config.r, config.alpha, sorted(config.target_modules)) == (4, 16.0, ["k_proj", "o_proj", "q_proj", "v_proj"])
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no iterator)
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
-        ours = from_peft_name(name)
-        assert ours is not None
-        assert to_peft_name(ours) == name
-        module, _, parameter = ours.rpartition(".adapter.")
-        modules.setdefault(module, {})[parameter] = shape
-    linears = {module: (found["lora_B"][0], found["lora_A"][1]) for module, found in modules.items()}
-    check_tensors(shapes, expected_adapter_tensors(config, linears), folder)
+    ends = {".lora_A.weight", ".lora_B.weight"}
+    hosts = {name.removeprefix("base_model.model.").removesuffix(end) for name in shapes for end in ends if name.endswith(end)}
+    expected: dict[str, tuple[int, ...]] = {}
+    for module in sorted(hosts):
+        r, alpha = rank_and_alpha(config, module)
+        wide, into = (shapes[f"base_model.model.{module}.lora_{side}.weight"][axis] for side, axis in (("B", 0), ("A", 1)))
+        parts = LoRASlot(r=r, alpha=alpha).shapes(wide, into)
+        expected |= {to_peft_name(f"{module}.adapter.{part}"): shape for part, shape in parts.items()}
+    check_tensors(shapes, expected, folder)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,10 @@ def test_a_published_adapter_is_read_and_its_names_are_understood() -> None:
         ("task_type", "SEQ_CLS"),
         ("bias", "lora_only"),
         ("lora_bias", True),
-        ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", "lm_head"),
+        ("modules_to_save", [""]),
+        ("modules_to_save", [3]),
+        ("ensure_weight_tying", "yes"),
         ("trainable_token_indices", [1, 2]),
         ("target_parameters", ["mlp.experts.down_proj"]),
         ("layer_replication", [[0, 2]]),
@@ -198,11 +200,6 @@ def test_what_litlora_does_not_compute_is_refused_by_its_key(key: str, value: An
     with pytest.raises(UserError) as refused:
         adapter_config_from_peft({**MINIMAL, key: value}, WHERE)
     assert refused.value.where.startswith(f"{WHERE}: {key}")
-
-
-def test_modules_to_save_are_refused_with_their_names() -> None:
-    with pytest.raises(UserError, match=r"modules_to_save.*embed_tokens, lm_head"):
-        adapter_config_from_peft({**MINIMAL, "modules_to_save": ["embed_tokens", "lm_head"]}, WHERE)
 
 
 def test_a_pattern_and_layers_together_are_refused_as_in_peft() -> None:
@@ -259,6 +256,8 @@ names = st.sampled_from(["q_proj", "self_attn.k_proj", "mlp.down_proj", r"layers
         exclude_modules=st.lists(names, max_size=2) | names,
         layers_to_transform=st.none() | st.lists(st.integers(0, 40), min_size=1, max_size=3),
         layers_pattern=st.lists(st.just("layers"), max_size=1),
+        modules_to_save=st.lists(st.sampled_from(["embed_tokens", "lm_head", "model.norm"]), max_size=2, unique=True),
+        ensure_weight_tying=st.booleans(),
         base_model_name_or_path=st.none() | st.text(),
     )
 )
@@ -267,84 +266,7 @@ def test_a_config_survives_being_written_and_read(config: AdapterConfig) -> None
     assert adapter_config_from_peft(json.loads(json.dumps(adapter_config_to_peft(config))), WHERE) == config
 
 
-# ---- which modules ---------------------------------------------------------------------------------------------------
-
-TARGETS: list[dict[str, Any]] = [
-    {"target_modules": ["q_proj"]},
-    {"target_modules": ["self_attn.q_proj", "mlp.down_proj"]},
-    {"target_modules": ["model.layers.1.mlp.up_proj"]},
-    {"target_modules": ["lm_head", "layers.1.self_attn.k_proj"]},
-    {"target_modules": r".*\.layers\.[13]\..*\.(q|v)_proj"},
-    {"target_modules": "model.layers.1.self_attn.q_proj"},
-    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
-    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*"},
-    {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1, 11]},
-    {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1},
-    {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0], "layers_pattern": "layers"},
-    {"target_modules": ["q_proj", "model.layers.5.mlp.up_proj"], "layers_to_transform": [0], "layers_pattern": ["h", "layers"]},
-    {"target_modules": ["o_proj"], "layers_to_transform": []},
-]
-
-
-@pytest.mark.parametrize("case", TARGETS, ids=str)
-def test_the_targets_are_pefts_targets(case: dict[str, Any]) -> None:
-    """Must catch: a target matched in the middle of a name, `layers.1` taking layer 11, a pattern searched rather than matched."""
-    theirs = LoraConfig(**case)
-    want = []
-    for name in NAMES:
-        found = check_target_module_exists(theirs, name)
-        if found and not isinstance(found, _ExcludedModule):
-            want.append(name)
-    assert want
-    assert targets(adapter_config_from_peft({**MINIMAL, **case}, WHERE), NAMES) == want
-
-
-@pytest.mark.parametrize("spelling", ["all-linear", "All-Linear", ["all-linear"]])
-def test_all_linear_is_every_projection_of_the_blocks(spelling: str | list[str]) -> None:
-    base = llama()
-    linears = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
-    wrapped = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-    want = wrapped.base_model.targeted_module_names
-    assert match_targets(spelling, linears) == want == linears[:-1]
-
-
-def test_all_linear_and_the_head_can_be_asked_for_together() -> None:
-    assert match_targets(["all-linear", "lm_head"], NAMES) == NAMES
-
-
-@pytest.mark.parametrize(
-    ("wanted", "named"),
-    [(["q_proj", "q_prj"], "q_prj"), (["proj"], "proj"), ([], "no target"), ("q_proj", "q_proj"), (["layers.99.self_attn.q_proj"], "99")],
-)
-def test_a_target_that_matches_nothing_is_refused_with_the_names_that_exist(wanted: list[str] | str, named: str) -> None:
-    with pytest.raises(UserError, match=named) as refused:
-        match_targets(wanted, NAMES)
-    assert all(name in refused.value.hint for name in ("q_proj", "down_proj", "lm_head", "all-linear"))
-
-
-def test_a_misspelt_target_gets_a_guess() -> None:
-    with pytest.raises(UserError, match=r"did you mean gate_proj\?"):
-        match_targets(["gat_proj"], NAMES)
-
-
-def test_a_config_that_excludes_all_its_targets_is_refused() -> None:
-    config = AdapterConfig(r=1, alpha=1, target_modules=["q_proj"], exclude_modules=["q_proj"])
-    with pytest.raises(UserError, match="no module"):
-        targets(config, NAMES)
-
-
-@given(st.sets(st.sampled_from(NAMES), min_size=1))
-def test_shortened_names_mean_exactly_the_same_modules(chosen: set[str]) -> None:
-    modules = [name for name in NAMES if name in chosen]
-    assert match_targets(shortened(modules, NAMES), NAMES) == modules
-
-
-def test_what_the_options_mean_is_written_in_short_names() -> None:
-    config = adapter_config(LoRAOptions(r=3, alpha=6.0, dropout=0.1, use_dora=True, use_rslora=True), NAMES, "base")
-    assert config.target_modules == [name.rpartition(".")[2] for name in BLOCK]
-    assert (config.r, config.alpha, config.dropout, config.base_model_name_or_path) == (3, 6.0, 0.1, "base")
-    assert config.use_dora
-    assert config.use_rslora
+# ---- how strong --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -377,6 +299,36 @@ def test_the_scale_is_alpha_over_r_or_its_root(alpha: float, r: int) -> None:
     assert scale(alpha, r, use_rslora=True) == alpha / math.sqrt(r)
 
 
+# ---- learnt prompts --------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 300), st.integers(1, 80))
+def test_a_prompts_config_survives_being_written_and_read(length: int, layers: int) -> None:
+    options = AdapterOptions(kind="prompt", length=length, layers=[f"last:{layers}"])
+    written = json.loads(json.dumps(prompt_to_peft(options, layers, "base")))
+    assert is_prompt(written)
+    assert AdapterOptions(**prompt_from_peft(written, WHERE)) == options
+
+
+def test_peft_reads_a_prompts_config(tmp_path: Path) -> None:
+    (tmp_path / WHERE).write_text(json.dumps(prompt_to_peft(AdapterOptions(kind="prompt", length=7), 3, "base")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = PeftConfig.from_pretrained(str(tmp_path))
+    assert (loaded.peft_type, loaded.adapter_len, loaded.adapter_layers, loaded.target_modules) == ("ADAPTION_PROMPT", 7, 3, "self_attn")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("adapter_len", 0), ("adapter_len", None), ("adapter_layers", "3"), ("adapter_layers", None), ("target_modules", "attn")],
+)
+def test_a_prompts_config_that_says_something_else_is_refused_by_its_key(key: str, value: Any) -> None:
+    written = prompt_to_peft(AdapterOptions(kind="prompt"), 3, "base") | {key: value}
+    with pytest.raises(UserError) as refused:
+        prompt_from_peft(written, WHERE)
+    assert refused.value.where == f"{WHERE}: {key}"
+
+
 # ---- adapter_model.safetensors ---------------------------------------------------------------------------------------
 
 
@@ -385,12 +337,12 @@ def test_the_expected_tensors_are_pefts_tensors(use_dora: bool, tmp_path: Path) 
     config = {"r": 4, "rank_pattern": {"layers.1.mlp.up_proj": 2}, "target_modules": ["q_proj", "up_proj", "lm_head"], "use_dora": use_dora}
     get_peft_model(llama(), LoraConfig(**config, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     ours = adapter_config_from_peft(json.loads((tmp_path / WHERE).read_text()), WHERE)
-    linears = {name: tuple(module.weight.shape) for name, module in llama().named_modules() if isinstance(module, torch.nn.Linear)}
+    base = config_from_hf(llama().config.to_dict(), "config.json")
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no iterator)
     copies = {name for name in shapes if copied_base_tensor(name)}  # PEFT saves the whole head when the head has LoRA
     assert {copied_base_tensor(name) for name in copies} == {"lm_head.weight"}
-    assert expected_adapter_tensors(ours, linears) == {name: shape for name, shape in shapes.items() if name not in copies}
+    assert from_peft(ours, base).file_shapes(base) == {name: shape for name, shape in shapes.items() if name not in copies}
 
 
 @pytest.mark.parametrize(
@@ -400,24 +352,15 @@ def test_the_expected_tensors_are_pefts_tensors(use_dora: bool, tmp_path: Path) 
         ("model.layers.0.self_attn.q_proj.adapter.lora_B", "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"),
         ("model.layers.7.mlp.up_proj.adapter.magnitude", "base_model.model.model.layers.7.mlp.up_proj.lora_magnitude_vector"),
         ("lm_head.adapter.lora_A", "base_model.model.lm_head.lora_A.weight"),
+        ("model.layers.7.self_attn.prompt.adaption_gate", "base_model.model.model.layers.7.self_attn.adaption_gate"),
+        ("model.layers.7.self_attn.prompt.adaption_prompt", "base_model.model.model.layers.7.self_attn.adaption_prompt"),
+        ("model.embed_tokens.weight", "base_model.model.model.embed_tokens.weight"),
+        ("lm_head.weight", "base_model.model.lm_head.weight"),
+        ("model.layers.0.self_attn.q_proj.bias", "base_model.model.model.layers.0.self_attn.q_proj.bias"),
     ],
 )
-def test_names_are_translated_both_ways(ours: str, theirs: str) -> None:
+def test_parameters_have_pefts_names_in_the_file(ours: str, theirs: str) -> None:
     assert to_peft_name(ours) == theirs
-    assert from_peft_name(theirs) == ours
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.layers.0.self_attn.q_proj.lora_A.weight",
-        "base_model.model.model.embed_tokens.lora_embedding_A",
-        "base_model.model.lm_head.weight",
-        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
-    ],
-)
-def test_a_name_that_is_no_lora_tensor_is_not_translated(name: str) -> None:
-    assert from_peft_name(name) is None
 
 
 def test_every_tensor_at_fault_is_listed_in_one_error() -> None:

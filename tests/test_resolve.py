@@ -59,7 +59,7 @@ def test_each_kind_of_directory_is_recognised(tmp_path: Path) -> None:
         assert found.tokenizer_dir() == (base if kind == "adapter" else path)
     assert resolve(adapter).adapter_config().r == 3
     with pytest.raises(UserError, match="whole model, not an adapter"):
-        resolve(base).adapter_config()
+        resolve(base).tuning()
 
 
 def test_a_run_is_its_best_step_by_validation_loss_else_its_newest(tmp_path: Path) -> None:

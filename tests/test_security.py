@@ -58,6 +58,8 @@ def test_fine_tuning_merging_and_generating_work_offline_and_run_no_code_of_the_
         ["merge_lora", str(out)],
         ["generate", str(out), "--prompt", "say 1", "--max_new_tokens", "3"],
         ["evaluate", str(out), "--data", str(rows)],
+        *(["finetune", method, *train[2:], "--overwrite"] for method in ("adapter", "pro", "freeze", "full")),
+        ["generate", str(out), "--prompt", "say 1", "--max_new_tokens", "3"],
     ]
     script = tmp_path / "guarded.py"
     script.write_text(f"COMMANDS = {commands!r}\n{GUARDED}")

@@ -32,7 +32,7 @@ CONVERSATIONS = [  # no two spaces before a digit: transformers 5 reads smollm a
 ]
 
 
-def make_served(place: Path, name: str) -> tuple[Path, Path]:
+def make_served(place: Path, name: str, method: str) -> tuple[Path, Path]:
     """(base, step): a tiny model with a published tokenizer and its end ids, and what one training step on it committed."""
     published = shared_data(f"tokenizers/{name}")
     path = published / names.CONFIG
@@ -43,22 +43,25 @@ def make_served(place: Path, name: str) -> tuple[Path, Path]:
     for file in (*names.TOKENIZER_FILES, names.GENERATION_CONFIG):
         if (published / file).exists():
             shutil.copyfile(published / file, base / file)
-    return base, train(base, place)
+    return base, train(base, place, method)
 
 
-def train(base: Path, place: Path) -> Path:
+def train(base: Path, place: Path, method: str = "lora") -> Path:
     rows = place / "rows.jsonl"
     rows.write_text("".join(json.dumps({"instruction": f"Say {n}.", "output": f"{n}!"}) + "\n" for n in range(8)))
     words = f"--checkpoint_dir {base} --data {rows} --out_dir {place / 'out'} --train.max_steps 1 --train.global_batch_size 1 --threads 1"
-    assert main(["finetune", "lora", *words.split(), "--eval.max_samples", "1"]) == 0
+    assert main(["finetune", method, *words.split(), "--eval.max_samples", "1"]) == 0
     return place / "out" / "step-1"
 
 
-@pytest.mark.parametrize("name", ["smollm", "gpt2", "llama-3", "tinyllama-chat", "qwen2.5", "mistral-v0.3"])
-def test_a_step_is_served_as_it_was_trained(name: str, tmp_path: Path) -> None:
+PUBLISHED = ["smollm", "gpt2", "llama-3", "tinyllama-chat", "qwen2.5", "mistral-v0.3"]
+
+
+@pytest.mark.parametrize(("name", "method"), [*((name, "lora") for name in PUBLISHED), ("llama-3", "full"), ("smollm", "adapter")])
+def test_a_step_is_served_as_it_was_trained(name: str, method: str, tmp_path: Path) -> None:
     """D02, D04. Caught: the template stored with `bos_token` and `eos_token` in it; a step's tokenizer without its base's config."""
     transformers = pytest.importorskip("transformers")
-    base, step = make_served(tmp_path, name)
+    base, step = make_served(tmp_path, name, method)
     checkpoint = resolve(step)
     trained, served = prompts_for(resolve(base), []), prompts_for(checkpoint, [(checkpoint, 1.0)])
     theirs = transformers.AutoTokenizer.from_pretrained(step)

@@ -201,7 +201,7 @@ def make_step(job: Job) -> None:
     from litlora import peft
     from litlora.checkpoint import BaseRecord, Manifest, commit_step
     from litlora.checkpoint.fingerprint import fingerprint
-    from litlora.families import linear_shapes
+    from litlora.methods import from_peft
 
     shutil.rmtree(job.work / "run", ignore_errors=True)
     job.step.parent.mkdir()
@@ -210,7 +210,8 @@ def make_step(job: Job) -> None:
     with SafetensorsFile(job.weights) as file:
         base = fingerprint(dict.fromkeys(file.tensors, job.weights))
     adapter = peft.AdapterConfig(r=RANK, alpha=ALPHA, target_modules=peft.ALL_LINEAR, base_model_name_or_path=str(job.base))
-    shapes = peft.expected_adapter_tensors(adapter, linear_shapes(llama(json.loads((job.base / "config.json").read_text()))))
+    config = llama(json.loads((job.base / "config.json").read_text()))
+    shapes = from_peft(adapter, config).file_shapes(config)
     generator = np.random.default_rng(SEED + 1)
     tensors = {name: ("F32", shape, generator.standard_normal(shape, np.float32) * np.float32(0.01)) for name, shape in shapes.items()}
     commit_step(

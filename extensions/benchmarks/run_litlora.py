@@ -11,7 +11,8 @@ from extensions.benchmarks.job import IGNORE, Job, read_steps, serve_job
 from extensions.benchmarks.job import Sample as Row
 from extensions.benchmarks.measure import StepClock
 from litlora.data.samples import Sample
-from litlora.methods import attach, trainable
+from litlora.methods import tuning_of
+from litlora.methods.attach import attach, trainable
 from litlora.model import GPT
 from litlora.options import FinetuneLoRA, LoRAOptions, TrainOptions
 from litlora.peft import to_peft_name
@@ -26,7 +27,7 @@ def train(job: Job) -> dict[str, Any]:
     options = TrainOptions(lr=job.lr, beta1=job.beta1, beta2=job.beta2, weight_decay=job.weight_decay, lr_schedule="constant", max_norm=0)
     assert job.eps == 1e-8, "litlora's AdamW keeps torch's eps"
     model = GPT.from_pretrained(job.base, dtype=dtype)
-    attach(model, LoRAOptions(r=job.r, alpha=job.alpha), seed=1)
+    attach(model, tuning_of(LoRAOptions(r=job.r, alpha=job.alpha), model.config), seed=1)
     learnt = trainable(model)
     load_adapter(learnt, Path(job.adapter))
     optimizer = build_optimizer(learnt, options)

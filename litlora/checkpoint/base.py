@@ -14,7 +14,7 @@ from litlora.errors import UserError
 def find_base(adapter: Checkpoint) -> Checkpoint:
     """The base of a step or a PEFT adapter: `base_dir` if the user gave one, else where it was, else the same way from here."""
     record = adapter.manifest.base if adapter.manifest else None
-    name = record.path if record else adapter.adapter_config().base_model_name_or_path or ""
+    name = record.path if record else recorded_name(adapter)
     if adapter.base_dir is not None:
         base = _as_model(resolve(adapter.base_dir))
         if record:
@@ -32,6 +32,15 @@ def find_base(adapter: Checkpoint) -> Checkpoint:
             return base
     check_fingerprint(found[0], record, adapter.path)
     raise AssertionError("the first base was just seen to differ")
+
+
+def recorded_name(adapter: Checkpoint) -> str:
+    """What a PEFT adapter calls its base."""
+    name = adapter.peft_values().get("base_model_name_or_path") or ""
+    if not isinstance(name, str):
+        where = f"{adapter.path / names.ADAPTER_CONFIG}: base_model_name_or_path"
+        raise UserError(f"a path or a name is needed, found {name!r}", where=where)
+    return name
 
 
 def check_fingerprint(base: Checkpoint, record: BaseRecord, adapter: Path) -> None:

@@ -10,21 +10,25 @@ from litlora.checkpoint.manifest import Manifest
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 
 
-def model_card(manifest: Manifest, directory: str = "") -> str:
-    """The text of README.md; `directory` is the step's path as the user would type it (default: its name)."""
+def model_card(manifest: Manifest, directory: str = "", *, in_peft: bool = True, unmergeable: str = "") -> str:
+    """The text of README.md; `directory` is the step's path as the user would type it (default: its name).
+
+    `in_peft`: whether PEFT loads it; `unmergeable`: why it cannot be merged, if it cannot.
+    """
     here = directory or names.step_name(manifest.step)
-    sections = [_front_matter(manifest), _what(manifest), _use_litlora(manifest, here)]
+    sections = [_front_matter(manifest, in_peft), _what(manifest), _use_litlora(manifest, here)]
     if manifest.base is None:
         sections.append(_use_transformers(here))
     else:
         base = manifest.base.path if manifest.base.path != names.DEMO else str(names.DEMO_BASE)
-        sections += [_use_peft(base, here), _use_vllm(manifest, base, here), _merge(here)]
+        sections += [_use_peft(base, here), _use_vllm(manifest, base, here)] if in_peft else []
+        sections.append(f"It cannot be merged: {unmergeable}." if unmergeable else _merge(here))
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front_matter(manifest: Manifest) -> str:
-    adapter = manifest.base is not None
-    lines = ["library_name: peft", "tags: [lora, litlora]"] if adapter else ["library_name: transformers", "tags: [litlora]"]
+def _front_matter(manifest: Manifest, in_peft: bool) -> str:
+    library = "transformers" if manifest.base is None else "peft" if in_peft else "litlora"
+    lines = [f"library_name: {library}", f"tags: [{manifest.method}, litlora]"]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -37,14 +41,23 @@ def _what(manifest: Manifest) -> str:
     facts = [f"step {manifest.step}", f"epoch {manifest.epoch:.2f}", *losses]
     lines = [f"# {names.step_name(manifest.step)}", "", ", ".join(facts) + "."]
     if manifest.base is not None:
-        what = "DoRA" if manifest.options.get("use_dora") else "LoRA"
-        lines += ["", f"A {what} adapter. It holds no base weights; its base is `{manifest.base.path}` ({manifest.base.model_type}),"]
+        lines += ["", f"{_kind(manifest)}. It holds no base weights; its base is `{manifest.base.path}` ({manifest.base.model_type}),"]
         lines += [f"fingerprint `{manifest.base.fingerprint}`."]
         if manifest.base.path == names.DEMO:
             lines += ["", "The base is the toy model that comes with litlora: good for trying things, not for answers."]
     else:
         lines += ["", "A whole model in Hugging Face's layout."]
     return "\n".join(lines)
+
+
+def _kind(manifest: Manifest) -> str:
+    options = manifest.options
+    return {
+        "lora": f"A {'DoRA' if options.get('use_dora') else 'LoRA'} adapter",
+        "adapter": f"Adapters ({options.get('kind')})",
+        "pro": "New blocks for a model (LLaMA-Pro)",
+        "freeze": "Some layers and modules of a model, trained",
+    }.get(manifest.method, manifest.method)
 
 
 def _use_litlora(manifest: Manifest, here: str) -> str:
@@ -70,7 +83,7 @@ model = AutoModelForCausalLM.from_pretrained({here!r})"""
 
 
 def _use_vllm(manifest: Manifest, base: str, here: str) -> str:
-    """Nothing where vLLM cannot: it has no DoRA, and takes certain ranks only."""
+    """Nothing where vLLM cannot: it has neither DoRA nor modules trained whole, and takes certain ranks only."""
     rank = _vllm_rank(manifest.options)
     if rank is None:
         return ""
@@ -80,9 +93,11 @@ def _use_vllm(manifest: Manifest, base: str, here: str) -> str:
 
 
 def _vllm_rank(options: Mapping[str, Any]) -> int | None:
-    if options.get("use_dora") or not isinstance(options.get("r"), int):
+    if options.get("use_dora") or options.get("modules_to_save") or not isinstance(options.get("r"), int):
         return None
-    return next((rank for rank in VLLM_RANKS if rank >= options["r"]), None)
+    largest = max([options["r"], *(int(word.rpartition("=")[2]) for word in options.get("rank_pattern", []))])
+    stored = 2 * largest if options.get("init") == "pissa" else largest
+    return next((rank for rank in VLLM_RANKS if rank >= stored), None)
 
 
 def _merge(here: str) -> str:

@@ -1,7 +1,7 @@
 """A checkpoint: a directory that was recognised, and what can be asked of it without torch.
 
 base      a Hugging Face model as downloaded or merged: config.json and its weights
-step      one of our own: litlora.json, and either an adapter or (method `full`) a whole model
+step      one of our own: litlora.json, and what was trained on a base, or (method `full`) a whole model
 adapter   a PEFT adapter without our manifest
 """
 
@@ -18,7 +18,9 @@ from litlora.checkpoint.shards import find_shards
 from litlora.config import Config
 from litlora.errors import UserError
 from litlora.families import config_from_hf
-from litlora.peft import AdapterConfig, adapter_config_from_peft
+from litlora.methods import from_manifest, from_peft
+from litlora.methods.tuning import Tuning
+from litlora.peft import AdapterConfig, adapter_config_from_peft, is_prompt, prompt_from_peft
 
 Kind = Literal["base", "step", "adapter"]
 
@@ -68,15 +70,36 @@ class Checkpoint:
         """The directory whose tokenizer goes with it: its own, else its base's."""
         return self.path if (self.path / names.TOKENIZER).exists() else self.base().path
 
-    def adapter_config(self) -> AdapterConfig:
-        """How the adapter computes; UserError of a whole model."""
+    @property
+    def method(self) -> str:
+        """The word after `litlora finetune` that makes such adapters."""
+        if self.manifest:
+            return self.manifest.method
+        return "adapter" if is_prompt(self.peft_values()) else "lora"
+
+    def tuning(self) -> Tuning:
+        """What it does to its base; UserError of a whole model."""
         if self.is_model:
             raise UserError("is a whole model, not an adapter", where=self.path)
-        return adapter_config_from_peft(read_json(self.path, names.ADAPTER_CONFIG), self.path / names.ADAPTER_CONFIG)
+        config, manifest, where = self.config(), self.manifest, self.path / names.ADAPTER_CONFIG
+        if manifest and manifest.method != "lora":
+            return from_manifest(manifest.method, manifest.options, config, self.path / names.MANIFEST)
+        if is_prompt(self.peft_values()):
+            return from_manifest("adapter", prompt_from_peft(self.peft_values(), where), config, where)
+        return from_peft(self.adapter_config(), config, untied=bool(manifest.options.get("untie")) if manifest else None)
+
+    def adapter_config(self) -> AdapterConfig:
+        """How PEFT describes its LoRA."""
+        return adapter_config_from_peft(self.peft_values(), self.path / names.ADAPTER_CONFIG)
+
+    def peft_values(self) -> dict[str, Any]:
+        """What its adapter_config.json says, unchecked."""
+        return read_json(self.path, names.ADAPTER_CONFIG)
 
     def adapter_file(self) -> Path:
-        """The adapter's tensors."""
-        return file_in(self.path, names.ADAPTER_WEIGHTS)
+        """What was trained: PEFT's file, or ours where PEFT does not know the method."""
+        own = self.manifest is not None and names.OWN_ADAPTER_WEIGHTS in self.manifest.files
+        return file_in(self.path, names.OWN_ADAPTER_WEIGHTS if own else names.ADAPTER_WEIGHTS)
 
     def training_state(self) -> dict[str, Any]:
         """What `TrainingState.values` was when this step was committed; its tensors were checked against their hash too."""

@@ -9,7 +9,9 @@ from typing import Any
 
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.reading import file_in, read_bytes
+from litlora.checkpoint.reading import file_in, parse_json, read_bytes
+from litlora.config import Config
+from litlora.families import changed_keys
 from litlora.tokenizer import Tokenizer
 
 
@@ -17,6 +19,17 @@ def serving_files(directory: Path, template: str) -> dict[str, bytes]:
     """The tokenizer's files of `directory`, and `template` as the one that transformers and vLLM read first. UserError as `file_in`."""
     found = {name: read_bytes(file_in(directory, name)) for name in names.TOKENIZER_FILES if (directory / name).exists()}
     return {**found, names.CHAT_TEMPLATE: template.encode()}
+
+
+def model_files(base: Checkpoint, config: Config) -> dict[str, bytes]:
+    """What makes weights a model again: the base's config.json (changed where `config` differs from it), generation config, licence."""
+    raw = read_bytes(file_in(base.path, names.CONFIG))
+    changed = changed_keys(base.config(), config)
+    found = {names.CONFIG: as_json(parse_json(raw, base.path / names.CONFIG) | changed) if changed else raw}
+    for name in (names.GENERATION_CONFIG, *names.LICENCE_FILES):
+        if (base.path / name).exists():
+            found[name] = read_bytes(file_in(base.path, name))
+    return found
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -40,6 +40,7 @@ TRAINING_STATE_META = "training_state.json"
 NOTE = "note.md"  # the user's own words: never hashed
 MERGED = "merged"
 MERGE_REPORT = "merge_report.json"
+EXTEND_REPORT = "extend_vocab_report.json"
 UNCOVERED = frozenset({MANIFEST, TRAINING_STATE, TRAINING_STATE_META, NOTE})  # what a manifest does not hash
 
 # ---- ours, in a run

@@ -170,11 +170,19 @@ def kind_of(path: Path) -> Kind | Literal["run", ""]:
         return ""
     has = {
         name: (path / name).exists()
-        for name in (names.MANIFEST, names.CONFIG, names.ADAPTER_CONFIG, names.ADAPTER_WEIGHTS, names.TRAINING_STATE_META)
+        for name in (
+            names.MANIFEST,
+            names.CONFIG,
+            names.ADAPTER_CONFIG,
+            names.ADAPTER_WEIGHTS,
+            names.OWN_ADAPTER_WEIGHTS,
+            names.TRAINING_STATE_META,
+        )
     }
     model = has[names.CONFIG] and has_weights(path)
     adapter = has[names.ADAPTER_CONFIG] and has[names.ADAPTER_WEIGHTS]
-    if has[names.MANIFEST] or ((model or adapter) and (has[names.TRAINING_STATE_META] or names.step_number(path) is not None)):
+    trained = model or adapter or has[names.OWN_ADAPTER_WEIGHTS]
+    if has[names.MANIFEST] or (trained and (has[names.TRAINING_STATE_META] or names.step_number(path) is not None)):
         return "step"  # also one whose manifest was lost: it is torn, not a PEFT adapter or a model that may sit on any base
     if model and (adapter or has[names.ADAPTER_WEIGHTS]):
         raise UserError("holds a model and an adapter at once", where=path, hint="move the adapter's two files to a directory of their own")
@@ -214,6 +222,8 @@ def _nothing_here(path: Path) -> UserError:
 
 def _missing_part(found: set[str]) -> str:
     """What would have to be there for it to be what it looks most like."""
+    if names.OWN_ADAPTER_WEIGHTS in found:
+        return f"{names.MANIFEST}, for a step"
     if names.ADAPTER_CONFIG in found:
         return f"{names.ADAPTER_WEIGHTS}, for an adapter"
     if names.ADAPTER_WEIGHTS in found:

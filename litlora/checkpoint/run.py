@@ -248,3 +248,10 @@ def _take_lock(path: Path) -> int:
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
             return fd
         os.close(fd)
+
+
+def drop_old_states(run: Path, keep: int) -> None:
+    """Delete the training state of all steps but the newest `keep`; the steps stay whole, and serve as before."""
+    for step in list_step_paths(run)[:-keep]:
+        for name in (names.TRAINING_STATE_META, names.TRAINING_STATE):
+            (step / name).unlink(missing_ok=True)

@@ -17,11 +17,17 @@ from litlora.checkpoint.weights import raw_tensors, safe_open_checked
 from litlora.errors import UserError
 
 OPTIMIZER, VALUES = "optimizer", "values"  # the two parts of what is stored
+EXACT = "exact"  # in front of the names of tensors that are not the optimizer's
 SEPARATOR = "/"  # between a parameter's name and the name of its state: model...lora_A/exp_avg
 
 
-def save_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, Any]) -> TrainingState:
-    """For `commit_step`: the state of every named parameter, and `values`, which JSON must be able to hold."""
+def save_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, Any], exact: Mapping[str, Tensor]
+) -> TrainingState:
+    """For `commit_step`: the state of every named parameter, and `values`, which JSON must be able to hold.
+
+    `exact`: what the model's own files hold rounded, or not at all, and training needs to the bit.
+    """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for name, parameter in parameters.items():
@@ -33,11 +39,14 @@ def save_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.
     held = sum(len(state) for state in optimizer.state.values())
     assert held == len(tensors) + len(scalars), "the optimizer holds a parameter that has no name"
     own = {"class": type(optimizer).__name__, "parameters": sorted(parameters), "scalars": scalars}
+    tensors |= {f"{EXACT}{SEPARATOR}{name}": tensor for name, tensor in exact.items()}
     return TrainingState(tensors=raw_tensors(tensors), values={OPTIMIZER: own, VALUES: dict(values)})
 
 
-def load_state(step: Checkpoint, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Any]:
-    """Put a step's state into `optimizer` and return the `values` it was saved with.
+def load_state(
+    step: Checkpoint, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], exact: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Put a step's state into `optimizer` and the tensors of `exact`, and return the `values` it was saved with.
 
     UserError where the state is absent, altered, or of another optimizer or other parameters; the optimizer is then as it was.
     """
@@ -50,6 +59,10 @@ def load_state(step: Checkpoint, optimizer: torch.optim.Optimizer, parameters: M
         raise UserError(what, where=path, hint="resume with the options of the run")
     with safe_open_checked(path) as file:
         found: dict[str, Any] = {**own["scalars"], **{name: file.get_tensor(name).clone() for name in file.keys()}}  # noqa: SIM118
+    kept = {name.partition(SEPARATOR)[2]: found.pop(name) for name in list(found) if name.startswith(f"{EXACT}{SEPARATOR}")}
+    if {name: tensor.shape for name, tensor in kept.items()} != {name: tensor.shape for name, tensor in exact.items()}:
+        what = "holds other tensors beside the optimizer's than this run needs"
+        raise UserError(what, where=path, hint="resume with the options of the run")
     by_name: dict[str, dict[str, Any]] = {}
     for full, value in found.items():
         name, _, key = full.rpartition(SEPARATOR)
@@ -62,5 +75,8 @@ def load_state(step: Checkpoint, optimizer: torch.optim.Optimizer, parameters: M
     plain = optimizer.state_dict()
     plain["state"] = {number: by_name[name] for number, name in enumerate(order) if name in by_name}
     optimizer.load_state_dict(plain)
+    with torch.no_grad():
+        for name, tensor in exact.items():
+            tensor.copy_(kept[name])
     values: dict[str, Any] = stored[VALUES]
     return values

@@ -20,10 +20,9 @@ from litlora.checkpoint.base import check_fingerprint
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import Tensors
 from litlora.errors import UserError
-from litlora.families import expected_tensors, is_derived, linear_shapes, tensor_name
-from litlora.methods import add_adapter, attach_from, load_adapter_state
+from litlora.families import expected_tensors, is_derived, tensor_name
+from litlora.methods.attach import add
 from litlora.model import GPT
-from litlora.peft import check_tensors, copied_base_tensor, expected_adapter_tensors
 from litlora.safetensors_file import SafetensorsFile
 
 STORED = {
@@ -46,21 +45,24 @@ def load_model(
     adapters: Sequence[tuple[Checkpoint, float]] = (),
     device: str | torch.device = "cpu",
 ) -> GPT:
-    """The model that a checkpoint means: a base as it is, a step or PEFT adapter attached to its base.
+    """The model that a checkpoint means: a base as it is, a step or PEFT adapter added to its base.
 
-    `dtype` of the base's weights (None: as stored); adapters are fp32. `adapters`: more of them, with the weights they are added with;
-    each must belong to the same base. UserError where anything is missing, too much, of the wrong shape, or of another base.
+    `dtype` of the base's weights (None: as stored), and of weights that were trained whole; what sits in slots is fp32. `adapters`:
+    more of them, with the weights they are added with; each must belong to the same base. Of what is added nothing learns.
+    UserError where anything is missing, too much, of the wrong shape, or of another base.
     """
     base = checkpoint.base()
     for other, _ in adapters:
         check_same_base(other, base)
     model = load_base(base, dtype, device)
-    if not checkpoint.is_model:
-        attach_from(model, checkpoint.adapter_config())
-        load_adapter_state(model, adapter_tensors(checkpoint), checkpoint.adapter_file())
-    for other, weight in adapters:
-        add_adapter(model, other.adapter_config(), adapter_tensors(other, base), weight, where=other.adapter_file())
+    for other, weight in [*([] if checkpoint.is_model else [(checkpoint, 1.0)]), *adapters]:
+        put_on(model, other, weight)
     return model
+
+
+def put_on(model: GPT, adapter: Checkpoint, weight: float = 1.0) -> None:
+    """Add a step or PEFT adapter to the model of its base, counted `weight` times. UserError as `add`: the model is then as it was."""
+    add(model, adapter.tuning(), adapter_tensors(adapter), weight, where=adapter.adapter_file())
 
 
 def load_base(base: Checkpoint, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> GPT:
@@ -102,18 +104,10 @@ def base_tensors(base: Checkpoint) -> dict[str, Tensor]:
     return tensors
 
 
-def adapter_tensors(checkpoint: Checkpoint, base: Checkpoint | None = None) -> dict[str, Tensor]:
-    """An adapter's tensors under PEFT's names, checked against its config and the base's shapes (`base`: if it is known already).
-
-    UserError that lists every missing, unexpected and wrongly shaped one.
-    """
-    path = checkpoint.adapter_file()
-    with safe_open_checked(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if copied_base_tensor(name) is None}
-    config = (base or checkpoint).config()
-    check_tensors(found, expected_adapter_tensors(checkpoint.adapter_config(), linear_shapes(config)), path)
-    return tensors
+def adapter_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What a step or PEFT adapter holds, under the names of its file, mapped from it. Who uses them checks them (`by_parameter`)."""
+    with safe_open_checked(checkpoint.adapter_file()) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
 
 
 def check_same_base(adapter: Checkpoint, base: Checkpoint) -> None:

@@ -13,17 +13,32 @@ class Command(NamedTuple):
     options: str  # the dataclass in options.py
 
 
+def finetune(help: str, options: str) -> Command:
+    return Command(help, "litlora.commands.finetune", "finetune", options)
+
+
 Commands = dict[str, "Command | Commands"]
 
 COMMANDS: Commands = {
     "finetune": {
-        "lora": Command("LoRA and DoRA: small matrices beside the frozen weights", "litlora.commands.finetune", "finetune", "FinetuneLoRA"),
+        "lora": finetune("LoRA and DoRA: small matrices beside the frozen weights", "FinetuneLoRA"),
+        "adapter": finetune("bottlenecks, a learnt prompt, or scales and shifts", "FinetuneAdapter"),
+        "pro": finetune("LLaMA-Pro: new blocks between the frozen ones", "FinetunePro"),
+        "freeze": finetune("some layers and modules, the rest frozen", "FinetuneFreeze"),
+        "full": finetune("every parameter", "FinetuneFull"),
     },
-    "pretrain": Command("train a small model from nothing", "litlora.commands.pretrain", "pretrain", "Pretrain"),
+    "pretrain": Command("train a small model from nothing, or a given one further", "litlora.commands.pretrain", "pretrain", "Pretrain"),
     "merge_lora": Command(
         "write a plain Hugging Face model with the adapter merged in", "litlora.commands.merge_lora", "merge_lora", "MergeLoRA"
     ),
+    "expand": Command("a deeper model that computes the same, for finetune pro", "litlora.commands.expand", "expand", "Expand"),
+    "extend_vocab": Command(
+        "a base whose tokenizer knows more tokens, for another language", "litlora.commands.extend_vocab", "extend_vocab", "ExtendVocab"
+    ),
     "generate": Command("answer one prompt, or many", "litlora.commands.generate", "generate", "Generate"),
     "chat": Command("talk to a model in the terminal", "litlora.commands.chat", "chat", "Chat"),
+    "inspect": Command("what a path is, and what its training changed", "litlora.commands.inspect", "inspect", "Inspect"),
+    "list": Command("a run's checkpoints in a table", "litlora.commands.list", "list_run", "ListSteps"),
+    "note": Command("write a note about a checkpoint", "litlora.commands.note", "note", "WriteNote"),
     "evaluate": Command("loss, perplexity and exact match on rows", "litlora.commands.evaluate", "evaluate", "Evaluate"),
 }

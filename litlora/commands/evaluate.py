@@ -31,13 +31,13 @@ def evaluate(options: Evaluate) -> None:
     )
     results = {}
     if options.compare_base:
-        from litlora.generation import without_adapters
+        from litlora.methods.attach import as_base
 
         if opened.checkpoint.is_model and not options.adapter:
             raise UserError(
                 "is a base itself, so there is nothing to compare it with", where=opened.checkpoint.path, hint="leave --compare_base out"
             )
-        with without_adapters(opened.model):
+        with as_base(opened.model):
             results["base"] = figures(opened, samples, options, "base")
     results["model"] = figures(opened, samples, options, "model")
     if options.json:
@@ -48,7 +48,8 @@ def evaluate(options: Evaluate) -> None:
 
 
 def figures(opened: Opened, samples: Sequence[Sample], options: Evaluate, what: str) -> dict[str, float | int]:
-    """loss (nats per graded token), perplexity, graded tokens; exact_match: the share of answers equal to the row's, end token included."""
+    """loss (nats per graded token), perplexity, graded tokens; nats per graded character, which does not depend on the vocabulary;
+    exact_match: the share of answers equal to the row's, end token included."""
     from litlora.data.batches import pack
     from litlora.train.loss import summed_loss
 
@@ -60,12 +61,16 @@ def figures(opened: Opened, samples: Sequence[Sample], options: Evaluate, what: 
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
     }
+    texts = (opened.prompts.tokenizer.decode(sample.targets[sample.targets != IGNORE].tolist()) for sample in samples)
+    characters = sum(map(len, texts))
+    if characters:
+        found |= {"characters": characters, "nats_per_character": total / characters}
     if options.exact_match:
         asked = [(sample, split) for sample in samples if (split := last_answer(sample)) is not None]
         if asked:
             answers = answered(opened, [prompt for _, (prompt, _) in asked], options, what)
-            texts = [opened.prompts.tokenizer.decode(wanted) for _, (_, wanted) in asked]
-            right = sum(is_exact(answer, text) for answer, text in zip(answers, texts, strict=True))
+            answers_of_rows = [opened.prompts.tokenizer.decode(wanted) for _, (_, wanted) in asked]
+            right = sum(is_exact(answer, text) for answer, text in zip(answers, answers_of_rows, strict=True))
             found |= {"asked": len(asked), "exact_match": right / len(asked)}
     return found
 
@@ -102,6 +107,8 @@ def summary(data: DataSet, samples: Sequence[Sample]) -> str:
 
 def line(name: str, values: dict[str, float | int]) -> str:
     parts = [f"loss {values['loss']:.4f}", f"perplexity {values['perplexity']:.3f}"]
+    if "characters" in values:
+        parts.append(f"{values['nats_per_character']:.4f} nats per character")
     if "exact_match" in values:
         parts.append(f"exact match {values['exact_match']:.1%} of {values['asked']}")
     return f"{name:<6}{'  '.join(parts)}"

@@ -1,8 +1,12 @@
-"""`litlora finetune METHOD`: a base, a method and rows -> out/step-100, out/step-200 ... (train/run.py does the rest)."""
+"""`litlora finetune METHOD`: a base, a method and rows -> out/step-100, out/step-200 ... (train/run.py does the rest).
+
+What is trained is a Tuning, whatever the method; `full` alone differs in what a step holds: a whole model.
+"""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,114 +15,170 @@ from litlora.checkpoint import names
 from litlora.checkpoint.card import model_card
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import Tensors
-from litlora.checkpoint.files import as_json, open_tokenizer, serving_files
+from litlora.checkpoint.files import as_json, model_files, open_tokenizer, serving_files
 from litlora.checkpoint.manifest import Manifest
 from litlora.checkpoint.resolve import demo_base, resolve
-from litlora.checkpoint.weights import adapter_tensors, load_base, raw_tensors
+from litlora.checkpoint.weights import adapter_tensors, base_tensors, load_base, raw_tensors
+from litlora.config import Config, merged_layers
 from litlora.data.samples import IGNORE, DataSet
-from litlora.errors import UserError
-from litlora.families import linear_shapes
-from litlora.methods import METHODS, adapter_state, load_adapter_state, trainable
+from litlora.errors import UserError, WorkError
+from litlora.methods import METHODS, lora_config, stored_tuning, tuning_of
+from litlora.methods.attach import attach, frozen_state, load_tuned_state, trainable, tuned_state
+from litlora.methods.tuning import EMBEDDING, HEAD, LoRASlot, Tuning, why_unmergeable
 from litlora.model import GPT
-from litlora.options import FinetuneLoRA
-from litlora.peft import adapter_config, adapter_config_to_peft, rank_and_alpha, targets
+from litlora.options import AdapterOptions, Finetune, FitOptions, FreezeOptions, LoRAOptions
+from litlora.peft import adapter_config_to_peft, prompt_to_peft
 from litlora.precision import choose_dtype
 from litlora.prompts import Prompts
-from litlora.train.guards import warn_of_untrained_end
+from litlora.train.guards import say_what_moved, warn_of_untrained_end
 from litlora.train.run import Job, check_run, compute_text, is_first_process, load_rows, open_run, show_samples, train
 from litlora.train.signals import Signals
 
-RATE = 2e-4
-DEMO_RATE = 1e-3  # a model 128 wide takes, and needs, larger steps: 99% exact instead of 70%
 
-
-def finetune(options: FinetuneLoRA) -> None:
+def finetune(options: Finetune) -> None:
     """Fine-tune, committing a step now and then; print the last one's path."""
     with Signals() as signals:
         start = resolve(options.checkpoint_dir, base_dir=options.base_dir) if options.checkpoint_dir else demo_base()
         base = start.base()
-        options = with_rate(options, base)
-        base.config(), base.shards()  # whatever is wrong with the model is said before anything is written
+        options = with_rate(options, options.method, base)
+        work = Work(options, options.method, getattr(options, options.method), start, base)
+        base.shards()  # whatever is wrong with the model is said before anything is written
         if start is not base:
-            refuse_another_method(start, options)
+            refuse_another_method(start, work)
         prompts = Prompts(open_tokenizer(start))
         check_run(options)
-        data = load_rows(options, prompts, context=base.config().max_position_embeddings)
-        job = lora_job(options, start, base, prompts, data)
+        data = load_rows(options, prompts, context=work.config.max_position_embeddings)
+        job = job_of(work, f"finetune {options.method}", prompts, data)
         if options.dry_run:
             show_samples(job)
             return
-        with open_run(options, needed_bytes=step_bytes(options, base)) as directory:
+        with open_run(options, needed_bytes=step_bytes(work)) as directory:
             for message in directory.messages if is_first_process() else ():
                 console.warn(message)
             last = train(job, directory.resume_from, signals)
         if is_first_process():
-            say_what_next(last, options)
+            say_what_moved(resolve(last, base_dir=base.path), base)
+            say_what_next(last, options, work)
 
 
-def with_rate(options: FinetuneLoRA, base: Checkpoint) -> FinetuneLoRA:
+def with_rate(options: Any, method: str, base: Checkpoint) -> Any:
     """The options with a learning rate: what was asked for, else the method's own."""
     if options.train.lr is not None:
         return options
-    return replace(options, train=replace(options.train, lr=DEMO_RATE if base.is_demo else RATE))
+    rate = METHODS[method].demo_rate if base.is_demo else METHODS[method].rate
+    return replace(options, train=replace(options.train, lr=rate))
 
 
-def step_bytes(options: FinetuneLoRA, base: Checkpoint) -> int:
-    """What a step takes on the disk: the adapter in fp32, AdamW's two moments, and the small files."""
-    shapes = linear_shapes(base.config())
-    described = adapter_config(options.lora, list(shapes))
-    adapted = sum(rank_and_alpha(described, name)[0] * sum(shapes[name]) for name in targets(described, list(shapes)))
-    return 3 * 4 * adapted + 2**25
+@dataclass(frozen=True)
+class Work:
+    """What is trained, of which model, from where."""
+
+    options: FitOptions
+    method: str
+    wanted: Any  # the method's own options
+    start: Checkpoint  # the base, or the step that training goes on from
+    base: Checkpoint
+
+    @property
+    def config(self) -> Config:
+        return self.base.config()
+
+    @property
+    def tuning(self) -> Tuning:
+        return tuning_of(self.wanted, self.config)
+
+    @property
+    def is_full(self) -> bool:
+        return self.method == "full"
 
 
-def lora_job(options: FinetuneLoRA, start: Checkpoint, base: Checkpoint, prompts: Prompts, data: DataSet) -> Job:
-    config = base.config()
-    described = adapter_config(options.lora, list(linear_shapes(config)), str(base.path.resolve()))
+def step_bytes(work: Work) -> int:
+    """What a step takes on the disk: what learns in fp32, AdamW's two moments, and the small files."""
+    shapes = work.tuning.parameters(work.config).values()
+    return 3 * 4 * sum(torch.Size(shape).numel() for shape in shapes) + 2**25
+
+
+def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
+    """The Job of training `work` on rows."""
+    options, base, start, config, tuning = work.options, work.base, work.start, work.config, work.tuning
+    stored = stored_tuning(work.wanted, config)
+    dtypes = {name: tensor.dtype for name, tensor in base_tensors(base).items()} if work.is_full else {}
+    dtypes |= {HEAD: dtypes[EMBEDDING]} if work.is_full and tuning.untied else {}
 
     def build(device: torch.device) -> GPT:
         model = load_base(base, choose_dtype(options.precision, device), device)
-        METHODS[options.method].attach(model, options.lora, seed=options.seed)
+        attach(model, tuning, seed=options.seed)
         if start is not base:
             restore(model, start)
         if is_first_process():
-            warn_of_untrained_end(model, graded_ends(data, prompts), prompts.tokenizer)
-        count = sum(parameter.numel() for parameter in trainable(model).values())
-        all_of_it = sum(parameter.numel() for parameter in model.parameters())
-        if is_first_process():
-            console.header([("trained", f"{console.count(count)} of {console.count(all_of_it)} parameters ({count / all_of_it:.1%})")])
+            if not {EMBEDDING, HEAD} & set(tuning.whole):
+                warn_of_untrained_end(model, graded_ends(data, prompts), prompts.tokenizer)
+            console.header([("trained", trained_text(model))])
         return model
 
     def restore(model: GPT, step: Checkpoint) -> None:
-        load_adapter_state(model, adapter_tensors(step), step.adapter_file())
+        if work.is_full:
+            with torch.no_grad():
+                for name, tensor in base_tensors(step).items():
+                    model.get_parameter(name).copy_(tensor)
+        else:
+            load_tuned_state(model, tuning, adapter_tensors(step), step.adapter_file(), config)
 
     def contents(model: GPT) -> Mapping[str, Tensors]:
-        return {names.ADAPTER_WEIGHTS: raw_tensors(adapter_state(model))}
+        if work.is_full:
+            return {names.WEIGHTS: raw_tensors(as_stored(trainable(model), dtypes))}
+        file = names.ADAPTER_WEIGHTS if tuning.in_peft else names.OWN_ADAPTER_WEIGHTS
+        return {file: raw_tensors(tuned_state(model, tuning, config))}
+
+    def exact(model: GPT) -> Mapping[str, torch.Tensor]:
+        rounded = {name: p.detach() for name, p in trainable(model).items() if p.dtype != dtypes.get(name, p.dtype)}
+        return rounded | frozen_state(model)
 
     def card(manifest: Manifest) -> str:
-        return model_card(manifest, str(Path(options.out_dir) / names.step_name(manifest.step)))
+        where = str(Path(options.out_dir) / names.step_name(manifest.step))
+        return model_card(manifest, where, in_peft=tuning.in_peft, unmergeable=why_unmergeable(tuning, config))
 
-    name = "demo (a toy model that comes with litlora)" if base.is_demo else str(base.path)
-    kind = "DoRA" if options.lora.use_dora else "LoRA"
-    scope = " ".join(options.lora.target_modules)
     return Job(
-        command="finetune lora",
+        command=command,
         options=options,
-        method="lora",
-        method_options=asdict(options.lora),
+        method=work.method,
+        method_options=asdict(work.wanted),
         prompts=prompts,
         data=data,
-        base=base.record(Path(options.out_dir)),
-        parent=None if start is base else str(start.path.resolve()),
-        facts=[
-            ("model", f"{name} · {config.model_type} · {compute_text(options)}" + (f" · from {start.path}" if start is not base else "")),
-            ("adapter", f"{kind} r={options.lora.r} alpha={options.lora.alpha:g} on {scope}"),
-        ],
+        base=None if work.is_full else base.record(Path(options.out_dir)),
+        parent=str(start.path.resolve()) if work.is_full or start is not base else None,
+        facts=facts(work, stored),
         build=build,
         restore=restore,
         contents=contents,
-        files={**serving_files(start.tokenizer_dir(), prompts.template), names.ADAPTER_CONFIG: as_json(adapter_config_to_peft(described))},
+        exact=exact,
+        files={**serving_files(start.tokenizer_dir(), prompts.template), **method_files(work)},
         card=card,
+        lr_ratio=work.wanted.lr_ratio if isinstance(work.wanted, LoRAOptions) else 1.0,
+        watched=new_layers(tuning, config) if work.method == "pro" else {},
     )
+
+
+def as_stored(trained: Mapping[str, torch.nn.Parameter], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """A whole model in the dtypes of the one it comes from. WorkError where a number does not fit any more."""
+    tensors = {name: parameter.detach().to(dtypes[name]) for name, parameter in trained.items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise WorkError(f"{name} has grown beyond what {str(tensor.dtype).removeprefix('torch.')} holds; nothing was committed")
+    return tensors
+
+
+def method_files(work: Work) -> dict[str, bytes]:
+    """What else lies in a step, so that others can load it."""
+    base = work.base
+    if work.is_full:
+        return model_files(base, replace(work.config, tie_word_embeddings=work.config.tie_word_embeddings and not work.wanted.untie))
+    path = str(base.path.resolve())
+    if isinstance(work.wanted, LoRAOptions):
+        return {names.ADAPTER_CONFIG: as_json(adapter_config_to_peft(lora_config(work.wanted, work.config, path)))}
+    if work.tuning.in_peft:
+        return {names.ADAPTER_CONFIG: as_json(prompt_to_peft(work.wanted, len(work.tuning.slots), path))}
+    return {}
 
 
 def graded_ends(data: DataSet, prompts: Prompts) -> set[int]:
@@ -127,35 +187,89 @@ def graded_ends(data: DataSet, prompts: Prompts) -> set[int]:
     return set(last) & prompts.stop_ids
 
 
-def refuse_another_method(start: Checkpoint, options: FinetuneLoRA) -> None:
+def refuse_another_method(start: Checkpoint, work: Work) -> None:
     """Training goes on from a step's weights where the method and its shapes are the step's; anything else needs a merge first."""
-    theirs = start.adapter_config()
-    ours = adapter_config(options.lora, list(linear_shapes(start.config())))
-    names_of = ("r", "alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
-    different = [
-        f"{name}: {getattr(theirs, name)} there, {getattr(ours, name)} here"
-        for name in names_of
-        if getattr(theirs, name) != getattr(ours, name)
+    hint = f"use the same options, or merge first: litlora merge_lora {start.path}"
+    if start.method != work.method:
+        raise UserError(f"was trained by {start.method}, so {work.method} cannot go on from its weights", where=start.path, hint=hint)
+    theirs, ours = start.tuning(), stored_tuning(work.wanted, work.config)
+    here, there = (without_dropout(tuning) for tuning in (ours, theirs))
+    slots = [slot for slot in {**there, **here} if there.get(slot) != here.get(slot)]
+    different = [f"{slot}: {there.get(slot)} there, {here.get(slot)} here" for slot in slots]
+    different += [
+        f"{what}: {getattr(theirs, what)} there, {getattr(ours, what)} here"
+        for what in ("inserted", "whole", "untied")
+        if getattr(theirs, what) != getattr(ours, what)
     ]
-    if sorted(targets(theirs, list(linear_shapes(start.config())))) != sorted(targets(ours, list(linear_shapes(start.config())))):
-        different.append("target_modules differ")
     if different:
         raise UserError(
             "holds another adapter than the one asked for, so training cannot go on from its weights",
             where=start.path,
             context=different,
-            hint=f"use the same options, or merge first: litlora merge_lora {start.path}",
+            hint=hint,
         )
 
 
-def say_what_next(last: Path, options: FinetuneLoRA) -> None:
+def without_dropout(tuning: Tuning) -> dict[str, Any]:
+    """Its slots; dropout may be another one when training goes on."""
+    return {slot: replace(kind, dropout=0.0) if isinstance(kind, LoRASlot) else kind for slot, kind in tuning.slots.items()}
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
+
+
+def facts(work: Work, stored: Tuning) -> list[tuple[str, str]]:
+    """Header lines about the model and the method."""
+    base, options = work.base, work.options
+    name = "demo (a toy model that comes with litlora)" if base.is_demo else str(base.path)
+    from_step = "" if work.start is base else f" · from {work.start.path}"
+    lines = [("model", f"{name} · {work.config.model_type} · {compute_text(options)}{from_step}"), ("method", method_text(work))]
+    why = "" if work.is_full else why_unmergeable(stored, work.config)
+    return [*lines, ("merging", f"not possible: {why}. Every command takes the steps as they are")] if why else lines
+
+
+def method_text(work: Work) -> str:
+    """One line: what learns, and where."""
+    wanted, tuning, layers = work.wanted, work.tuning, work.config.num_hidden_layers
+    if isinstance(wanted, LoRAOptions):
+        kind = "DoRA" if wanted.use_dora else "LoRA" if wanted.init == "default" else f"LoRA ({wanted.init})"
+        text = f"{kind} r={wanted.r} alpha={wanted.alpha:g} on {' '.join(wanted.target_modules)}"
+        text += f" of layers {' '.join(wanted.layers)}" if wanted.layers else ""
+    elif isinstance(wanted, AdapterOptions):
+        text = f"{wanted.kind} adapters: {len(tuning.slots)} in {layers} layers"
+    elif work.method == "pro":
+        new = [label.removeprefix("layer_") for label in new_layers(tuning, work.config)]
+        text = f"LLaMA-Pro: layers {', '.join(new)} of {layers + len(tuning.inserted)} are new and learn, the others stand still"
+    elif isinstance(wanted, FreezeOptions):
+        text = f"{' '.join(wanted.modules)} of layers {' '.join(wanted.layers)} of {layers}"
+        text += f", and {' '.join(wanted.extra_modules)}" if wanted.extra_modules else ""
+    else:
+        return "full: every parameter learns"
+    saved = getattr(wanted, "modules_to_save", [])
+    return text + (f", and {' '.join(saved)} whole" if saved else "") + (", the head untied" if tuning.untied else "")
+
+
+def new_layers(tuning: Tuning, config: Config) -> dict[str, str]:
+    """The new blocks: `layer_N`, N in the deeper model -> how the names of its parameters begin."""
+    if not tuning.inserted:
+        return {f"layer_{layer}": f"model.layers.{layer}." for layer in config.llama_pro_layers}
+    places = merged_layers(config, tuning.inserted)
+    return {f"layer_{place}": f"model.layers.{layer}.inserted." for place, (layer, is_new) in enumerate(places) if is_new}
+
+
+def trained_text(model: GPT) -> str:
+    count = sum(parameter.numel() for parameter in trainable(model).values())
+    all_of_it = sum(parameter.numel() for parameter in model.parameters())
+    return f"{console.count(count)} of {console.count(all_of_it)} parameters ({count / all_of_it:.1%})"
+
+
+def say_what_next(last: Path, options: Finetune, work: Work) -> None:
     """The end of a run: the result to standard output, what to type next to standard error."""
     where = "" if options.out_dir == names.RUN else f" {options.out_dir}"
-    console.header(
-        [
-            ("next", f"litlora chat{where}"),
-            ("", f"litlora evaluate {last} --compare_base"),
-            ("", f"litlora merge_lora --checkpoint_dir {last}"),
-        ]
-    )
+    lines = [("next", f"litlora chat{where}")]
+    if not work.is_full:
+        lines.append(("", f"litlora evaluate {last} --compare_base"))
+    if not work.is_full and not why_unmergeable(work.tuning, work.config):
+        lines.append(("", f"litlora merge_lora --checkpoint_dir {last}"))
+    console.header(lines)
     print(last)

@@ -253,27 +253,20 @@ def prompts_for(checkpoint: Checkpoint, on: Sequence[tuple[Checkpoint, float]]) 
 
 def put_on(opened: Opened, adapters: Sequence[tuple[str, float]]) -> None:
     """Take every adapter off and put these on; the base stays loaded. After a UserError all is as it was."""
-    from litlora.generation import adapters_in, put_back
-    from litlora.methods import remove_adapters
+    from litlora.checkpoint.weights import put_on as add
+    from litlora.methods.attach import put_back, remove, snapshot
 
     wanted = [(open_adapter(path, opened.base), weight) for path, weight in adapters]
     prompts = prompts_for(opened.base, wanted)
-    before = adapters_in(opened.model)
+    before = snapshot(opened.model)
     try:
-        remove_adapters(opened.model)
+        remove(opened.model)
         for adapter, weight in wanted:
-            add(opened.model, adapter, opened.base, weight)
+            add(opened.model, adapter, weight)
     except BaseException:
-        put_back(before)
+        put_back(opened.model, before)
         raise
     opened.on, opened.prompts = wanted, prompts
-
-
-def add(model: "GPT", adapter: Checkpoint, base: Checkpoint, weight: float) -> None:
-    from litlora.checkpoint.weights import adapter_tensors
-    from litlora.methods import add_adapter
-
-    add_adapter(model, adapter.adapter_config(), adapter_tensors(adapter, base), weight, where=adapter.adapter_file())
 
 
 # ---- the Python API --------------------------------------------------------------------------------------------------
@@ -289,7 +282,9 @@ def answer_once(
     raw: bool,
 ) -> str:
     """What `litlora.generate` does (see there)."""
-    from litlora.generation import Conversation, adapters_restored
+    from litlora.checkpoint.weights import put_on as add
+    from litlora.generation import Conversation
+    from litlora.methods.attach import restored
 
     check_ranges(sampling)
     checkpoint = model.checkpoint
@@ -306,9 +301,9 @@ def answer_once(
     question = Question("prompt", prompt if isinstance(prompt, str) else "", with_system(messages, system), raw)
     training = model.training
     try:
-        with adapters_restored(model):
+        with restored(model):
             if added is not None and adapter is not None:
-                add(model, added, checkpoint.base(), adapter[1])
+                add(model, added, adapter[1])
             conversation = Conversation(model.eval(), prompts.tokenizer, prompts.stop_ids)
             return conversation.ask(question.prompt_ids(prompts), sampling, continues=raw).all()
     finally:

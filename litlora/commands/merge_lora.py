@@ -23,18 +23,19 @@ def merge_lora(options: MergeLoRA) -> None:
     if checkpoint.is_demo and options.checkpoint_dir is None:
         raise UserError("there is no run in out whose adapter could be merged", hint="litlora finetune lora makes one; or name a step")
     plan = prepare(checkpoint, Path(options.out_dir) if options.out_dir else None, dtype=options.dtype, overwrite=options.overwrite)
-    kept = "every tensor keeps its dtype" if plan.dtype is None else f"every tensor becomes {options.dtype}"
+    model = plan.model
+    kept = "every tensor keeps its dtype" if model.dtype is None else f"every tensor becomes {options.dtype}"
     header(
         [
             ("adapter", f"{checkpoint.path} ({checkpoint.why})" if checkpoint.why else str(checkpoint.path)),
-            ("base", f"{plan.base.path}, {plan.base_bytes / MB:,.0f} MB"),
-            ("result", f"{plan.out_dir}, {plan.merged_bytes / MB:,.0f} MB; {kept}"),
+            ("base", f"{model.base.path}, {model.base_bytes / MB:,.0f} MB"),
+            ("result", f"{plan.out_dir}, {model.bytes / MB:,.0f} MB; {kept}"),
         ]
     )
     if checkpoint.manifest is None:
         warn("this adapter does not say which weights it was trained on, so nobody can tell whether this base is the right one")
-    bar = Progress(round(plan.base_bytes / MB), "MB", quiet=plan.base_bytes < BIG)
-    report = merge(plan, prove=full_proof(options, plan), progress=lambda done: bar.update(round(done / MB)))
+    bar = Progress(model.bytes // MB, "MB", quiet=model.bytes < BIG)
+    report = merge(plan, prove=full_proof(options, plan), progress=lambda done: bar.update(done // MB))
     bar.close()
     tell(report)
     place = shlex.quote(str(plan.out_dir))
@@ -54,9 +55,14 @@ def full_proof(options: MergeLoRA, plan: Any) -> Any:
 
 def tell(report: dict[str, Any]) -> None:
     """The proof in a few lines."""
-    tensors, moved = report["tensors"], report["update_relative_norm"]
-    converted = f", {tensors['converted']} stored in another dtype" if tensors["converted"] else ""
-    say(f"{tensors['changed']} modules changed by {moved:.3%} of their norm, {tensors['copied']} tensors untouched{converted}")
+    tensors, changed, moved = report["tensors"], len(report["modules"]), report["update_relative_norm"]
+    told = [f"{changed} modules changed" + (f" by {moved:.3%} of their norm" if moved is not None else "")] if changed else []
+    told += [f"{tensors['new']} tensors are new"] if tensors["new"] else []
+    told += [f"{tensors['copied']} tensors untouched"]
+    told += [f"{tensors['converted']} stored in another dtype"] if tensors["converted"] else []
+    say(", ".join(told))
+    if report["new_layers"]:
+        say(f"new layers, counted from 0: {', '.join(map(str, report['new_layers']))}")
     say(f"{report['size']}")
     if report["modules_unchanged"]:
         warn(f"{len(report['modules_unchanged'])} adapted modules did not change at all: their update is zero")

@@ -1,7 +1,7 @@
-"""`litlora pretrain`: rows -> a vocabulary, a small Llama trained from nothing, and at the end a plain model in out/model."""
+"""`litlora pretrain`: a small Llama from nothing, its vocabulary learnt too, or a given model trained further; plain in out/model."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,30 +12,36 @@ from litlora.checkpoint import names
 from litlora.checkpoint.card import model_card
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import Tensors, commit_directory, remove
-from litlora.checkpoint.files import as_json, serving_files
+from litlora.checkpoint.files import as_json, open_tokenizer, serving_files
 from litlora.checkpoint.manifest import Manifest
 from litlora.checkpoint.resolve import resolve
-from litlora.checkpoint.weights import load_base, raw_tensors
+from litlora.checkpoint.weights import base_tensors, load_base, raw_tensors
+from litlora.commands.finetune import Work, job_of, with_rate
 from litlora.config import Config, Rope
 from litlora.data.samples import DataSet, texts_of
 from litlora.data.vocabulary import tokenizer_files, train_tokenizer
 from litlora.errors import UserError
 from litlora.families import config_to_hf
 from litlora.model import GPT, init_weights
-from litlora.options import Pretrain
+from litlora.options import FullOptions, Pretrain
 from litlora.prompts import Prompts
 from litlora.safetensors_file import write_safetensors
 from litlora.tokenizer import Tokenizer
 from litlora.train.run import Job, check_run, compute_text, is_first_process, load_rows, open_run, show_samples, train
 from litlora.train.signals import Signals
 
+RATE = 3e-3  # of a new model
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pretrain(options: Pretrain) -> None:
-    """Train a model from nothing; print the path of the finished one."""
+    """Train a model from nothing, or a given one further; print the path of the finished one."""
     with Signals() as signals:
-        refuse_odd_shapes(options)
+        if options.checkpoint_dir is not None:
+            options = going_on(options)
+        else:
+            refuse_odd_shapes(options)
+            options = replace(options, train=replace(options.train, lr=RATE if options.train.lr is None else options.train.lr))
         check_run(options)
         if options.dry_run:
             with TemporaryDirectory() as scratch:
@@ -48,16 +54,32 @@ def pretrain(options: Pretrain) -> None:
             job = prepared(options, Path(options.out_dir) / names.VOCABULARY)
             last = train(job, directory.resume_from, signals)
             if first:
-                finished = export(last, Path(options.out_dir) / names.MODEL, options, job.prompts)
+                finished = export(resolve(last), Path(options.out_dir) / names.MODEL, options, job)
                 console.header(
                     [("next", f"litlora generate {finished} --prompt TEXT"), ("", f"litlora finetune lora {finished} --data FILE")]
                 )
                 print(finished)
 
 
+def going_on(options: Pretrain) -> Pretrain:
+    """The options of a run that goes on from a model, with the rate of full fine-tuning. UserError where one speaks of a new model."""
+    if options.tokenizer_dir is not None:
+        hint = "leave --tokenizer_dir out; litlora extend_vocab makes a model with more tokens"
+        raise UserError("a model that is trained further keeps its tokenizer", where="--tokenizer_dir", hint=hint)
+    start = resolve(options.checkpoint_dir)
+    if not start.is_model:
+        raise UserError("is an adapter, and a whole model is trained here", where=start.path, hint=f"litlora merge_lora {start.path}")
+    return with_rate(options, "full", start)
+
+
 def prepared(options: Pretrain, place: Path) -> Job:
     """Vocabulary (learnt into `place` if none is given), prompts and rows."""
     template = None if options.chat_template is None else Path(options.chat_template).read_text(encoding="utf-8")
+    if options.checkpoint_dir is not None:
+        start = resolve(options.checkpoint_dir)
+        prompts = Prompts(open_tokenizer(start), template=template)
+        work = Work(options, "full", FullOptions(), start, start)
+        return job_of(work, "pretrain", prompts, load_rows(options, prompts, context=work.config.max_position_embeddings))
     prompts = Prompts(vocabulary(options, place), template=template)
     return model_job(options, prompts, load_rows(options, prompts, context=options.model.max_position_embeddings))
 
@@ -114,7 +136,7 @@ def model_job(options: Pretrain, prompts: Prompts, data: DataSet) -> Job:
         build=build,
         restore=restore,
         contents=contents,
-        files=model_files(config, prompts),
+        files=new_model_files(config, prompts),
         card=card,
     )
 
@@ -124,7 +146,7 @@ def own_tensors(model: GPT) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def model_files(config: Config, prompts: Prompts, dtype: str = "float32") -> dict[str, bytes]:
+def new_model_files(config: Config, prompts: Prompts, dtype: str = "float32") -> dict[str, bytes]:
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids), "pad_token_id": config.pad_token_id}
     generation = {name: value for name, value in ids.items() if value not in (None, [])}
     return {
@@ -165,14 +187,16 @@ def refuse_odd_shapes(options: Pretrain) -> None:
         raise UserError("--model.num_attention_heads must be a multiple of --model.num_key_value_heads", hint="4 and 2, for example")
 
 
-def export(step: Path, finished: Path, options: Pretrain, prompts: Prompts) -> Path:
-    """The last step as a plain model in `--dtype`, without training state: what others load."""
-    model = load_base(resolve(step))
-    tensors = {name: tensor.to(STORED[options.dtype]) for name, tensor in own_tensors(model).items()}
+def export(step: Checkpoint, finished: Path, options: Pretrain, job: Job) -> Path:
+    """The last step as a plain model without training state: what others load. A new model in `--dtype`, one trained further in its own."""
+    tensors, files = base_tensors(step), dict(job.files)
+    if options.checkpoint_dir is None:
+        tensors = {name: tensor.to(STORED[options.dtype]) for name, tensor in tensors.items()}
+        files |= new_model_files(step.config(), job.prompts, options.dtype)
     if finished.exists():
         remove(finished)  # of an earlier end of this run; everything in it comes from the step
     with commit_directory(finished) as temporary:
-        for name, content in model_files(model.config, prompts, options.dtype).items():
+        for name, content in files.items():
             (temporary / name).write_bytes(content)
         write_safetensors(temporary / names.WEIGHTS, raw_tensors(tensors), {"format": "pt"})
     return finished

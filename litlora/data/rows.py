@@ -55,8 +55,9 @@ def read_file(path: Path) -> bytes:
         raise UserError(f"cannot be read ({error.strerror})", where=path) from error
 
 
-def rows_of_bytes(data: bytes, name: str, kind: str, on_bad: OnBad | None = None) -> Iterator[Row]:
-    """`read_rows` of bytes at hand; `kind` is json, lines or text."""
+def rows_of_bytes(data: bytes, name: str, kind: str, on_bad: OnBad | None = None, documents: str = "file") -> Iterator[Row]:
+    """`read_rows` of bytes at hand; `kind` is json, lines or text. `documents`: what is one row of a text: file, blank (between blank
+    lines) or line."""
     for magic, (form, remedy) in OTHER_FORMS.items():
         if data.startswith(magic):
             raise UserError(f"{form}, not text", where=f"{name}:1:1", hint=remedy)
@@ -64,7 +65,7 @@ def rows_of_bytes(data: bytes, name: str, kind: str, on_bad: OnBad | None = None
     if not data.strip():
         raise UserError("the file is empty", where=name, hint="it needs at least one row")
     if kind == "text":
-        return iter([_text_row(data, name)])
+        return _text_rows(data, name, documents)
     if kind == "json":
         begin = data.lstrip()[:1]
         if begin == b"[":
@@ -150,11 +151,22 @@ def _whole_object(data: bytes) -> Any:
         return None
 
 
-def _text_row(data: bytes, name: str) -> Row:
+def _text_rows(data: bytes, name: str, documents: str) -> Iterator[Row]:
     text = _decode(data, name, 1)
     if "\x00" in text:
         _refuse("a NUL byte, so this is no text", text, text.index("\x00"), name, 1, "")
-    return Row({"text": text.replace("\r\n", "\n")}, f"{name}:1:1")
+    text = text.replace("\r\n", "\n")
+    if documents == "file":
+        yield Row({"text": text}, f"{name}:1:1")
+        return
+    lines: list[str] = []
+    for number, line in enumerate([*text.split("\n"), ""], 1):
+        if line.strip():
+            lines.append(line)
+        if lines and (documents == "line" or not line.strip()):
+            first = number if line.strip() else number - len(lines)
+            yield Row({"text": "\n".join(lines)}, f"{name}:{first}:1")
+            lines = []
 
 
 # ---- what is wrong, and where ----------------------------------------------------------------------------------------

@@ -147,15 +147,25 @@ def load_data(
     return DataSet(train, weights, validation, maker.formats, maker.counts, maker.fingerprint(), maker.skipped, groups)
 
 
+def leave_out(error: UserError) -> None:
+    """A row that cannot be used, where rows are skipped: training counts and lists it."""
+
+
 def texts_of(data: Sequence[str], rows: RowsOptions) -> Iterator[str]:
     """The bare text of every training row, without any template: what a vocabulary is learnt from."""
     mapping = parse_mapping(rows.map)
     for source in map(_source, data):
         for file in source.train:
             form = None
-            for row in rows_of_bytes(file.data, file.name, file.kind):
-                form = form or format_of(row, mapping)
-                value = to_messages(row, mapping, form)
+            for row in rows_of_bytes(file.data, file.name, file.kind, leave_out if rows.on_error == "skip" else None, rows.documents):
+                try:
+                    form = form or format_of(row, mapping)
+                    value = to_messages(row, mapping, form)
+                except UserError as error:
+                    if rows.on_error != "skip":
+                        raise
+                    leave_out(error)
+                    continue
                 yield from [value.text] if isinstance(value, Text) else (message["content"] for message in value)
 
 
@@ -206,11 +216,12 @@ class _Maker:
 
     def __init__(self, prompts: Prompts, rows: RowsOptions, max_seq_length: int, mask_prompt: bool) -> None:
         self.prompts, self.skip, self.mask_prompt = prompts, rows.on_error == "skip", mask_prompt
-        self.mapping, self.max_seq_length = parse_mapping(rows.map), max_seq_length
+        self.mapping, self.max_seq_length, self.documents = parse_mapping(rows.map), max_seq_length, rows.documents
         self.counts = Counts()
         self.formats: dict[str, str] = {}
         self.skipped: list[str] = []
         self._hashes: list[object] = [prompts.tokenizer.hash, prompts.template, max_seq_length, mask_prompt, self.skip, self.mapping]
+        self._hashes += [rows.documents] if rows.documents != "file" else []
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self._hashes, sort_keys=True).encode()).hexdigest()
@@ -246,7 +257,7 @@ class _Maker:
             self.counts.rows += 1
             self._bad(error)
 
-        for row in rows_of_bytes(file.data, file.name, file.kind, bad_line if self.skip else None):
+        for row in rows_of_bytes(file.data, file.name, file.kind, bad_line if self.skip else None, self.documents):
             self.counts.rows += 1
             try:
                 form = form or format_of(row, self.mapping)

@@ -1,8 +1,10 @@
 """What lies beside the weights, so that the directory is a complete model: config, tokenizer, template, licence, report."""
 
 import json
+import math
 import platform
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +13,70 @@ import numpy as np
 from litlora.checkpoint import names
 from litlora.checkpoint.fingerprint import combine
 from litlora.checkpoint.reading import file_in, parse_json, read_bytes, read_json, sha256
+from litlora.families import changed_keys, expected_tensors
+from litlora.merge.outputs import NewModel
 from litlora.merge.plan import Plan
 from litlora.merge.tensors import DTYPES, Moved
+from litlora.methods.tuning import HEAD, LoRASlot, ScaleShiftSlot, Tuning
+
+TEMPLATE_FILES = (names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)
 
 
 def write_small_files(plan: Plan, directory: Path) -> None:
     """config.json, generation_config.json, the index, licences, tokenizer, chat template and README."""
-    base, tokenizer = plan.base.path, plan.checkpoint.tokenizer_dir()
-    (directory / names.CONFIG).write_bytes(config_bytes(plan))
-    copied = [(base, name) for name in (names.GENERATION_CONFIG, *names.LICENCE_FILES)]
-    copied += [(tokenizer, name) for name in names.TOKENIZER_FILES if name not in (names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)]
-    for place, name in copied:
-        if (place / name).exists():
-            (directory / name).write_bytes(read_bytes(file_in(place, name)))
-    if not (directory / names.WEIGHTS).exists():
-        (directory / names.WEIGHTS_INDEX).write_bytes(index_bytes(plan))
+    write_model_files(plan.model, directory)
+    copy_files(plan.checkpoint.tokenizer_dir(), [name for name in names.TOKENIZER_FILES if name not in TEMPLATE_FILES], directory)
     write_tokenizer_config(plan, directory)
     (directory / names.README).write_text(model_card(plan))
 
 
-def config_bytes(plan: Plan) -> bytes:
-    """The base's config.json; its dtype is another one only where the weights' is, under both names that it has had."""
-    raw = read_bytes(file_in(plan.base.path, names.CONFIG))
-    if plan.dtype is None:
-        return raw
-    values = parse_json(raw, plan.base.path / names.CONFIG)
-    word = next(word for word, code in DTYPES.items() if code == plan.dtype)
-    keys = [key for key in ("torch_dtype", "dtype") if key in values] or ["torch_dtype"]
-    return encode(values | dict.fromkeys(keys, word))
+def write_model_files(model: NewModel, directory: Path) -> None:
+    """What says which model the weights are, and what its base says of use and licence."""
+    (directory / names.CONFIG).write_bytes(config_bytes(model))
+    if not (directory / names.WEIGHTS).exists():
+        (directory / names.WEIGHTS_INDEX).write_bytes(index_bytes(model))
+    copy_files(model.base.path, (names.GENERATION_CONFIG, *names.LICENCE_FILES), directory)
 
 
-def index_bytes(plan: Plan) -> bytes:
-    """The base's index: the same files hold the same tensors; only their size may be another one."""
-    raw = read_bytes(file_in(plan.base.path, names.WEIGHTS_INDEX))
-    if plan.dtype is None:
+def copy_files(source: Path, wanted: Iterable[str], directory: Path) -> None:
+    for name in wanted:
+        if (source / name).exists():
+            (directory / name).write_bytes(read_bytes(file_in(source, name)))
+
+
+def config_bytes(model: NewModel) -> bytes:
+    """The base's config.json, byte for byte where the model has its shape; its dtype is another one only where the weights' is."""
+    raw = read_bytes(file_in(model.base.path, names.CONFIG))
+    changed = changed_keys(model.base_config, model.config)
+    if model.dtype is None and not changed:
         return raw
-    values = parse_json(raw, plan.base.path / names.WEIGHTS_INDEX)
+    values = parse_json(raw, model.base.path / names.CONFIG)
+    if model.dtype is not None:
+        word = next(word for word, code in DTYPES.items() if code == model.dtype)
+        changed |= dict.fromkeys([key for key in ("torch_dtype", "dtype") if key in values] or ["torch_dtype"], word)
+    return encode(values | changed)
+
+
+def index_bytes(model: NewModel) -> bytes:
+    """The base's index, where the same files hold the same tensors; else one of all tensors, as every file has what it had and more."""
+    raw = read_bytes(file_in(model.base.path, names.WEIGHTS_INDEX))
+    if model.dtype is None and model.keeps_names:
+        return raw
+    values = parse_json(raw, model.base.path / names.WEIGHTS_INDEX)
     metadata = values.get("metadata")
-    return encode(values | {"metadata": (metadata if isinstance(metadata, dict) else {}) | {"total_size": plan.merged_bytes}})
+    metadata = (dict(metadata) if isinstance(metadata, dict) else {}) | {"total_size": model.bytes}
+    if model.keeps_names:
+        return encode(values | {"metadata": metadata})
+    metadata.pop("total_parameters", None)  # of the base
+    return encode({"metadata": metadata, "weight_map": {name: path.name for name, path in sorted(new_shards(model).items())}})
+
+
+def new_shards(model: NewModel) -> dict[str, Path]:
+    """Every tensor of the new model that a reader sees, and the base's file of the name of its own. (What the base's index leaves
+    out, where it stays, is left out.)"""
+    if model.keeps_names:
+        return model.base.shards()
+    return {output.name: path for path, outputs in model.outputs.items() for output in outputs}
 
 
 def write_tokenizer_config(plan: Plan, directory: Path) -> None:
@@ -63,7 +91,7 @@ def write_tokenizer_config(plan: Plan, directory: Path) -> None:
 
 def chat_template(plan: Plan) -> str | None:
     """The template that the adapter was trained with, as its directory has it; else the base's."""
-    for place in (plan.checkpoint.path, plan.base.path):
+    for place in (plan.checkpoint.path, plan.model.base.path):
         if (place / names.CHAT_TEMPLATE).exists():
             return read_bytes(file_in(place, names.CHAT_TEMPLATE)).decode("utf-8")
         if (place / names.TOKENIZER_CONFIG).exists():
@@ -75,26 +103,26 @@ def chat_template(plan: Plan) -> str | None:
 
 def model_card(plan: Plan) -> str:
     """README.md: where this model comes from, and commands that work with it."""
-    licence = base_licence(plan)
-    manifest = plan.checkpoint.manifest
+    base, manifest = plan.model.base, plan.checkpoint.manifest
     trained = f" after {manifest.step} steps of training" if manifest else ""
-    front = [
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        *([f"license: {licence}"] if licence else []),
-        "tags: [lora, merged]",
-    ]
-    return f"""---
-{chr(10).join(front)}
----
+    return f"""{front_matter(plan.model, [method_word(plan), "merged"])}
+# {base.path.name} with {what_was_trained(plan.tuning)} merged in
 
-# {plan.base.path.name} with a LoRA adapter merged in
-
-Written by `litlora merge_lora` from the base `{plan.base.recorded_path}` and the adapter `{plan.checkpoint.path.name}`{trained}. It is a
+Written by `litlora merge_lora` from the base `{base.recorded_path}` and the adapter `{plan.checkpoint.path.name}`{trained}. It is a
 plain model: nothing is left to attach. `{names.MERGE_REPORT}` says which modules changed, by how much, and what rounding cost. The
 licence of the base goes for this model too.
 
-In the directory that holds this file:
+{how_to_use()}"""
+
+
+def front_matter(model: NewModel, tags: list[str]) -> str:
+    licence = base_licence(model.base.path)
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", *([f"license: {licence}"] if licence else [])]
+    return "\n".join(["---", *lines, f"tags: [{', '.join(tags)}]", "---", ""])
+
+
+def how_to_use() -> str:
+    return """In the directory that holds this file:
 
     litlora chat .
     vllm serve .
@@ -102,9 +130,28 @@ In the directory that holds this file:
 """
 
 
-def base_licence(plan: Plan) -> str:
+def method_word(plan: Plan) -> str:
+    dora = any(isinstance(slot, LoRASlot) and slot.use_dora for slot in plan.tuning.slots.values())
+    return "dora" if dora else plan.checkpoint.method
+
+
+def what_was_trained(tuning: Tuning) -> str:
+    """In words: LoRA on 14 modules and 2 tensors trained whole."""
+    kinds = Counter("DoRA" if slot.use_dora else "LoRA" for slot in tuning.slots.values() if isinstance(slot, LoRASlot))
+    kinds["scales and shifts"] = sum(isinstance(slot, ScaleShiftSlot) for slot in tuning.slots.values())
+    parts = [f"{kind} on {counted(number, 'module')}" for kind, number in kinds.items() if number]
+    parts += [f"{counted(len(tuning.inserted), 'new block')} (LLaMA-Pro)"] if tuning.inserted else []
+    parts += [f"{counted(len(tuning.whole), 'tensor')} trained whole"] if tuning.whole else []
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
+def base_licence(base: Path) -> str:
     """What the base's own card says its licence is."""
-    card = plan.base.path / names.README
+    card = base / names.README
     if not card.is_file():
         return ""
     lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:40]
@@ -117,9 +164,8 @@ def base_licence(plan: Plan) -> str:
 
 def make_report(plan: Plan, moved: Mapping[str, Moved], directory: Path) -> dict[str, Any]:
     """merge_report.json. It holds no time and no duration: the same merge gives the same bytes."""
-    changed = {target.module: moved[name] for name, target in plan.targets.items()}
-    update, rounding = (sum(getattr(one, part) for one in changed.values()) for part in ("update", "rounding"))
-    converted = [name for tensors in plan.files.values() for name, info in tensors.items() if plan.stored_dtype(name, info) != info.dtype]
+    model, changed = plan.model, by_module(plan.model, moved)
+    total = summed(changed.values())
     record = plan.checkpoint.manifest
     return {
         "format_version": 1,
@@ -127,42 +173,78 @@ def make_report(plan: Plan, moved: Mapping[str, Moved], directory: Path) -> dict
             "path": str(plan.checkpoint.path.resolve()),
             "sha256": plan.adapter_sha256,
             "step": record.step if record else None,
-            "method": "dora" if any(target.magnitude for target in plan.targets.values()) else "lora",
+            "method": method_word(plan),
         },
-        "base": {"path": plan.base.recorded_path, "bytes": plan.base_bytes, "fingerprint": whole(plan, moved, "before")},
+        "base": {"path": model.base.recorded_path, "bytes": model.base_bytes, "fingerprint": fingerprint_before(model, moved)},
         "base_was_proven": record is not None and record.base is not None,
-        "merged": {"bytes": plan.merged_bytes, "fingerprint": whole(plan, moved, "after")},
-        "size": size_explained(plan),
+        "merged": {"bytes": model.bytes, "fingerprint": fingerprint_after(model, moved)},
+        "size": size_explained(model),
         "tensors": {
-            "changed": len(plan.targets),
-            "converted": len(converted),
-            "copied": sum(one.before == one.after for name, one in moved.items() if name not in plan.targets),
+            "changed": sum(output.own and output.is_changed for output in model),
+            "converted": sum(bool(output.source) and output.dtype != output.source_dtype for output in model),
+            "copied": sum(output.own and output.is_copied for output in model),
+            "new": sum(not output.own for output in model),
         },
-        "update_relative_norm": short(Moved(weight=sum(one.weight for one in changed.values()), update=update).relative),
-        "update_lost_to_rounding": short(Moved(update=update, rounding=rounding).lost),
+        "new_layers": list(model.new_layers),
+        "update_relative_norm": short(total.relative),
+        "update_lost_to_rounding": short(total.lost),
         "modules_unchanged": [module for module, one in changed.items() if not one.update],
         "modules": {module: {"relative_norm": short(one.relative), "lost_to_rounding": short(one.lost)} for module, one in changed.items()},
         "versions": {"litlora": version(), "numpy": np.__version__, "python": platform.python_version()},
-        "files": {path.name: sha256(path) for path in sorted(directory.iterdir()) if path.name not in {file.name for file in plan.files}},
+        "files": {path.name: sha256(path) for path in sorted(directory.iterdir()) if path.name not in {file.name for file in model.files}},
         "weights": {name: one.after for name, one in sorted(moved.items())},
     }
 
 
-def whole(plan: Plan, moved: Mapping[str, Moved], moment: str) -> str:
-    """The fingerprint of all weights, before or after."""
-    return combine({name: getattr(moved[name], moment) for name in plan.base.shards()})
+def by_module(model: NewModel, moved: Mapping[str, Moved]) -> dict[str, Moved]:
+    """What happened to each module that training changed, its weight and its bias together; in the model's order."""
+    order = {name: number for number, name in enumerate(expected_tensors(model.config))}
+    of_module: dict[str, list[Moved]] = {}
+    for output in sorted(model, key=lambda output: order.get(output.parameter, len(order))):
+        if output.is_changed:
+            of_module.setdefault(output.module, []).append(moved[output.name])
+    return {module: summed(parts) for module, parts in of_module.items()}
 
 
-def size_explained(plan: Plan) -> str:
-    if plan.merged_bytes == plan.base_bytes:
-        return "as large as the base: every tensor keeps its name, shape and dtype, and the adapter is added into its numbers"
-    share = plan.merged_bytes / plan.base_bytes
-    return f"{share:.2f} times the base: the numbers are stored in another dtype; no tensor was added or left out"
+def summed(parts: Iterable[Moved]) -> Moved:
+    total = Moved()
+    for one in parts:
+        total.weight, total.update, total.rounding = total.weight + one.weight, total.update + one.update, total.rounding + one.rounding
+    return total
 
 
-def short(value: float) -> float:
-    """Four digits: enough to judge by, and the same on every machine."""
-    return float(f"{value:.4g}")
+def fingerprint_before(model: NewModel, moved: Mapping[str, Moved]) -> str:
+    """Of all weights of the base, from the bytes that were read."""
+    digests = {output.source: moved[output.name].before for output in model if output.own and output.source}
+    return combine({name: digests[name] for name in model.base.shards()})
+
+
+def fingerprint_after(model: NewModel, moved: Mapping[str, Moved]) -> str:
+    return combine({name: moved[name].after for name in new_shards(model)})
+
+
+def size_explained(model: NewModel) -> str:
+    why = reasons(model)
+    if not why:
+        return "as large as the base: every tensor keeps its name, shape and dtype, and what was trained is in its numbers"
+    kept = "" if any(not output.own for output in model) else "; no tensor was added or left out"
+    return f"{model.bytes / model.base_bytes:.2f} times the base: {'; '.join(why)}{kept}"
+
+
+def reasons(model: NewModel) -> list[str]:
+    """Why it is not as large as its base."""
+    added = [output for output in model if not output.own]
+    blocks, biases = len(model.new_layers), sum(not output.in_new_layer and output.parameter.endswith(".bias") for output in added)
+    why = [f"{counted(blocks, 'block was', 'blocks were')} inserted"] if blocks else []
+    why += ["the head was separated from the embedding"] if any(output.parameter == HEAD for output in added) else []
+    why += [f"{counted(biases, 'bias was', 'biases were')} added"] if biases else []
+    converted = any(output.source and output.dtype != output.source_dtype for output in model)
+    return [*why, "the numbers are stored in another dtype"] if converted else why
+
+
+def short(value: float) -> float | None:
+    """Four digits: enough to judge by, and the same on every machine. None for a share of nothing."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def version() -> str:

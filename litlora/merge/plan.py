@@ -1,33 +1,23 @@
 """Everything that could stop a merge, looked at before anything is written."""
 
-import math
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from litlora import families, peft
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import check_free_space
 from litlora.checkpoint.reading import sha256
-from litlora.config import Config
 from litlora.errors import UserError
-from litlora.merge.tensors import DTYPES, WIDTH, read_float32
-from litlora.safetensors_file import SafetensorsFile, TensorInfo
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """A tensor of the base that an adapter changes, and the adapter's tensors that do it."""
-
-    module: str
-    a: str
-    b: str
-    magnitude: str | None  # DoRA's
-    scale: float
+from litlora.merge.outputs import LowRank, NewModel, Output, Rows, new_model
+from litlora.merge.tensors import BLOCK, DTYPES, Floats, read_float32
+from litlora.methods.tuning import Tuning, why_unmergeable
+from litlora.peft import check_tensors, copied_base_tensor
+from litlora.safetensors_file import FLOAT_BYTES, SafetensorsFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,30 +25,12 @@ class Plan:
     """A merge that nothing speaks against any more."""
 
     checkpoint: Checkpoint
-    base: Checkpoint
-    config: Config
+    tuning: Tuning
+    model: NewModel
     out_dir: Path
-    dtype: str | None  # the file's word; None: every tensor keeps its own
     overwrite: bool
     adapter: Path
     adapter_sha256: str
-    files: dict[Path, dict[str, TensorInfo]]  # the base's files and what they hold
-    targets: dict[str, Target]  # by the name of the tensor in those files
-
-    def stored_dtype(self, name: str, info: TensorInfo) -> str:
-        """What the merged model stores a tensor as."""
-        keeps = self.dtype is None or info.dtype not in ("F16", "BF16", "F32", "F64") or families.is_derived(name)
-        return info.dtype if keeps or self.dtype is None else self.dtype
-
-    @property
-    def base_bytes(self) -> int:
-        """All tensors of the base."""
-        return sum(info.size for tensors in self.files.values() for info in tensors.values())
-
-    @property
-    def merged_bytes(self) -> int:
-        """The same of the merged model."""
-        return sum(output_bytes(self, tensors) for tensors in self.files.values())
 
 
 def prepare(checkpoint: Checkpoint, out_dir: Path | None = None, *, dtype: str = "keep", overwrite: bool = False) -> Plan:
@@ -67,128 +39,131 @@ def prepare(checkpoint: Checkpoint, out_dir: Path | None = None, *, dtype: str =
         merged = (checkpoint.path / names.MERGE_REPORT).exists()
         what = "it is already merged" if merged else "it is a whole model, without an adapter"
         raise UserError(f"there is nothing to merge: {what}", where=checkpoint.path, hint="name a step: litlora merge_lora out/step-200")
-    base = checkpoint.base()
+    base, tuning, config = checkpoint.base(), checkpoint.tuning(), checkpoint.config()
+    if why := why_unmergeable(tuning, config):
+        hint = f"use it unmerged: litlora chat {shlex.quote(str(checkpoint.path))}"
+        raise UserError(f"cannot be merged: {why}", where=checkpoint.path, hint=hint)
     out_dir = out_dir or checkpoint.path / names.MERGED
-    check_out_dir(out_dir, checkpoint, base, overwrite)
-    config = base.config()
-    files = base_files(base, config)
+    check_out_dir(out_dir, base, overwrite)
     adapter = checkpoint.adapter_file()
     record = checkpoint.manifest.files.get(adapter.name) if checkpoint.manifest else None  # compared when the step was resolved
     plan = Plan(
         checkpoint=checkpoint,
-        base=base,
-        config=config,
+        tuning=tuning,
+        model=new_model(base, config, tuning, dtype=None if dtype == "keep" else DTYPES[dtype], trained=True),
         out_dir=out_dir,
-        dtype=None if dtype == "keep" else DTYPES[dtype],
         overwrite=overwrite,
         adapter=adapter,
         adapter_sha256=record.sha256 if record else sha256(adapter),
-        files=files,
-        targets=find_targets(checkpoint, config, adapter, files),
     )
     check_adapter(plan)
-    check_dtypes(plan)
-    check_free_space(out_dir, plan.merged_bytes + 2**24)
+    check_free_space(out_dir, plan.model.bytes + 2**24)
     return plan
 
 
-def check_out_dir(out_dir: Path, checkpoint: Checkpoint, base: Checkpoint, overwrite: bool) -> None:
-    real, root = out_dir.resolve(), base.path.resolve()
-    if real == root or root in real.parents:
-        raise UserError(f"a merge never writes into its base {base.path}", where=out_dir, hint="--out_dir another directory")
+def check_out_dir(out_dir: Path, base: Checkpoint, overwrite: bool) -> None:
+    check_outside(out_dir, base)
     if os.path.lexists(out_dir):
         earlier = (out_dir / names.MERGE_REPORT).is_file() and not out_dir.is_symlink()
         if not earlier:
             raise UserError("exists and is no earlier merge", where=out_dir, hint="--out_dir another directory")
         if not overwrite:
             raise UserError("holds a merged model already", where=out_dir, hint="--overwrite replaces it, once the new one is complete")
+    check_writable(out_dir)
+
+
+def check_outside(out_dir: Path, base: Checkpoint) -> None:
+    real, root = out_dir.resolve(), base.path.resolve()
+    if real == root or root in real.parents:
+        raise UserError(f"no command writes into a base, and this is in {base.path}", where=out_dir, hint="--out_dir another directory")
+
+
+def check_writable(out_dir: Path) -> None:
     parent = next(step for step in out_dir.absolute().parents if step.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         why = "cannot be written to" if parent.is_dir() else "is no directory"
         raise UserError(why, where=parent, hint="--out_dir a directory that you may write to")
 
 
-def base_files(base: Checkpoint, config: Config) -> dict[Path, dict[str, TensorInfo]]:
-    """The base's files and their tensors, after checking that they hold exactly the model that config.json describes."""
-    files: dict[Path, dict[str, TensorInfo]] = {}
-    for path in sorted(set(base.shards().values())):
-        with SafetensorsFile(path) as file:
-            files[path] = file.tensors
-    found: dict[str, tuple[int, ...]] = {}
-    for tensors in files.values():
-        for name, info in tensors.items():
-            if families.tensor_name(name) in found:
-                raise UserError(f"the tensor {name} is there twice", where=base.path)
-            found[families.tensor_name(name)] = info.shape
-    expected = families.expected_tensors(config)
-    extra = [name for name in found.keys() - expected.keys() if not families.is_derived(name)]
-    if config.tie_word_embeddings:
-        extra = [name for name in extra if name != "lm_head.weight"]  # a copy of the embedding, which every reader ignores
-    faults = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
-    faults += [f"unexpected: {name} {found[name]}" for name in sorted(extra)]
-    faults += [f"wrong shape: {n} {found[n]}, needed {expected[n]}" for n in expected if n in found and found[n] != expected[n]]
-    if faults:
-        what = "\n".join([f"the base's tensors are not those of its {names.CONFIG}", *(f"  {fault}" for fault in faults)])
-        raise UserError(what, where=base.path, hint="copy or download the base again")
-    return files
-
-
-def find_targets(checkpoint: Checkpoint, config: Config, path: Path, files: Mapping[Path, Mapping[str, TensorInfo]]) -> dict[str, Target]:
-    """Which of the base's tensors the adapter changes. UserError, naming every tensor: left over, missing, or of the wrong shape."""
-    adapter, shapes = checkpoint.adapter_config(), families.linear_shapes(config)
-    with SafetensorsFile(path) as file:
-        found = {name: info.shape for name, info in file.tensors.items() if peft.copied_base_tensor(name) is None}
-    modules = peft.targets(adapter, list(shapes))
-    if config.tie_word_embeddings and "lm_head" in modules:
-        raise UserError(
-            "the adapter sits on lm_head, which this base shares with its embedding: merging would change both",
-            where=checkpoint.path,
-            hint="use the adapter unmerged (litlora chat), or train without lm_head among the targets",
-        )
-    peft.check_tensors(found, peft.expected_adapter_tensors(adapter, shapes), path)
-    stored = {families.tensor_name(name): name for tensors in files.values() for name in tensors}
-    targets = {}
-    for module in modules:
-        r, alpha = peft.rank_and_alpha(adapter, module)
-        a, b, magnitude = (peft.to_peft_name(f"{module}{peft.HOST_SLOT}{part}") for part in ("lora_A", "lora_B", "magnitude"))
-        targets[stored[f"{module}.weight"]] = Target(
-            module=module, a=a, b=b, magnitude=magnitude if adapter.use_dora else None, scale=peft.scale(alpha, r, adapter.use_rslora)
-        )
-    return targets
+# ---- the adapter's file ----------------------------------------------------------------------------------------------
 
 
 def check_adapter(plan: Plan) -> None:
-    """Its numbers are finite, and they are not all without effect."""
-    infinite, moves = [], False
+    """It holds exactly what the tuning needs; its numbers are finite, and not all without effect."""
+    expected = plan.tuning.file_shapes(plan.model.base_config)
     with SafetensorsFile(plan.adapter) as file:
-        for target in plan.targets.values():
-            for name in filter(None, (target.a, target.b, target.magnitude)):
-                values = read_float32(file, name)
-                infinite += [] if np.isfinite(values).all() else [name]
-                moves = moves or name == target.magnitude or (name == target.b and target.scale != 0 and bool(values.any()))
-    if infinite:
-        raise UserError(
-            "\n  ".join(["these tensors hold values that are not finite:", *infinite]), where=plan.adapter, hint="use an earlier step"
-        )
-    if not moves:
-        raise UserError(
-            "the adapter changes nothing: every lora_B is zero", where=plan.adapter, hint="train it first, or use the base as it is"
-        )
+        found = {name: info.shape for name, info in file.tensors.items() if copied_base_tensor(name) is None}
+        check_tensors(found, expected, plan.adapter)
+        odd = [f"{name} is {file.tensors[name].dtype}" for name in expected if file.tensors[name].dtype not in FLOAT_BYTES]
+        infinite = [] if odd else [name for name in expected if not all(np.isfinite(block).all() for block in blocks(file, name))]
+        for what, faults in (("are no floating-point numbers", odd), ("hold values that are not finite", infinite)):
+            if faults:
+                raise UserError("\n  ".join([f"these tensors {what}:", *faults]), where=plan.adapter, hint="use an earlier step")
+        check_twins(plan, file)
+        if not has_effect(plan.model, file):
+            told = "; ".join(why_without_effect(plan.model))
+            raise UserError(f"the adapter changes nothing: {told}", where=plan.adapter, hint="train it first, or use the base as it is")
+    parameters = plan.tuning.file_names(plan.model.base_config)
+    left = {parameters[name] for name in expected} - {parameters[name] for output in plan.model for name in used(output)}
+    assert not left, f"nothing in the merged model is made of {left}"
 
 
-def check_dtypes(plan: Plan) -> None:
-    for path, tensors in plan.files.items():
-        for name, info in tensors.items():
-            computed = name in plan.targets or plan.stored_dtype(name, info) != info.dtype
-            if computed and info.dtype not in WIDTH:
-                raise UserError(
-                    f"{name} is {info.dtype}, which cannot be merged into", where=path, hint="use a base in float32, bfloat16 or float16"
-                )
+def check_twins(plan: Plan, file: SafetensorsFile) -> None:
+    """PEFT stores a matrix that embedding and head share under both names: it must be the same under both."""
+    first: dict[str, str] = {}
+    for stored, parameter in plan.tuning.file_names(plan.model.base_config).items():
+        twin = first.setdefault(parameter, stored)
+        pairs = zip(blocks(file, twin), blocks(file, stored), strict=True) if twin != stored else ()
+        if not all(np.array_equal(one, other) for one, other in pairs):
+            raise UserError(f"{stored} differs from {twin}, with which it is to share a matrix", where=plan.adapter)
 
 
-def output_bytes(plan: Plan, tensors: Mapping[str, TensorInfo]) -> int:
-    """The data of one merged file."""
-    return sum(
-        info.size if (dtype := plan.stored_dtype(name, info)) == info.dtype else math.prod(info.shape) * WIDTH[dtype]
-        for name, info in tensors.items()
-    )
+def has_effect(model: NewModel, adapter: SafetensorsFile) -> bool:
+    """Whether the model computes anything else than its base. Looks no further than the first difference."""
+    for path, outputs in model.outputs.items():
+        with SafetensorsFile(path) as base:
+            if any(tells(output, base, adapter) for output in outputs if output.can_tell):
+                return True
+    return False
+
+
+def tells(output: Output, base: SafetensorsFile, adapter: SafetensorsFile) -> bool:
+    """Whether one tensor becomes another by what was trained."""
+    update, value = output.update, output.value
+    if isinstance(update, LowRank) and (update.magnitude is not None or (update.factor != 0 and read_float32(adapter, update.b).any())):
+        return True
+    if isinstance(update, Rows):
+        shifted = update.shift is not None and bool(read_float32(adapter, update.shift).any())
+        return shifted or bool((read_float32(adapter, update.scale) != 1).any())
+    if value is None:
+        return False
+    if output.source is None:
+        return any(block.any() for block in blocks(adapter, value))
+    pairs = zip(blocks(adapter, value), blocks(base, output.source), strict=True)
+    return not all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+
+
+def why_without_effect(model: NewModel) -> Iterator[str]:
+    told = [output for output in model if output.can_tell]
+    if any(isinstance(output.update, LowRank) for output in told):
+        yield "every lora_B is zero"
+    if any(isinstance(output.update, Rows) for output in told):
+        yield "every scale is 1 and every shift 0"
+    if any(output.is_changed and output.value for output in told):
+        yield "what was trained whole equals the base"
+    if any(output.in_new_layer for output in told):
+        yield "the new blocks add zero to what passes through them"
+
+
+def used(output: Output) -> list[str]:
+    """The adapter's tensors that an output is made of."""
+    update = output.update
+    parts = (update.a, update.b, update.magnitude) if isinstance(update, LowRank) else (update.scale, update.shift) if update else ()
+    return [name for name in (output.value, *parts) if name is not None]
+
+
+def blocks(file: SafetensorsFile, name: str) -> Iterator[Floats]:
+    """A tensor in fp32, some megabytes at a time."""
+    size = file.tensors[name].size // FLOAT_BYTES[file.tensors[name].dtype]
+    for start in range(0, size, BLOCK):
+        yield read_float32(file, name, start, min(BLOCK, size - start))

@@ -1,16 +1,15 @@
-"""One tensor on its way from the base to the merged model, in blocks of rows."""
+"""One tensor on its way into the new model, in blocks of rows."""
 
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from litlora.checkpoint.fingerprint import TensorHash
 from litlora.errors import WorkError
-from litlora.safetensors_file import SafetensorsFile, TensorInfo, to_float32
+from litlora.safetensors_file import FLOAT_BYTES, SafetensorsFile, TensorInfo, to_float32
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -34,8 +33,9 @@ class MergeOverflow(WorkError):
 class Moved:
     """What happened to one tensor on its way. Sums of squares over all its numbers, measured where they were computed with."""
 
-    before: str = ""  # digest in the base
-    after: str = ""  # digest in the merged model
+    before: str = ""  # digest in the base, of what was there
+    after: str = ""  # digest in the new model
+    differs: bool = False  # whether any byte is another one than in the base; of what is new there, than zero
     weight: float = 0.0  # of W
     update: float = 0.0  # of W' - W, before rounding
     rounding: float = 0.0  # of cast(W') - W'
@@ -52,7 +52,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Update:
+class Added:
     """W' = W + b @ a, and with a magnitude (DoRA) each row of that brought to the length it learnt."""
 
     a: Floats  # (R, in)
@@ -60,62 +60,133 @@ class Update:
     magnitude: Floats | None  # (out,)
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """Each row times its scale; of a bias, the sum with the shift times the scale (LLaMA-Adapter v2, arXiv:2304.15010, eq. 3)."""
+
+    scale: Floats  # (out,)
+    shift: Floats | None  # (out,)
+
+
+Update = Added | Scaled
+
+
+@dataclass(frozen=True)
+class Journey:
+    """One tensor's way: out of the base, the adapter, or nothing; what is put on it; its place in the new file."""
+
+    name: str  # in the new model
+    place: TensorInfo
+    sink: int  # descriptor of the new file
+    base: SafetensorsFile
+    source: str | None  # the base's tensor it starts from; None: zero
+    own: bool  # that tensor became this one
+    adapter: SafetensorsFile | None
+    value: str | None  # the adapter's tensor that stands in place of the base's
+    update: Update | None
+
+
 class Workspace:
     """The memory that one thread works in: block after block goes through it."""
 
     def __init__(self, size: int) -> None:
         self.raw, self.stored = np.empty(4 * size, np.uint8), np.empty(4 * size, np.uint8)  # as in the files
-        self.weight, self.update, self.rounded = (np.empty(size, np.float32) for _ in range(3))
+        self.weight, self.update, self.rounded, self.old = (np.empty(size, np.float32) for _ in range(4))
 
 
-def move(name: str, source: SafetensorsFile, sink: int, place: TensorInfo, update: Update | None, space: Workspace) -> Moved:
-    """One tensor from the base's file to its place in the new one, with its update if it has one."""
-    info, moved = source.tensors[name], Moved()
-    before, after = (TensorHash(name, dtype, info.shape) for dtype in (info.dtype, place.dtype))
-    if update is None and info.dtype == place.dtype:
-        copy(source.fileno(), sink, info, place)
-        for part in source.parts(name, space.raw.data):
-            before.update(part)
-        moved.before = moved.after = before.digest()
-        return moved
-    rows, columns = info.shape if update is not None else (math.prod(info.shape), 1)
+def move(way: Journey, space: Workspace) -> Moved:
+    """One tensor to its place in the new file."""
+    info = way.base.tensors[way.source] if way.source is not None else None
+    if info is not None and way.value is None and way.update is None and info.dtype == way.place.dtype:
+        return move_unchanged(way, info, space)
+    moved, place = Moved(), way.place
+    before, after = TensorHash(way.source or "", info.dtype if info else "", place.shape), TensorHash(way.name, place.dtype, place.shape)
+    in_rows = way.update is not None and len(place.shape) == 2
+    rows, columns = place.shape if in_rows else (math.prod(place.shape), 1)
     step = max(1, BLOCK // columns // GROUP) * GROUP
     with np.errstate(all="ignore"):  # what is not finite is looked for, and refused by name
         for row in range(0, rows, step):
-            size = min(step, rows - row) * columns
-            raw = space.raw[: size * WIDTH[info.dtype]]
-            source.read_into(info.start + row * columns * WIDTH[info.dtype], raw.data)
-            before.update(raw.data)
-            stored = fold(raw, info.dtype, place.dtype, update, row, columns, space, moved)
+            start, size = row * columns, min(step, rows - row) * columns
+            raw = read_base(way, info, start, size, space)
+            if way.own:
+                before.update(raw.data)
+            stored = fold(way, raw, info.dtype if info else "F32", start, row, columns, space, moved)
             if not math.isfinite(moved.weight + moved.update + moved.rounding):
-                refuse_not_finite(name, source.path, place.dtype, space.weight[:size], moved)
+                refuse_not_finite(way, space.weight[:size], moved)
             after.update(stored.data)
-            write_at(sink, stored.data, place.start + row * columns * WIDTH[place.dtype])
-    moved.before, moved.after = before.digest(), after.digest()
+            write_at(way.sink, stored.data, place.start + start * WIDTH[place.dtype])
+    moved.before, moved.after = before.digest() if way.own else "", after.digest()
     return moved
 
 
-def fold(raw: Bytes, dtype: str, stored_dtype: str, update: Update | None, row: int, columns: int, space: Workspace, moved: Moved) -> Bytes:
-    """A block of rows from the base's bytes to the merged model's (in `space.stored`); what happened is added to `moved`."""
+def move_unchanged(way: Journey, info: TensorInfo, space: Workspace) -> Moved:
+    """The base's bytes, perhaps under another name."""
+    copy(way.base.fileno(), way.sink, info, way.place)
+    assert way.source is not None
+    before, after = (TensorHash(name, info.dtype, info.shape) for name in (way.source, way.name))
+    kept = way.own and way.source == way.name
+    for part in way.base.parts(way.source, space.raw.data):
+        after.update(part)
+        if way.own and not kept:
+            before.update(part)
+    digest = after.digest()
+    return Moved(before=digest if kept else before.digest() if way.own else "", after=digest)
+
+
+def read_base(way: Journey, info: TensorInfo | None, start: int, size: int, space: Workspace) -> Bytes:
+    """The base's bytes of `size` numbers from number `start` on; zeros of fp32 for a tensor that it does not have."""
+    if info is None:
+        raw = space.raw[: 4 * size]
+        raw[:] = 0
+        return raw
+    raw = space.raw[: size * WIDTH[info.dtype]]
+    way.base.read_into(info.start + start * WIDTH[info.dtype], raw.data)
+    return raw
+
+
+def fold(way: Journey, raw: Bytes, dtype: str, start: int, row: int, columns: int, space: Workspace, moved: Moved) -> Bytes:
+    """A block of rows from the base's bytes to the new model's (in `space.stored`); what happened is added to `moved`."""
     size = len(raw) // WIDTH[dtype]
     weight, rounded = space.weight[:size], space.rounded[:size]
     load(raw, dtype, weight)
     moved.weight += squares(weight)
-    if update is not None:
-        change = space.update[:size]
-        last = row + size // columns
-        multiply(update.b[row:last], update.a, change.reshape(-1, columns))
-        if update.magnitude is None:
-            moved.update += squares(change)
-            weight += change
-        else:
-            lengthen(weight, change, rounded, update.magnitude[row:last])
-            moved.update += squares(rounded)
-    stored = space.stored[: size * WIDTH[stored_dtype]]
-    store(weight, stored_dtype, stored, rounded)
+    if way.value is None and isinstance(way.update, Added) and way.update.magnitude is None:
+        change = space.update[:size]  # added up here: as the difference of two sums its digits would be lost
+        multiply(way.update.b[row : row + size // columns], way.update.a, change.reshape(-1, columns))
+        weight += change
+        moved.update += squares(change)
+    elif way.value is not None or way.update is not None:
+        old = space.old[:size]
+        old[:] = weight
+        if way.value is not None:
+            assert way.adapter is not None
+            weight[:] = read_float32(way.adapter, way.value, start, size)
+        elif way.update is not None:
+            put_on(way.update, weight.reshape(-1, columns), row, space)
+        moved.update += squares(np.subtract(weight, old, out=old))
+    stored = space.stored[: size * WIDTH[way.place.dtype]]
+    store(weight, way.place.dtype, stored, rounded)
     rounded -= weight
     moved.rounding += squares(rounded)
+    if not moved.differs:  # one look at most where it does
+        moved.differs = bool(stored.any()) if way.source is None else dtype != way.place.dtype or not np.array_equal(raw, stored)
     return stored
+
+
+def put_on(update: Update, weight: Floats, row: int, space: Workspace) -> None:
+    """`weight` (rows, columns), which begins at row number `row` of its tensor, with its update; in place."""
+    last = row + len(weight)
+    if isinstance(update, Scaled):
+        if update.shift is not None:
+            weight += update.shift[row:last, None]
+        weight *= update.scale[row:last, None]
+        return
+    change = space.update[: weight.size].reshape(weight.shape)
+    multiply(update.b[row:last], update.a, change)
+    weight += change
+    if update.magnitude is not None:  # DoRA (arXiv:2402.09353, eq. 5): magnitude * (W + BA) / ||W + BA|| by rows
+        lengths = np.sqrt(np.square(weight, out=change).sum(axis=1))
+        weight *= (update.magnitude[row:last] / lengths)[:, None]
 
 
 def multiply(b: Floats, a: Floats, out: Floats) -> None:
@@ -124,16 +195,6 @@ def multiply(b: Floats, a: Floats, out: Floats) -> None:
         np.matmul(b.reshape(-1, GROUP, b.shape[1]), a, out=out.reshape(-1, GROUP, a.shape[1]))
     else:
         np.matmul(b, a, out=out)
-
-
-def lengthen(weight: Floats, change: Floats, difference: Floats, magnitude: Floats) -> None:
-    """DoRA (arXiv:2402.09353, eq. 5): `weight` becomes magnitude * (W + BA) / ||W + BA|| by rows; `difference`, what that adds to it."""
-    change += weight
-    rows = change.reshape(len(magnitude), -1)
-    lengths = np.sqrt(np.square(rows, out=difference.reshape(rows.shape)).sum(axis=1))
-    rows *= (magnitude / lengths)[:, None]
-    np.subtract(change, weight, out=difference)
-    weight[:] = change
 
 
 def load(raw: Bytes, dtype: str, out: Floats) -> None:
@@ -172,20 +233,24 @@ def squares(values: Floats) -> float:
     return total if math.isfinite(total) else float(np.square(values, dtype=np.float64).sum())
 
 
-def refuse_not_finite(name: str, path: Path, dtype: str, merged: Floats, moved: Moved) -> None:
+def refuse_not_finite(way: Journey, merged: Floats, moved: Moved) -> None:
+    path, dtype = way.base.path, way.place.dtype
     if not math.isfinite(moved.weight):
-        raise WorkError(f"{name} of the base holds values that are not finite", where=path, hint="copy or download the base again")
+        raise WorkError(f"{way.source} of the base holds values that are not finite", where=path, hint="copy or download the base again")
     word = next(word for word, code in DTYPES.items() if code == dtype)
     largest = float(np.abs(merged).max())
     hint = "--dtype float32" if dtype != "F32" else "this adapter does not fit this base; use an earlier step"
-    raise MergeOverflow(f"merged, {name} reaches {largest:.4g}; {word} holds at most {LARGEST[dtype]:.4g}", where=path, hint=hint)
+    raise MergeOverflow(f"merged, {way.name} reaches {largest:.4g}; {word} holds at most {LARGEST[dtype]:.4g}", where=path, hint=hint)
 
 
-def read_float32(file: SafetensorsFile, name: str) -> Floats:
+def read_float32(file: SafetensorsFile, name: str, start: int = 0, size: int | None = None) -> Floats:
+    """A tensor in fp32; with a `size`, that many of its numbers from number `start` on, as a row."""
     info = file.tensors[name]
-    buffer = bytearray(info.size)
-    file.read_into(info.start, memoryview(buffer))
-    return to_float32(buffer, info.dtype, info.shape)
+    width = FLOAT_BYTES[info.dtype]
+    shape = info.shape if size is None else (size,)
+    buffer = bytearray(math.prod(shape) * width)
+    file.read_into(info.start + start * width, memoryview(buffer))
+    return to_float32(buffer, info.dtype, shape)
 
 
 def copy(source: int, sink: int, info: TensorInfo, place: TensorInfo) -> None:

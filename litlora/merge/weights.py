@@ -5,38 +5,40 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
 
-from litlora.merge.plan import Plan, Target
-from litlora.merge.tensors import BLOCK, GROUP, Moved, Update, Workspace, move, read_float32, write_at
+from litlora.merge.outputs import LowRank, NewModel, Output, Rows
+from litlora.merge.tensors import BLOCK, GROUP, Added, Journey, Moved, Scaled, Update, Workspace, move, read_float32, write_at
 from litlora.safetensors_file import SafetensorsFile, TensorInfo, header_bytes
 
+MB = 10**6
 
-def write_weights(plan: Plan, directory: Path, progress: Callable[[int], None]) -> dict[str, Moved]:
-    """Every file of the base with the adapter in it, several tensors at a time."""
+
+def write_weights(model: NewModel, adapter_file: Path | None, directory: Path, progress: Callable[[int], None]) -> dict[str, Moved]:
+    """Every file of the new model, several tensors at a time; what happened to each tensor, by its name there."""
     workers = min(4, os.cpu_count() or 1)
-    widest = max(info.shape[-1] for tensors in plan.files.values() for name, info in tensors.items() if name in plan.targets)
+    widest = max((output.shape[-1] for output in model if output.update is not None), default=0)
     spaces: SimpleQueue[Workspace] = SimpleQueue()
     for _ in range(workers):
         spaces.put(Workspace(max(BLOCK, GROUP * widest)))
     moved: dict[str, Moved] = {}
     done = 0
-    with SafetensorsFile(plan.adapter) as adapter, ThreadPoolExecutor(workers) as pool:
-        for path in plan.files:
-            with SafetensorsFile(path) as source, new_file(plan, source, directory / path.name) as (sink, places):
-                tasks = {
-                    name: pool.submit(move_in_turn, spaces, name, source, sink, places[name], adapter, plan.targets.get(name))
-                    for name in source.tensors
-                }
+    with ExitStack() as stack:
+        adapter = stack.enter_context(SafetensorsFile(adapter_file)) if adapter_file else None
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        for path, outputs in model.outputs.items():
+            with SafetensorsFile(path) as base, new_file(outputs, base, directory / path.name) as (sink, places):
+                tasks = {output: pool.submit(move_in_turn, spaces, output, places[output.name], sink, base, adapter) for output in outputs}
                 try:
-                    for name, task in tasks.items():
-                        moved[name] = task.result()
-                        done += source.tensors[name].size
-                        progress(done)
+                    for output, task in tasks.items():
+                        moved[output.name] = task.result()
+                        before, done = done, done + output.size
+                        if done // MB > before // MB:  # norms are many and small
+                            progress(done)
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
@@ -44,34 +46,39 @@ def write_weights(plan: Plan, directory: Path, progress: Callable[[int], None]) 
 
 
 def move_in_turn(
-    spaces: SimpleQueue[Workspace],
-    name: str,
-    source: SafetensorsFile,
-    sink: int,
-    place: TensorInfo,
-    adapter: SafetensorsFile,
-    target: Target | None,
+    spaces: SimpleQueue[Workspace], output: Output, place: TensorInfo, sink: int, base: SafetensorsFile, adapter: SafetensorsFile | None
 ) -> Moved:
     """`move` in whichever workspace is free."""
     space = spaces.get()
     try:
-        return move(name, source, sink, place, load_update(adapter, target), space)
+        way = Journey(
+            name=output.name,
+            place=place,
+            sink=sink,
+            base=base,
+            source=output.source,
+            own=output.own,
+            adapter=adapter,
+            value=output.value,
+            update=load_update(adapter, output.update),
+        )
+        return move(way, space)
     finally:
         spaces.put(space)
 
 
 @contextmanager
-def new_file(plan: Plan, source: SafetensorsFile, path: Path) -> Iterator[tuple[int, dict[str, TensorInfo]]]:
+def new_file(outputs: tuple[Output, ...], base: SafetensorsFile, path: Path) -> Iterator[tuple[int, dict[str, TensorInfo]]]:
     """A descriptor to write `path` with, its header written, and where each tensor goes in it.
 
-    Without a change of dtype the header is the base's, byte for byte. While the file fills up, the system already carries it to
-    the disk: the sync at the end then has little left to wait for.
+    Where the tensors are the base's by name, dtype and shape, so is the header, byte for byte. While the file fills up, the system
+    already carries it to the disk: the sync at the end then has little left to wait for.
     """
-    if plan.dtype is None:
-        header, places = bytes(source.header()), source.tensors
+    stored = {output.name: (output.dtype, output.shape) for output in outputs}
+    if stored == {name: (info.dtype, info.shape) for name, info in base.tensors.items()}:
+        header, places = bytes(base.header()), base.tensors
     else:
-        stored = {name: (plan.stored_dtype(name, info), info.shape) for name, info in source.tensors.items()}
-        header, places = header_bytes(stored, source.metadata, keep_order=True)
+        header, places = header_bytes(stored, base.metadata)
     size = max((info.end for info in places.values()), default=len(header))
     sink = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     finished, sync = threading.Event(), getattr(os, "fdatasync", os.fsync)
@@ -106,9 +113,11 @@ def reserve(sink: int, size: int) -> None:
     os.ftruncate(sink, size)
 
 
-def load_update(adapter: SafetensorsFile, target: Target | None) -> Update | None:
-    """A target's tensors in fp32. The scale goes into b in fp64, so that it costs one rounding and no more."""
-    if target is None:
+def load_update(adapter: SafetensorsFile | None, update: LowRank | Rows | None) -> Update | None:
+    """An update's tensors in fp32. LoRA's scale goes into b in fp64, so that it costs one rounding and no more."""
+    if adapter is None or update is None:
         return None
-    b = (read_float32(adapter, target.b).astype(np.float64) * target.scale).astype(np.float32)
-    return Update(read_float32(adapter, target.a), b, read_float32(adapter, target.magnitude) if target.magnitude else None)
+    if isinstance(update, Rows):
+        return Scaled(read_float32(adapter, update.scale), read_float32(adapter, update.shift) if update.shift else None)
+    b = (read_float32(adapter, update.b).astype(np.float64) * update.factor).astype(np.float32)
+    return Added(read_float32(adapter, update.a), b, read_float32(adapter, update.magnitude) if update.magnitude else None)

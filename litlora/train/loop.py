@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -23,9 +23,10 @@ from litlora.model import IGNORE
 from litlora.options import TrainOptions
 from litlora.train.loss import summed_loss
 from litlora.train.metrics import Metrics, memory_text
-from litlora.train.optimizer import learning_rate
+from litlora.train.optimizer import learning_rate, set_learning_rate
 from litlora.train.plan import Plan, Position
 from litlora.train.signals import Signals
+from litlora.train.watch import Watch
 
 if TYPE_CHECKING:  # Fabric takes seconds to import: a run imports it once its input is known to be good
     from lightning.fabric import Fabric
@@ -71,6 +72,7 @@ class Run:
     seed: int
     metrics: Metrics
     signals: Signals
+    watch: Watch = field(default_factory=lambda: Watch({}))  # groups of parameters whose progress is shown
     save: Callable[[Commit], None]  # called on every rank; commits on the first
 
 
@@ -92,6 +94,7 @@ def fit(run: Run, start: Position) -> Position:
             lr = learning_rate(run.options, position.step + 1, run.plan.steps)
             set_learning_rate(run.optimizer, lr)
             seed_step(run.seed, position.step, run.fabric.global_rank)
+            run.watch.before()
             result = train_step(run.fabric, run.model, run.optimizer, batches, max_norm=run.options.max_norm, asked=run.signals.asked())
             if result.graded == 0:  # nothing to learn from: no update, and the count of updates stands still
                 position = replace(position, epoch=window.epoch, window=window.number + 1)
@@ -133,13 +136,14 @@ def record(
     run: Run, progress: Progress, position: Position, result: StepResult, lr: float, seconds: float, tokens: int, val_loss: float | None
 ) -> None:
     """One row of metrics.csv, and the live line."""
+    watched = run.watch.after(unclipped=max(1.0, result.grad_norm / run.options.max_norm) if run.options.max_norm else 1.0)
     run.metrics.write(
         step=position.step, epoch=position.epoch, loss=result.loss, val_loss=val_loss, lr=lr, grad_norm=result.grad_norm,
-        graded=result.graded, tokens=position.tokens, seconds=seconds, tokens_per_second=tokens / seconds,
+        graded=result.graded, tokens=position.tokens, seconds=seconds, tokens_per_second=tokens / seconds, **watched,
     )  # fmt: skip
     val = {} if position.best_val_loss is None else {"val": f"{position.best_val_loss:.4f}"}
     speed = {"lr": f"{lr:.1e}", "tok/s": count(tokens / seconds), "memory": memory_text()}
-    progress.update(position.step, loss=f"{result.loss:.4f}", **val, **speed)
+    progress.update(position.step, loss=f"{result.loss:.4f}", **val, **run.watch.shown(watched), **speed)
 
 
 def train_step(
@@ -205,21 +209,17 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + rank) % 2**63)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def check_alive(model: nn.Module, alive: set[str], step: int) -> None:
     """After the second update every trained tensor must have had a gradient: LoRA's A has none in the first, for B is zero."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    inner = getattr(model, "module", model)  # without Fabric's wrapper, which would stand in front of every name
+    trained = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
     alive |= {name for name, parameter in trained.items() if parameter.grad is not None and bool(parameter.grad.any())}
     dead = sorted(set(trained) - alive)
     if step == 2 and dead:
         more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
         raise WorkError(
             f"{', '.join(dead[:3])}{more}: still no gradient after two updates, so training can never change it",
-            hint="leave these modules out of the targets, or check that the data grades any token",
+            hint="leave them out, or train what stands behind them: what goes into a new block's zero o_proj or down_proj cannot learn",
         )
 
 

@@ -3,6 +3,7 @@
 import math
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from litlora.checkpoint.commit import write_atomically
@@ -12,14 +13,17 @@ COLUMNS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "graded", "to
 
 
 class Metrics:
-    """Appends rows to a CSV file. A full disk here costs a warning, not the run. `path` None (other ranks) writes nothing."""
+    """Appends rows to a CSV file. A full disk here costs a warning, not the run. `path` None (other ranks) writes nothing.
 
-    def __init__(self, path: Path | None, *, keep_until: int = -1) -> None:
-        self.path = path
+    `more`: columns beside COLUMNS, of this kind of run.
+    """
+
+    def __init__(self, path: Path | None, *, keep_until: int = -1, more: Sequence[str] = ()) -> None:
+        self.path, self.columns = path, (*COLUMNS, *more)
         self.warned = False
         if path is not None:
             kept = [row for row in read(path) if int(row["step"]) <= keep_until]
-            lines = [",".join(COLUMNS), *(",".join(row[name] for name in COLUMNS) for row in kept)]
+            lines = [",".join(self.columns), *(",".join(row.get(name, "") for name in self.columns) for row in kept)]
             write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
 
     def write(self, **values: float | None) -> None:
@@ -29,7 +33,7 @@ class Metrics:
             return
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(",".join(written(values.get(name)) for name in COLUMNS) + "\n")
+                file.write(",".join(written(values.get(name)) for name in self.columns) + "\n")
         except OSError as error:
             if not self.warned:
                 warn(f"{self.path}: {error.strerror}; going on without the missing rows")
@@ -41,8 +45,9 @@ def read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+    columns = lines[0].split(",") if lines else []
     rows = [line.split(",") for line in lines[1:]]
-    return [{name: row[column] for column, name in enumerate(COLUMNS)} for row in rows if len(row) == len(COLUMNS) and row[0].isdecimal()]
+    return [dict(zip(columns, row, strict=True)) for row in rows if len(row) == len(columns) and row[0].isdecimal()]
 
 
 def written(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,14 +10,25 @@ from torch import nn
 from litlora.options import TrainOptions
 
 
-def build_optimizer(trained: Mapping[str, nn.Parameter], options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Weight decay is for matrices; gains and biases are left alone."""
+def build_optimizer(trained: Mapping[str, nn.Parameter], options: TrainOptions, lr_ratio: float = 1.0) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Weight decay is for matrices; gains and biases are left alone.
+
+    `lr_ratio`: by how much LoRA's B learns faster than all else (LoRA+: Hayou et al. 2024, arXiv:2402.12354).
+    """
     assert options.lr is not None, "the command has chosen it"
-    matrices = [parameter for parameter in trained.values() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in trained.values() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    faster = {name for name in trained if name.endswith(".lora_B")} if lr_ratio != 1 else set()
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in trained.items() if p.dim() >= 2 and n not in faster], "weight_decay": options.weight_decay, "ratio": 1.0},
+        {"params": [p for n, p in trained.items() if p.dim() < 2], "weight_decay": 0.0, "ratio": 1.0},
+        {"params": [trained[n] for n in trained if n in faster], "weight_decay": options.weight_decay, "ratio": lr_ratio},
+    ]
     betas = (options.beta1, options.beta2)
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=options.lr, betas=betas, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("ratio", 1.0)
 
 
 def learning_rate(options: TrainOptions, t: int, steps: int) -> float:

@@ -8,11 +8,12 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from litlora import __version__, console
 from litlora.checkpoint import names
@@ -20,11 +21,12 @@ from litlora.checkpoint.commit import Tensors, commit_step, write_atomically
 from litlora.checkpoint.manifest import BaseRecord, Manifest
 from litlora.checkpoint.resolve import Checkpoint
 from litlora.checkpoint.run import Run as RunDirectory
-from litlora.checkpoint.run import prepare_run_directory
+from litlora.checkpoint.run import drop_old_states, prepare_run_directory
 from litlora.checkpoint.state import load_state, save_state
+from litlora.checkpoint.weights import raw_bytes
 from litlora.data.samples import IGNORE, DataSet, Sample, load_data
 from litlora.errors import Interrupted, UserError, WorkError
-from litlora.methods import trainable
+from litlora.methods.attach import trainable
 from litlora.model import GPT
 from litlora.options import FitOptions
 from litlora.parsing import to_yaml
@@ -36,6 +38,9 @@ from litlora.train.metrics import Metrics
 from litlora.train.optimizer import build_optimizer
 from litlora.train.plan import Plan, Position
 from litlora.train.signals import Signals
+from litlora.train.watch import Watch
+
+STATES_OF_MODELS = 2  # training states that are kept of steps that are whole models: the newest ones'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +59,11 @@ class Job:
     build: Callable[[torch.device], GPT]  # the model, what learns in it requiring gradients
     restore: Callable[[GPT, Checkpoint], None]  # puts what a step holds back into the model
     contents: Callable[[GPT], Mapping[str, Tensors]]  # weight files of a step: name -> tensors
+    exact: Callable[[GPT], Mapping[str, torch.Tensor]] = lambda model: {}  # what these hold rounded, or not at all: goes with the state
     files: Mapping[str, bytes]  # what else lies in every step: name -> bytes
     card: Callable[[Manifest], str]  # the step's README
+    lr_ratio: float = 1.0  # LoRA+
+    watched: Mapping[str, str] = field(default_factory=dict)  # metrics by group: column -> how its parameters' names begin
 
 
 def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
@@ -73,16 +81,18 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
     fabric = launch(options)
     model = job.build(fabric.device)
     trained = trainable(model)
-    optimizer = build_optimizer(trained, options.train)
+    optimizer = build_optimizer(trained, options.train, job.lr_ratio)
     start = Position()
     if resumed is not None:
         job.restore(model, resumed)
-        values = load_state(resumed, optimizer, trained)
+        values = load_state(resumed, optimizer, trained, job.exact(model))
         start = Position(**values["position"])
-    initial = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    watch = Watch({column: [p for name, p in trained.items() if name.startswith(prefix)] for column, prefix in job.watched.items()})
     out_dir = Path(options.out_dir)
-    metrics = Metrics(out_dir / names.METRICS if fabric.is_global_zero else None, keep_until=start.step if resumed else -1)
-    committer = Committer(job, model, trained, initial, optimizer, plan, fixed, resumed)
+    metrics = Metrics(
+        out_dir / names.METRICS if fabric.is_global_zero else None, keep_until=start.step if resumed else -1, more=watch.columns
+    )
+    committer = Committer(job, model, trained, digests(trained), optimizer, plan, fixed, resumed)
 
     def save(commit: Commit) -> None:
         failure: Exception | None = None
@@ -104,7 +114,8 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
     run = Run(
         fabric=fabric, model=wrapped, optimizer=wrapped_optimizer, plan=plan, samples=job.data.train, validation=job.data.validation,
-        options=options.train, eval_interval=options.eval.interval, seed=options.seed, metrics=metrics, signals=signals, save=save,
+        options=options.train, eval_interval=options.eval.interval, seed=options.seed, metrics=metrics, signals=signals, watch=watch,
+        save=save,
     )  # fmt: skip
     signals.training = True
     try:
@@ -124,7 +135,7 @@ class Committer:
     job: Job
     model: GPT
     trained: Mapping[str, torch.nn.Parameter]
-    initial: Mapping[str, torch.Tensor]
+    initial: Mapping[str, bytes]  # digests of what is trained, before the first step
     optimizer: torch.optim.Optimizer
     plan: Plan
     fixed: Mapping[str, Any]
@@ -150,21 +161,29 @@ class Committer:
             versions=versions(),
         )
         values = {"position": asdict(position), "fixed": dict(self.fixed), "changeable": may_change(self.job.options)}
-        return commit_step(
-            Path(self.job.options.out_dir),
+        run = Path(self.job.options.out_dir)
+        step = commit_step(
+            run,
             manifest,
             tensors=self.job.contents(self.model),
             files={**self.job.files, names.README: self.job.card(manifest).encode()},
-            state=save_state(self.optimizer, self.trained, values),
+            state=save_state(self.optimizer, self.trained, values, self.job.exact(self.model)),
         )
+        if manifest.base is None:  # three times as large as the model
+            drop_old_states(run, keep=STATES_OF_MODELS)
+        return step
 
     def refuse_what_is_no_result(self) -> None:
         broken = [name for name, parameter in self.trained.items() if not torch.isfinite(parameter).all()]
         if broken:
             raise WorkError(f"{broken[0]} holds values that are not finite; nothing was committed", hint="lower --train.lr")
-        moved = any(not torch.equal(parameter, self.initial[name]) for name, parameter in self.trained.items())
-        if not moved and self.job.options.train.lr:  # a rate of 0 is asked for by who wants to measure
+        if digests(self.trained) == self.initial and self.job.options.train.lr:  # a rate of 0 is asked for by who wants to measure
             raise WorkError("no trained tensor differs from its start; nothing was committed", hint="look at --train.lr and the data")
+
+
+def digests(trained: Mapping[str, torch.nn.Parameter]) -> dict[str, bytes]:
+    """Of every tensor's bytes: whether it changed can be told without keeping a copy."""
+    return {name: xxhash.xxh3_128_digest(raw_bytes(parameter)) for name, parameter in trained.items()}
 
 
 # ---- taking a run up again -------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Replies and what a command was asked to show are printed; everything about them 
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -17,7 +18,8 @@ from litlora.console import say, style
 from litlora.data.formats import Text, to_messages
 from litlora.data.rows import read_rows
 from litlora.errors import UserError, did_you_mean
-from litlora.generation import Answer, Conversation, room, without_adapters
+from litlora.generation import Answer, Conversation, room
+from litlora.methods.attach import as_base
 from litlora.options import Chat, SamplingOptions
 from litlora.parsing import PEER_NAMES, parse
 
@@ -107,7 +109,7 @@ class Session:
         if label:
             print(f"[{label}]", flush=True)
         answer = conversation.ask(self.prompt, replace(self.sampling, seed=self.sampling.seed + self.replies))
-        with without_adapters(self.opened.model) if label == "base" else nullcontext():
+        with as_base(self.opened.model) if label == "base" else nullcontext():
             try:
                 for piece in answer:
                     print(harmless(piece) if self.interactive else piece, end="", flush=True)
@@ -187,7 +189,7 @@ class Session:
 
     def do_adapter(self, rest: str) -> None:
         if rest:
-            put_on(self.opened, [] if rest == "off" else [split_weight(rest)])
+            put_on(self.opened, [] if rest == "off" else [split_weight(word) for word in adapter_words(rest)])
             tokenizer, stop_ids = self.opened.prompts.tokenizer, self.opened.prompts.stop_ids
             self.tuned = Conversation(self.opened.model, tokenizer, stop_ids)
             self.base = Conversation(self.opened.model, tokenizer, stop_ids)
@@ -248,13 +250,23 @@ COMMANDS = {
     "retry": Command("", "answer the last message again", Session.do_retry),
     "undo": Command("", "take the last message and its reply back", Session.do_undo),
     "compare": Command("[on|off]", "let the base answer as well", Session.do_compare),
-    "adapter": Command("[PATH[:WEIGHT]|off]", "switch the adapter; the base stays loaded", Session.do_adapter),
+    "adapter": Command("[PATH[:WEIGHT] ...|off]", "switch the adapters; the base stays loaded", Session.do_adapter),
     "tokens": Command("", "the exact prompt of the last reply: ids and text", Session.do_tokens),
     "save": Command("FILE", "append the conversation as a row to train on", Session.do_save),
     "load": Command("FILE", "go on with the conversation in the file's last row", Session.do_load),
     "stats": Command("[on|off]", "speed and context after each reply", Session.do_stats),
 }
 ALIASES = {"quit": "exit", "bye": "exit", "q": "exit", "new": "clear", "reset": "clear", "regen": "retry", "?": "help"}
+
+
+def adapter_words(rest: str) -> list[str]:
+    """The adapters that were named: one path, also with spaces in it, or several words as a shell would read them."""
+    if Path(rest).exists():
+        return [rest]
+    try:
+        return shlex.split(rest)
+    except ValueError as error:
+        raise UserError(f"cannot be read: {error}", where="/adapter", hint="/adapter out/step-100:0.5 out/step-200:0.5") from None
 
 
 def described(adapter: Checkpoint, weight: float) -> str:

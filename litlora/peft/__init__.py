@@ -9,18 +9,32 @@ what the adapter computes, and that litlora does not compute, is refused by its 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from litlora.errors import UserError, did_you_mean
-from litlora.options import LoRAOptions
+from litlora.errors import UserError
+from litlora.options import AdapterOptions, LoRAOptions
+from litlora.peft.targets import (
+    ALL_LINEAR,
+    compiled,
+    ending_words,
+    is_named,
+    layer_number,
+    layers_meant,
+    match_targets,
+    modules_named,
+    named_or_matched,
+    shortened,
+)
 
 T = TypeVar("T")
 
-ALL_LINEAR = "all-linear"  # every projection of the blocks; not the head
 PREFIX = "base_model.model."  # in front of every name: PEFT's wrapper and its tuner
 HOST_SLOT = ".adapter."  # in our names, between a module and its adapter's parameter
+PROMPT_SLOT = ".prompt."  # the same for a learnt prompt
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+PROMPT = "ADAPTION_PROMPT"  # PEFT's word for LLaMA-Adapter
 
 PARAMETERS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}  # ours: PEFT's
 
@@ -35,7 +49,6 @@ SILENT = {
     "eva_config",
     "loftq_config",
     "lora_ga_config",
-    "ensure_weight_tying",  # of modules_to_save and embeddings, which are refused
     "fan_in_fan_out",  # PEFT sets it right for the kind of layer
     "inference_mode",
     "megatron_core",
@@ -60,11 +73,12 @@ READ = {
     "use_dora",
     "use_rslora",
     "init_lora_weights",
+    "modules_to_save",
+    "ensure_weight_tying",
 }
 WHY = {  # of what PEFT has and litlora refuses
     "bias": "trained biases of the base are not supported; only 'none' is",
     "lora_bias": "a bias on lora_B is not supported",
-    "modules_to_save": "modules trained whole beside LoRA are not supported",
     "trainable_token_indices": "trained embedding rows are not supported",
     "target_parameters": "LoRA on parameters that are no Linear is not supported",
     "layer_replication": "a base with repeated layers is not supported",
@@ -94,20 +108,84 @@ class AdapterConfig:
     exclude_modules: list[str] | str = field(default_factory=list)
     layers_to_transform: list[int] | None = None  # None: all layers
     layers_pattern: list[str] = field(default_factory=list)  # names of the list of layers; empty: any
-    modules_to_save: list[str] = field(default_factory=list)  # always empty: refused when read
+    modules_to_save: list[str] = field(default_factory=list)  # trained whole: every module whose name ends so
+    ensure_weight_tying: bool = False  # the head stays the embedding's own matrix, where modules_to_save has one of them
     base_model_name_or_path: str | None = None
 
 
-def adapter_config(options: LoRAOptions, linear_names: Sequence[str], base_model_name_or_path: str | None = None) -> AdapterConfig:
-    """The AdapterConfig that `options` mean for a model with these Linears; its targets are short names where they can be."""
+def adapter_config(
+    options: LoRAOptions,
+    linear_names: Sequence[str],
+    base_model_name_or_path: str | None = None,
+    *,
+    module_names: Sequence[str] = (),
+    tied: bool = False,
+) -> AdapterConfig:
+    """The AdapterConfig that `options` mean for a model with these Linears and modules; its words are short where they can be.
+
+    `tied`: the head is the embedding's own matrix, and stays it. Either of them saved then means both: PEFT loads the same
+    matrix into each, and computes what was trained.
+    """
+    chosen = named_or_matched(options.target_modules, linear_names)
+    if taken := sorted(set(options.modules_to_save) & {name.rpartition(".")[2] for name in chosen}):
+        raise UserError(f"{taken[0]} cannot both carry LoRA and be trained whole", where="modules_to_save", hint="name it once")
+    depth = 1 + max((layer for name in linear_names if (layer := layer_number(name, ())) is not None), default=-1)
+    layers = layers_meant(options.layers, depth, "layers") or None
+    if layers is not None:
+        chosen = [name for name in chosen if layer_number(name, ()) in (None, *layers)]
+    if not chosen:
+        raise UserError("no target lies in these layers", where="layers", hint="leave layers out, or name other targets")
+    saved = modules_named(options.modules_to_save, module_names, "modules_to_save") if options.modules_to_save else []
+    if tied and any(is_named(name, word) for name in saved for word in (EMBEDDING, HEAD)):
+        both = {name for name in module_names if is_named(name, EMBEDDING) or is_named(name, HEAD)}
+        saved = [name for name in module_names if name in {*saved, *both}]
+    words = shortened(chosen, [name for name in linear_names if layers is None or layer_number(name, ()) in (None, *layers)])
     return AdapterConfig(
         r=options.r,
         alpha=options.alpha,
         dropout=options.dropout,
-        target_modules=shortened(match_targets(options.target_modules, linear_names), linear_names),
+        target_modules=words,
         use_dora=options.use_dora,
         use_rslora=options.use_rslora,
+        rank_pattern={name: rank(whole_number(value), "rank_pattern", name) for name, value in pairs(options.rank_pattern, "rank_pattern")},
+        alpha_pattern={
+            name: number(plain_number(value), "alpha_pattern", name) for name, value in pairs(options.alpha_pattern, "alpha_pattern")
+        },
+        layers_to_transform=None if words == chosen else layers,  # to PEFT a full name is meant whatever its layer
+        modules_to_save=ending_words(saved, module_names),
         base_model_name_or_path=base_model_name_or_path,
+    )
+
+
+def pairs(words: Sequence[str], where: str) -> list[tuple[str, str]]:
+    """NAME=VALUE words apart."""
+    for word in words:
+        if not re.fullmatch(r".+=.+", word):
+            raise UserError(f"{word!r} is not NAME=NUMBER", where=where, hint="down_proj=64, for example")
+        compiled(word.rpartition("=")[0], where)
+    return [(name, value) for name, _, value in (word.rpartition("=") for word in words)]
+
+
+def whole_number(text: str) -> Any:
+    return int(text) if text.isdecimal() else text
+
+
+def plain_number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def doubled(config: AdapterConfig) -> AdapterConfig:
+    """The same scale with twice the rank: what an adapter becomes that was trained against its own start (PiSSA)."""
+    factor = math.sqrt(2) if config.use_rslora else 2
+    return replace(
+        config,
+        r=2 * config.r,
+        alpha=factor * config.alpha,
+        rank_pattern={name: 2 * r for name, r in config.rank_pattern.items()},
+        alpha_pattern={name: factor * alpha for name, alpha in config.alpha_pattern.items()},
     )
 
 
@@ -120,17 +198,18 @@ def adapter_config_to_peft(config: AdapterConfig) -> dict[str, Any]:
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
         "rank_pattern": config.rank_pattern,
-        "alpha_pattern": {name: whole(alpha) for name, alpha in config.alpha_pattern.items()},
+        "alpha_pattern": {name: plain_alpha(alpha) for name, alpha in config.alpha_pattern.items()},
         "exclude_modules": config.exclude_modules,
         "layers_to_transform": config.layers_to_transform,
         "layers_pattern": config.layers_pattern,
+        "ensure_weight_tying": config.ensure_weight_tying,
     }
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.base_model_name_or_path,
         "r": config.r,
-        "lora_alpha": whole(config.alpha),
+        "lora_alpha": plain_alpha(config.alpha),
         "lora_dropout": config.dropout,
         "target_modules": config.target_modules,
         "modules_to_save": config.modules_to_save or None,
@@ -142,7 +221,7 @@ def adapter_config_to_peft(config: AdapterConfig) -> dict[str, Any]:
     }
 
 
-def whole(alpha: float) -> int | float:
+def plain_alpha(alpha: float) -> int | float:
     """PEFT and vLLM declare alpha a whole number, so it is written as one where it is one."""
     return int(alpha) if float(alpha).is_integer() else alpha
 
@@ -179,6 +258,8 @@ def adapter_config_from_peft(values: Mapping[str, Any], where: str | Path) -> Ad
         exclude_modules=names_or_pattern(values, "exclude_modules", where),
         layers_to_transform=layers,
         layers_pattern=layers_patterns(values, where),
+        modules_to_save=module_names(values, where),
+        ensure_weight_tying=flag(values, "ensure_weight_tying", where),
         base_model_name_or_path=base,
     )
 
@@ -200,9 +281,8 @@ def refuse_other_arithmetic(values: Mapping[str, Any], where: str | Path) -> Non
         if nothing or key in READ or key in SILENT:
             continue
         unknown = "litlora does not know this key, so it cannot tell what the adapter computes"
-        shown = f" ({', '.join(map(str, value))})" if key == "modules_to_save" and isinstance(value, list) else ""
         hint = "merge the adapter into its base with PEFT, and use the merged model"
-        raise refusal(where, key, WHY.get(key, unknown) + shown, hint)
+        raise refusal(where, key, WHY.get(key, unknown), hint)
 
 
 def refusal(where: str | Path, key: str, why: str, hint: str = "") -> UserError:
@@ -239,6 +319,13 @@ def names_or_pattern(values: Mapping[str, Any], key: str, where: str | Path) -> 
     return list(value)
 
 
+def module_names(values: Mapping[str, Any], where: str | Path) -> list[str]:
+    names = values.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise refusal(where, "modules_to_save", f"a list of module names is needed, found {names!r}")
+    return list(names)
+
+
 def pattern_table(values: Mapping[str, Any], key: str, where: str | Path) -> dict[str, Any]:
     table = values.get(key)
     if table is not None and not isinstance(table, Mapping):
@@ -263,41 +350,33 @@ def layers_patterns(values: Mapping[str, Any], where: str | Path) -> list[str]:
     return patterns
 
 
-def compiled(pattern: str, where: str = "") -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{pattern!r} is no regular expression: {error}", where=where) from error
+def is_prompt(values: Mapping[str, Any]) -> bool:
+    """Whether an adapter_config.json is of LLaMA-Adapter's learnt prompts."""
+    return values.get("peft_type") == PROMPT
+
+
+def prompt_to_peft(options: AdapterOptions, depth: int, base_model_name_or_path: str) -> dict[str, Any]:
+    """The adapter_config.json of prompts in the upper layers, `depth` of them."""
+    return {
+        "peft_type": PROMPT,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name_or_path,
+        "adapter_len": options.length,
+        "adapter_layers": depth,
+        "target_modules": "self_attn",
+        "inference_mode": True,
+    }
+
+
+def prompt_from_peft(values: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
+    """The fields of AdapterOptions that such an adapter_config.json means. UserError naming the key."""
+    if values.get("target_modules") not in (None, "self_attn"):
+        raise refusal(where, "target_modules", f"{values['target_modules']!r} is not supported", "supported: self_attn")
+    length, layers = (rank(values.get(key), where, key) for key in ("adapter_len", "adapter_layers"))
+    return {"kind": "prompt", "length": length, "layers": [f"last:{layers}"]}
 
 
 # ---- which modules, and how strong -----------------------------------------------------------------------------------
-
-
-def match_targets(target_modules: Sequence[str] | str, linear_names: Sequence[str]) -> list[str]:
-    """The names among `linear_names` that the targets mean, in the order of `linear_names`.
-
-    A target in a list is a full name, the end of one after a dot (`q_proj`, `self_attn.q_proj`), or all-linear: every
-    projection of the blocks, so not the head. A string is all-linear, or a regular expression for the full name, as in
-    PEFT. UserError if nothing matches, or if one target of a list matches nothing; it lists the names that exist.
-    """
-    blocks = {name for name in linear_names if layer_number(name, ()) is not None}
-    if isinstance(target_modules, str):
-        if target_modules.lower() == ALL_LINEAR:
-            return [name for name in linear_names if name in blocks]
-        pattern = compiled(target_modules, "target_modules")
-        found = {name for name in linear_names if pattern.fullmatch(name)}
-        if not found:
-            raise no_such_module([target_modules], linear_names)
-    else:
-        by_target = {
-            target: blocks if target.lower() == ALL_LINEAR else {name for name in linear_names if is_named(name, target)}
-            for target in target_modules
-        }
-        lost = [target for target, names in by_target.items() if not names]
-        if lost or not by_target:
-            raise no_such_module(lost, linear_names)
-        found = set().union(*by_target.values())
-    return [name for name in linear_names if name in found]
 
 
 def targets(config: AdapterConfig, linear_names: Sequence[str]) -> list[str]:
@@ -314,32 +393,6 @@ def targets(config: AdapterConfig, linear_names: Sequence[str]) -> list[str]:
         hint = "see exclude_modules and layers_to_transform in its adapter_config.json"
         raise UserError("the adapter's config leaves no module to adapt", hint=hint)
     return chosen
-
-
-def is_named(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def layer_number(name: str, layers_pattern: Sequence[str]) -> int | None:
-    """The number of the layer that a module belongs to: the first number after a list of layers; None outside of them."""
-    for pattern in layers_pattern or [r"[^.]*"]:
-        anywhere = r"(?:^|.*?\.)" if layers_pattern else r".*?\."
-        if found := re.match(rf"{anywhere}{pattern}\.(?P<layer>\d+)\.", name):
-            return int(found["layer"])
-    return None
-
-
-def no_such_module(lost: Sequence[str], linear_names: Sequence[str]) -> UserError:
-    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in linear_names))
-    guesses = [guess for guess in (did_you_mean(target, ends) for target in lost) if guess]
-    what = f"no module of this model is a target named {', '.join(lost)}" if lost else "no target module is named"
-    return UserError("; ".join([what, *guesses[:1]]), where="target_modules", hint=f"its modules: {', '.join(ends)}, or {ALL_LINEAR}")
-
-
-def shortened(modules: Sequence[str], linear_names: Sequence[str]) -> list[str]:
-    """Names for adapter_config.json that mean exactly `modules`: `q_proj` where every q_proj is meant, else full names."""
-    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
-    return ends if set(match_targets(ends, linear_names)) == set(modules) else list(modules)
 
 
 def rank_and_alpha(config: AdapterConfig, module: str) -> tuple[int, float]:
@@ -360,35 +413,22 @@ def scale(alpha: float, r: int, use_rslora: bool = False) -> float:
 
 
 def to_peft_name(name: str) -> str:
-    """`model.layers.0.self_attn.q_proj.adapter.lora_A` -> `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`"""
+    """The name that a parameter has in PEFT's files:
+
+    `model.layers.0.self_attn.q_proj.adapter.lora_A` -> `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`,
+    `model.layers.0.self_attn.prompt.adaption_gate` -> `base_model.model.model.layers.0.self_attn.adaption_gate`, and
+    of a parameter of the base that was trained whole `base_model.model.` and its own.
+    """
     module, slot, parameter = name.rpartition(HOST_SLOT)
-    assert slot, f"{name} is no adapter's parameter"
-    return f"{PREFIX}{module}.{PARAMETERS[parameter]}"
-
-
-def from_peft_name(name: str) -> str | None:
-    """The other way round; None where the name is no tensor of LoRA on a Linear."""
-    for ours, theirs in PARAMETERS.items():
-        if name.startswith(PREFIX) and name.endswith(f".{theirs}"):
-            return f"{name.removeprefix(PREFIX).removesuffix('.' + theirs)}{HOST_SLOT}{ours}"
-    return None
+    if slot:
+        return f"{PREFIX}{module}.{PARAMETERS[parameter]}"
+    return PREFIX + name.replace(PROMPT_SLOT, ".")
 
 
 def copied_base_tensor(name: str) -> str | None:
     """The base's tensor that `name` is a copy of, or None: PEFT saves the whole head along when the head has LoRA."""
     copied = name.startswith(PREFIX) and name.endswith(".base_layer.weight")
     return name.removeprefix(PREFIX).replace(".base_layer.weight", ".weight") if copied else None
-
-
-def expected_adapter_tensors(config: AdapterConfig, linear_shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-    """PEFT's names and shapes of an adapter's tensors, for a model with these Linears: name -> (out, in)."""
-    tensors: dict[str, tuple[int, ...]] = {}
-    for module in targets(config, list(linear_shapes)):
-        (out, into), (r, _) = linear_shapes[module], rank_and_alpha(config, module)
-        tensors |= {f"{PREFIX}{module}.lora_A.weight": (r, into), f"{PREFIX}{module}.lora_B.weight": (out, r)}
-        if config.use_dora:
-            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = (out,)
-    return tensors
 
 
 def check_tensors(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], where: str | Path) -> None:
@@ -402,5 +442,5 @@ def check_tensors(found: Mapping[str, Sequence[int]], expected: Mapping[str, Seq
     ]
     if faults:
         what = "\n  ".join([f"{len(faults)} of {len(expected)} tensors at fault, so none was loaded", *faults])
-        hint = "the tensors, adapter_config.json (r, target_modules, use_dora) and the base must belong together"
+        hint = "the tensors, what is written about them (adapter_config.json or litlora.json) and the base must belong together"
         raise UserError(what, where=where, hint=hint)

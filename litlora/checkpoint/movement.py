@@ -1,0 +1,68 @@
+"""How far a step moved its base, read from the files of both: the proof that what was to be trained was trained."""
+
+import torch
+from torch import Tensor
+
+from litlora.checkpoint.checkpoint import Checkpoint
+from litlora.checkpoint.weights import adapter_tensors, base_tensors
+from litlora.config import SILENT
+from litlora.methods.tuning import EMBEDDING, BottleneckSlot, LoRASlot, PromptSlot, Slot, Tuning
+from litlora.peft import scale
+
+LAST = {"self_attn": "o_proj", "mlp": "down_proj"}  # the projection that a bottleneck stands beside
+
+
+@torch.no_grad()
+def movement(step: Checkpoint, before: Checkpoint) -> dict[str, float]:
+    """By module or parameter, what changed as a share of what was there; 0 where nothing did. `before` is the base, or the model that
+    a step of `full` started from.
+
+    A weight: ||W' - W|| / ||W||. Of a new block: against the one it is a copy of, its last projections against the zeros they began
+    as. A scale and shift: the root mean square of scale - 1. A bottleneck: ||scale up|| over the norm of the projection it
+    stands beside. A learnt prompt: its gate.
+    """
+    base = base_tensors(before)
+    if step.is_model:
+        return {name: relative(name, tensor, old(base, name)) for name, tensor in base_tensors(step).items()}
+    tuning, tensors = step.tuning(), adapter_tensors(step)
+    own = {name: tensors[stored] for stored, name in tuning.file_names(step.config()).items()}
+    found = {slot: slot_movement(slot, kind, own, base) for slot, kind in tuning.slots.items()}
+    return found | {name: relative(name, own[name], old(base, name)) for name in own if not in_slot(name, tuning)}
+
+
+def in_slot(name: str, tuning: Tuning) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in tuning.slots for end in range(1, len(parts)))
+
+
+def old(base: dict[str, Tensor], name: str) -> Tensor:
+    """What a tensor was: a separated head was the embedding, a new block's the one it follows."""
+    return base.get(name.replace(".inserted.", "."), base[EMBEDDING])
+
+
+def relative(name: str, new: Tensor, before: Tensor) -> float:
+    silent = ".inserted." in name and name.split(".")[-2] in SILENT
+    change = new.float() if silent else new.float() - before.float()
+    return ratio(change.norm(), before.float().norm())
+
+
+def ratio(change: Tensor, size: Tensor) -> float:
+    return (change / size).item() if size > 0 else float(change.item() > 0)
+
+
+def slot_movement(slot: str, kind: Slot, own: dict[str, Tensor], base: dict[str, Tensor]) -> float:
+    host = slot.rpartition(".")[0]
+    parts = {name.removeprefix(f"{slot}."): tensor.float() for name, tensor in own.items() if name.startswith(f"{slot}.")}
+    if isinstance(kind, PromptSlot):
+        return parts["adaption_gate"].abs().item()
+    if isinstance(kind, BottleneckSlot):
+        beside = base[f"{host}.{LAST[host.rpartition('.')[2]]}.weight"].float()
+        return ratio(kind.scale * parts["up.weight"].norm(), beside.norm())
+    if not isinstance(kind, LoRASlot):
+        return (parts["scale"] - 1).square().mean().sqrt().item()
+    weight = old(base, f"{host}.weight").float()
+    a, b = parts["lora_A"], parts["lora_B"] * scale(kind.alpha, kind.r, kind.use_rslora)
+    if "magnitude" in parts:  # DoRA: arXiv:2402.09353, equation 5
+        turned = weight + b @ a
+        return ratio((turned * (parts["magnitude"] / turned.norm(dim=1))[:, None] - weight).norm(), weight.norm())
+    return ratio(((b.t() @ b) * (a @ a.t())).sum().clamp_min(0).sqrt(), weight.norm())  # ||B A||^2 = <B^T B, A A^T>

@@ -1,0 +1,80 @@
+"""A deeper model that computes exactly what its base does: LLaMA-Pro's start, written out (Wu et al. 2024, arXiv:2401.02415, 3.2).
+
+Each new block is a copy of the one before it in which whatever writes last to the residual stream is zero, weights and biases.
+Everything else is the base, byte for byte.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from litlora.checkpoint import names
+from litlora.checkpoint.checkpoint import Checkpoint
+from litlora.checkpoint.commit import check_free_space, commit_directory, make_directory
+from litlora.checkpoint.fingerprint import tensor_digests
+from litlora.checkpoint.shards import find_shards
+from litlora.errors import UserError, WorkError
+from litlora.families import LLAMA_PRO_LAYERS
+from litlora.merge.directory import copy_files, fingerprint_before, front_matter, how_to_use, write_model_files
+from litlora.merge.outputs import NewModel, new_model
+from litlora.merge.plan import check_outside, check_writable
+from litlora.merge.weights import write_weights
+from litlora.methods import insert_positions
+from litlora.methods.tuning import Tuning
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A deeper model that nothing speaks against any more."""
+
+    model: NewModel
+    out_dir: Path
+
+
+def prepare_expansion(base: Checkpoint, out_dir: Path, n_insert: int | None = None, positions: Sequence[str] = ()) -> Expansion:
+    """`n_insert` blocks spread evenly, or one after each of the `positions`. UserError says what speaks against it."""
+    if not base.is_model:
+        raise UserError("is an adapter; only whole models can be expanded", where=base.path, hint=f"litlora merge_lora {base.path} first")
+    if os.path.lexists(out_dir):
+        raise UserError("exists already; nothing is overwritten", where=out_dir, hint="--out_dir another directory")
+    check_outside(out_dir, base)
+    check_writable(out_dir)
+    config = base.config()
+    tuning = Tuning(inserted=insert_positions(n_insert, positions, config))
+    model = new_model(base, config, tuning, dtype=None, trained=False)
+    check_free_space(out_dir, model.bytes + 2**24)
+    return Expansion(model, out_dir)
+
+
+def expand(plan: Expansion, *, progress: Callable[[int], None] = lambda done: None) -> None:
+    """Write it to `plan.out_dir`, whole or not at all. What was written is read again before it gets that name; WorkError."""
+    model, final = plan.model, plan.out_dir.absolute()
+    make_directory(final.parent)
+    with commit_directory(final, needed_bytes=model.bytes) as directory:
+        moved = write_weights(model, None, directory, progress)
+        write_model_files(model, directory)
+        copy_files(model.base.tokenizer_dir(), names.TOKENIZER_FILES, directory)
+        (directory / names.README).write_text(model_card(model, fingerprint_before(model, moved)))
+        found = tensor_digests(find_shards(directory), use_cache=False)
+        if faults := [name for name, one in moved.items() if found.get(name) != one.after]:
+            raise WorkError("\n  ".join(["what lies on the disk is not what was written:", *faults]), where=directory)
+
+
+def model_card(model: NewModel, fingerprint: str) -> str:
+    """README.md: what was added, and how to train it."""
+    before, after = model.base_config.num_hidden_layers, model.config.num_hidden_layers
+    return f"""{front_matter(model, ["llama-pro"])}
+# {model.base.path.name}, {after - before} blocks deeper
+
+Written by `litlora expand` from the base `{model.base.recorded_path}` (fingerprint `{fingerprint}`).
+It has {after} layers instead of {before}. New are, counted from 0: {", ".join(map(str, model.new_layers))}.
+Each is a copy of the one before it in which the output projections of attention and MLP are zero, so that the model computes
+exactly what its base does until these blocks learn. `{LLAMA_PRO_LAYERS}` in `{names.CONFIG}` names them. The licence of the
+base goes for this model too.
+
+Train them, and nothing else:
+
+    litlora finetune pro . --data FILE
+
+{how_to_use()}"""

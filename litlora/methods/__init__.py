@@ -1,0 +1,223 @@
+"""Methods of fine-tuning: METHODS says what each word after `litlora finetune` means.
+
+tuning.py   what a method does to a model, resolved to the last name (no torch)
+attach.py   doing it: attach, save, load, compose, remove
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from litlora.config import Config
+from litlora.errors import UserError
+from litlora.families import expected_tensors, linear_shapes
+from litlora.methods.tuning import (
+    HEAD,
+    BottleneckSlot,
+    LoRASlot,
+    PromptSlot,
+    ScaleShiftSlot,
+    Slot,
+    Tuning,
+    evenly,
+    whole_parameters,
+)
+from litlora.options import AdapterOptions, FreezeOptions, FullOptions, LoRAOptions, ProOptions
+from litlora.peft import AdapterConfig, adapter_config, doubled, rank_and_alpha, targets
+from litlora.peft.targets import is_named, layer_number, layers_meant, modules_ending, modules_named, modules_of, named_or_matched
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One word after `litlora finetune`."""
+
+    title: str  # as a line of the header begins
+    options: type  # its dataclass in options.py
+    tuning: Callable[[Any, Config], Tuning]  # what its options mean for a base
+    rate: float  # the learning rate where none was asked for
+    demo_rate: float  # the same for the demo's base, which is 128 wide and takes larger steps
+
+
+# ---- LoRA --------------------------------------------------------------------------------------------------------------
+
+
+def lora(options: LoRAOptions, config: Config) -> Tuning:
+    """LoRA on the targets, as it is trained. As it is stored, it is what `from_peft` makes of `lora_config`."""
+    described = described_lora(options, config)
+    if options.init != "default" and options.use_dora:
+        raise UserError(f"init {options.init} is not for DoRA", where="use_dora", hint="leave one of the two out")
+    odd = [r for name in targets(described, list(linear_shapes(config))) if (r := rank_and_alpha(described, name)[0]) % 2]
+    if options.init == "orthogonal" and odd:
+        raise UserError(f"init orthogonal shares the rank out between A and B, so {odd[0]} must be even", where="r")
+    tuning = from_peft(described, config, untied=options.untie)
+    return replace(
+        tuning, slots={slot: replace(kind, init=options.init) for slot, kind in tuning.slots.items() if isinstance(kind, LoRASlot)}
+    )
+
+
+def lora_config(options: LoRAOptions, config: Config, base_model_name_or_path: str | None = None) -> AdapterConfig:
+    """What adapter_config.json says of an adapter that was trained with `options`."""
+    described = replace(described_lora(options, config), base_model_name_or_path=base_model_name_or_path)
+    return doubled(described) if options.init == "pissa" else described
+
+
+def described_lora(options: LoRAOptions, config: Config) -> AdapterConfig:
+    """PEFT's description of what `options` mean for a base. UserError where a word of them means nothing there."""
+    linears, modules = list(linear_shapes(config)), modules_of([*expected_tensors(config), HEAD])
+    tied = separated(config, options.untie).tie_word_embeddings
+    described = adapter_config(options, linears, module_names=modules, tied=tied)
+    for option, table in (("rank_pattern", described.rank_pattern), ("alpha_pattern", described.alpha_pattern)):
+        for name in table:
+            only = replace(described, rank_pattern={name: 0}, alpha_pattern={})
+            if all(rank_and_alpha(only, module)[0] for module in targets(described, linears)):
+                raise UserError(f"{name} matches none of the targets", where=option, hint="the end of a target's name, such as down_proj")
+    if tied and "lm_head" in targets(described, linears):
+        what = "LoRA on lm_head would have to change the embedding as well: here they are one matrix"
+        raise UserError(what, where="target_modules", hint="leave lm_head out of target_modules, or separate the two: --lora.untie true")
+    return described
+
+
+def from_peft(described: AdapterConfig, config: Config, *, untied: bool | None = None) -> Tuning:
+    """What an adapter_config.json means for a base. `untied` None: as PEFT does, who separates a shared head unless told otherwise."""
+    modules = modules_of([*expected_tensors(config), HEAD])
+    saved = modules_ending(described.modules_to_save, modules)
+    lost = [word for word in described.modules_to_save if not modules_ending([word], modules)]
+    if lost:
+        raise UserError(f"the base has no module named {', '.join(lost)}", where="modules_to_save")
+    chosen = targets(described, list(linear_shapes(config)))
+    if untied is None:
+        shared = any(is_named(name, word) for name in saved for word in ("embed_tokens", "lm_head"))
+        untied = config.tie_word_embeddings and (("lm_head" in chosen) or (shared and not described.ensure_weight_tying))
+    slots: dict[str, LoRASlot] = {}
+    for module in chosen:
+        r, alpha = rank_and_alpha(described, module)
+        slots[f"{module}.adapter"] = LoRASlot(
+            r=r, alpha=alpha, dropout=described.dropout, use_dora=described.use_dora, use_rslora=described.use_rslora
+        )
+    return Tuning(slots=slots, whole=whole_parameters(saved, separated(config, untied)), untied=untied, in_peft=True)
+
+
+# ---- the others --------------------------------------------------------------------------------------------------------
+
+
+def adapter(options: AdapterOptions, config: Config) -> Tuning:
+    """Bottlenecks, prompts, or scales and shifts in the chosen layers."""
+    layers = layers_meant(options.layers, config.num_hidden_layers, "layers") if options.layers else list(range(config.num_hidden_layers))
+    attentions = [f"model.layers.{layer}.self_attn" for layer in layers]
+    mlps = [f"model.layers.{layer}.mlp" for layer in layers]
+    slots: dict[str, Slot] = {}
+    norms: list[str] = []
+    if options.kind == "prompt":
+        slots = {f"{host}.prompt": PromptSlot(length=options.length) for host in attentions}
+    elif options.kind == "scale_shift":
+        chosen = named_or_matched(options.target_modules, list(linear_shapes(config)))
+        inside = [name for name in chosen if layer_number(name, ()) in (None, *layers)]
+        slots = {f"{name}.adapter": ScaleShiftSlot() for name in inside}
+        if options.norms:
+            norms = [name.removesuffix(".weight") for name in expected_tensors(config) if name.endswith("norm.weight")]
+            norms = [name for name in norms if layer_number(f"{name}.", ()) in (None, *layers)]
+    else:
+        parallel = options.kind == "parallel"
+        scale = options.scale if options.scale is not None else 4.0 if parallel else 1.0  # 4: He et al. 2022, section 4.6
+        kind = BottleneckSlot(parallel=parallel, width=options.width, scale=scale, activation=options.activation)
+        hosts = {"attention": attentions, "mlp": mlps, "both": [*attentions, *mlps]}[options.positions]
+        slots = {f"{host}.adapter": kind for host in hosts}
+    whole, untied = saved_whole(options, config, also=norms)
+    top = layers == list(range(layers[0], config.num_hidden_layers))
+    return Tuning(slots=slots, whole=whole, untied=untied, in_peft=options.kind == "prompt" and top and not whole and peft_prompts(config))
+
+
+def peft_prompts(config: Config) -> bool:
+    """Whether PEFT's ADAPTION_PROMPT computes what `Prompt` does: not where it applies the output's bias twice, nor where it counts
+    the heads wrong (0.21)."""
+    square = config.num_attention_heads * config.head_dim == config.hidden_size
+    return config.model_type in ("llama", "mistral") and square and not config.attention_out_bias
+
+
+def pro(options: ProOptions, config: Config) -> Tuning:
+    """New blocks; or, on a base that `litlora expand` made, the new blocks that it has."""
+    whole, untied = saved_whole(options, config)
+    if config.llama_pro_layers and not options.positions and options.n_insert is None:
+        own = tuple(f"model.layers.{layer}." for layer in config.llama_pro_layers)
+        mine = [name for name in expected_tensors(separated(config, untied)) if name.startswith(own) or name in whole]
+        return Tuning(whole=tuple(mine), untied=untied)
+    return Tuning(inserted=insert_positions(options.n_insert, options.positions, config), whole=whole, untied=untied)
+
+
+def insert_positions(n_insert: int | None, positions: Sequence[str], config: Config) -> tuple[int, ...]:
+    """The base's layers that a new block follows. UserError where both were asked for, or a layer is not there."""
+    if positions and n_insert is not None:
+        raise UserError("n_insert and positions cannot both be given", where="positions", hint="n_insert spreads blocks evenly")
+    if positions:
+        return tuple(layers_meant(positions, config.num_hidden_layers, "positions"))
+    return evenly(config.num_hidden_layers, n_insert if n_insert is not None else math.ceil(config.num_hidden_layers / 4))
+
+
+def freeze(options: FreezeOptions, config: Config) -> Tuning:
+    """The chosen modules of the chosen layers, and the extra ones outside them."""
+    config = separated(config, options.untie)
+    layers = layers_meant(options.layers, config.num_hidden_layers, "layers")
+    modules = modules_of([*expected_tensors(config), HEAD])
+    outside = [name for name in modules if name != "model" and not name.startswith("model.layers")]
+    inside = [name for name in modules if layer_number(f"{name}.", ()) in layers]
+    words = [word for word in options.modules if word != "all"] if layers else []
+    chosen = inside if "all" in options.modules else modules_named(words, inside, "modules")
+    whole = whole_parameters([*chosen, *modules_named(options.extra_modules, outside, "extra_modules")], config)
+    if not whole:
+        raise UserError("nothing is left to learn: no layer and no extra module is named", where="layers", hint="last:2, for example")
+    return Tuning(whole=whole, untied=options.untie)
+
+
+def full(options: FullOptions, config: Config) -> Tuning:
+    """Everything."""
+    return Tuning(whole=tuple(expected_tensors(separated(config, options.untie))), untied=options.untie)
+
+
+def saved_whole(options: AdapterOptions | ProOptions, config: Config, *, also: Sequence[str] = ()) -> tuple[tuple[str, ...], bool]:
+    """The parameters that `modules_to_save` (and `also`) mean, and whether the head is separated."""
+    config = separated(config, options.untie)
+    modules = modules_of([*expected_tensors(config), HEAD])
+    return whole_parameters([*modules_named(options.modules_to_save, modules, "modules_to_save"), *also], config), options.untie
+
+
+def separated(config: Config, untie: bool) -> Config:
+    """The base's Config, with a head of its own where that is asked for. UserError where it has one already."""
+    if untie and not config.tie_word_embeddings:
+        raise UserError("the head of this base is a matrix of its own already", where="untie", hint="leave untie out")
+    return replace(config, tie_word_embeddings=config.tie_word_embeddings and not untie)
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method(title="LoRA", options=LoRAOptions, tuning=lora, rate=2e-4, demo_rate=1e-3),
+    "adapter": Method(title="adapters", options=AdapterOptions, tuning=adapter, rate=1e-3, demo_rate=3e-3),
+    "pro": Method(title="LLaMA-Pro", options=ProOptions, tuning=pro, rate=5e-5, demo_rate=1e-3),
+    "freeze": Method(title="freeze", options=FreezeOptions, tuning=freeze, rate=2e-5, demo_rate=1e-3),
+    "full": Method(title="full", options=FullOptions, tuning=full, rate=1e-5, demo_rate=5e-4),
+}
+
+
+def tuning_of(options: Any, config: Config) -> Tuning:
+    """What a method's options mean for a base."""
+    return next(method for method in METHODS.values() if type(options) is method.options).tuning(options, config)
+
+
+def stored_tuning(options: Any, config: Config) -> Tuning:
+    """The same as its file describes it: of LoRA, what adapter_config.json means."""
+    if isinstance(options, LoRAOptions):
+        return from_peft(lora_config(options, config), config, untied=options.untie)
+    return tuning_of(options, config)
+
+
+def from_manifest(method: str, options: Mapping[str, Any], config: Config, where: str | Path) -> Tuning:
+    """What a step's record of its method means for its base. UserError, naming `where`, of one that this litlora does not know."""
+    if method not in METHODS:
+        raise UserError(f"method {method!r} is unknown", where=where, hint=f"known: {', '.join(METHODS)}; a newer litlora may know it")
+    try:
+        wanted = METHODS[method].options(**options)
+        return METHODS[method].tuning(wanted, config)
+    except UserError as error:
+        raise UserError(f"does not fit its base: {error}", where=where) from error
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"its options are not those of {method}: {error}", where=where) from error
