@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -61,15 +62,21 @@ def parsed_options(kind: type, words: Sequence[str], command: str) -> Any:
     given: Any = parsing.parse(kind, [word for word in words if word.partition("=")[0] != "--print_config"], command=command)
     if given.resume:
         first = 1 if words and not words[0].startswith("-") else 0  # a first bare word is the checkpoint
-        words = [*words[:first], *options_of_run(given.out_dir), *words[first:]]
+        words = [*words[:first], *options_of_run(given.out_dir, command), *words[first:]]
     return parsing.parse(kind, words, command=command)
 
 
-def options_of_run(out_dir: str) -> list[str]:
+def options_of_run(out_dir: str, command: str) -> list[str]:
     """The words that stand for the options of the run in `out_dir`; its file may name another place: where it was before it moved."""
     from litlora.checkpoint.names import RUN_YAML
 
     path = os.path.join(out_dir, RUN_YAML)
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            begun = re.search(r"litlora (\S+(?: \S+)?) --config", file.readline())
+        if begun and begun[1] != command:
+            hint = f"go on with: litlora {begun[1]} --resume --out_dir {out_dir}"
+            raise UserError(f"this run was begun by litlora {begun[1]}, not by litlora {command}", where=out_dir, hint=hint)
     return ["--config", path, f"--out_dir={out_dir}"] if os.path.isfile(path) else []
 
 

@@ -349,6 +349,15 @@ class ExtendVocab:
 
 
 @dataclass(kw_only=True)
+class Verify:
+    """Look at a checkpoint again, byte for byte: hashes, its base, and of a merged model its logits. Exit code 1 where anything fails."""
+
+    checkpoint_dir: str | None = option(None, "a step, a run (all its steps), a merged model, an adapter or a base", unset="out")
+    base_dir: str | None = option(None, "where a step's base is now, if it moved")
+    json: bool = option(False, "print a JSON list")
+
+
+@dataclass(kw_only=True)
 class ListSteps:
     """The checkpoints of a run in a table: losses, size, state, note; the best one is marked."""
 

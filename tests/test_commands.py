@@ -36,6 +36,10 @@ SMALL = {  # what is added to a documented command of this name, so that it is d
     "chat": "--max_new_tokens 4 --threads 1",
     "evaluate": "--max_samples 2 --max_new_tokens 4 --threads 1",
     "merge_lora": "--overwrite",
+    "inspect": "",
+    "list": "",
+    "note": "",
+    "verify": "",
 }
 ROWS = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("one", "two", "three", "four", "five", "six", "seven", "eight")]
 

@@ -50,6 +50,7 @@ UNMERGEABLE = {"prompt": "a learnt prompt", "series": "a bottleneck with an acti
 IN_PEFT = ("lora", "lora plus", "pissa", "dora", "lora whole", "prompt")
 SMALL = "--train.global_batch_size 2 --train.lr 1e-2 --train.lr_warmup_steps 2 --threads 1 --accelerator cpu"
 TWELVE = "--train.max_steps 12 --train.save_interval 4 --eval.interval 4"
+BRIEF = ["--max_new_tokens", "12", "--temperature", "0", "--threads", "1", "--precision", "fp32"]
 VOLATILE = ("seconds", "tokens_per_second", "memory_mb")
 TOKENS = random_tokens(2, 15, vocab_size=256)
 
@@ -158,9 +159,10 @@ def manifest(step: Path) -> dict[str, Any]:
     return values
 
 
-def loss(place: Place, *words: str) -> float:
+def loss(place: Place, path: Path, precision: str = "fp32") -> float:
     """What `litlora evaluate` finds on the rows held out."""
-    shown = did(["evaluate", *words, "--data", str(place.heldout), "--exact_match", "false", "--json", "--threads", "1"])
+    words = ["--exact_match", "false", "--json", "--threads", "1", "--precision", precision]
+    shown = did(["evaluate", str(path), "--data", str(place.heldout), *words])
     return float(json.loads(shown)["loss"])
 
 
@@ -217,9 +219,9 @@ def test_a_step_is_served_as_it_was_validated(run: Ran, place: Place) -> None:
     """
     rounding = 2e-2 if run.label == "full" else 1e-5
     losses = {number: float(manifest(run.step(number))["val_loss"]) for number in (4, 8, 12)}
-    assert loss(place, str(run.step(4))) == pytest.approx(losses[4], rel=rounding)
-    assert loss(place, str(run.out)) == pytest.approx(min(losses.values()), rel=rounding)
-    assert abs(loss(place, str(place.base)) - losses[4]) > (5e-3 if run.label == "prompt" else 0.1)
+    assert loss(place, run.step(4)) == pytest.approx(losses[4], rel=rounding)
+    assert loss(place, run.out) == pytest.approx(min(losses.values()), rel=rounding)
+    assert abs(loss(place, place.base) - losses[4]) > (5e-3 if run.label == "prompt" else 0.1)
 
 
 @pytest.mark.parametrize("label", ["lora whole", "pissa", "prompt", "scale_shift", "pro", "full"])
@@ -228,7 +230,7 @@ def test_a_step_computed_in_bf16_is_served_as_it_was_validated(place: Place, tmp
     did(place.typed(label, tmp_path / "out", "--precision bf16 --train.max_steps 3 --train.save_interval 2 --eval.interval 2"))
     for number in (2, 3):
         step = tmp_path / "out" / names.step_name(number)
-        assert loss(place, str(step), "--precision", "bf16") == pytest.approx(manifest(step)["val_loss"], rel=1e-6)
+        assert loss(place, step, "bf16") == pytest.approx(manifest(step)["val_loss"], rel=1e-6)
 
 
 def test_a_step_answers_in_every_command_alike(run: Ran, place: Place) -> None:
@@ -236,19 +238,18 @@ def test_a_step_answers_in_every_command_alike(run: Ran, place: Place) -> None:
 
     Of a run they take its best step.
     """
-    brief = ["--max_new_tokens", "12", "--temperature", "0", "--threads", "1"]
     asked = "Go on, go on"
-    answer = did(["generate", str(run.step(4)), "--prompt", asked, *brief])
-    assert answer == did(["chat", str(run.step(4)), *brief], f"{asked}\n")
+    answer = did(["generate", str(run.step(4)), "--prompt", asked, *BRIEF])
+    assert answer == did(["chat", str(run.step(4)), *BRIEF], f"{asked}\n")
     assert answer == litlora.generate(GPT.from_pretrained(run.step(4), dtype=torch.float32), asked, max_new_tokens=12) + "\n"
-    plain = did(["generate", str(place.base), "--prompt", asked, *brief])
+    plain = did(["generate", str(place.base), "--prompt", asked, *BRIEF])
     assert len(answer) > 8 and answer != plain
     if run.label != "full":  # put on for one answer, and off again
         model = GPT.from_pretrained(place.base, dtype=torch.float32)
         for adapter, wanted in ((run.step(4), answer), (None, plain)):
             assert litlora.generate(model, asked, adapter_path=adapter, max_new_tokens=12) + "\n" == wanted
     best = min((4, 8, 12), key=lambda number: manifest(run.step(number))["val_loss"])
-    assert did(["generate", str(run.out), "--prompt", asked, *brief]) == did(["generate", str(run.step(best)), "--prompt", asked, *brief])
+    assert did(["generate", str(run.out), "--prompt", asked, *BRIEF]) == did(["generate", str(run.step(best)), "--prompt", asked, *BRIEF])
 
 
 def test_a_step_merges_into_a_plain_model_or_is_refused_with_the_reason(run: Ran, place: Place) -> None:
@@ -274,7 +275,7 @@ def test_a_step_merges_into_a_plain_model_or_is_refused_with_the_reason(run: Ran
     did(["merge_lora", "--checkpoint_dir", str(step)])
     merged = load_file(step / names.MERGED / names.WEIGHTS)
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
-    assert loss(place, str(step / names.MERGED)) == pytest.approx(manifest(step)["val_loss"], rel=2e-2)
+    assert loss(place, step / names.MERGED) == pytest.approx(manifest(step)["val_loss"], rel=2e-2)
     new = {name for name in merged if name not in expected_tensors(resolve(place.base).config())}
     assert bool(new) == (run.label in ("pro", "scale_shift"))
 
@@ -418,6 +419,27 @@ def test_another_shape_does_not_go_on_from_a_step(place: Place, tmp_path: Path, 
     shown = refused(["finetune", done.word, "--resume", "--out_dir", str(done.out), *changed.split()])
     assert "cannot be resumed" in shown and " then, " in shown
     assert {path: path.read_bytes() for path in done.out.rglob("*") if path.is_file() and path.name != names.LOCK} == before
+
+
+@pytest.mark.parametrize("label", ["lora", "full"])
+def test_overwrite_never_deletes_what_training_starts_from(place: Place, tmp_path: Path, label: str) -> None:
+    """Nothing is lost by a mistyped option: a run that begins at a step of its own directory is refused, and every step stays whole."""
+    out = Path(shutil.copytree(place.run(label).out, tmp_path / "out"))
+    shown = refused(place.typed(label, out, "--train.max_steps 1 --overwrite", base=out / "step-8"))
+    assert str(out) in shown
+    assert [(step.number, step.is_whole) for step in list_steps(out)] == [(4, True), (8, True), (12, True)]
+
+
+@pytest.mark.parametrize("label", ["lora", "pro", "full"])
+def test_a_run_is_not_resumed_on_another_base(place: Place, tmp_path: Path, label: str) -> None:
+    """R04: whatever lies in the base's directory now, it is not what the run began on."""
+    base, out = Path(shutil.copytree(place.base, tmp_path / "base")), tmp_path / "out"
+    did(place.typed(label, out, "--train.max_steps 2 --eval.interval 0", base=base))
+    weights = load_file(base / names.WEIGHTS)
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] * 2}, base / names.WEIGHTS, {"format": "pt"})
+    shown = refused(["finetune", TYPED[label].split()[0], "--resume", "--out_dir", str(out), "--train.max_steps", "3"])
+    assert "base" in shown
+    assert [step.number for step in list_steps(out)] == [2]
 
 
 # ---- words that mean nothing -----------------------------------------------------------------------------------------
@@ -645,29 +667,27 @@ def test_chat_switches_between_adapters_as_generate_adds_them(place: Place, monk
     loads: list[Path] = []
     real = weights.load_base
     monkeypatch.setattr(weights, "load_base", lambda base, *rest: loads.append(base.path) or real(base, *rest))
-    brief = ["--max_new_tokens", "12", "--temperature", "0", "--threads", "1"]
     mixes = [[f"{lora}:0.5", f"{series}:0.5"], [f"{freeze}:0.7", f"{series}:0.7"], [f"{series}:-1"], [str(lora)], []]
     asked = "Go on, go on"
     typed = "".join(f"/adapter {' '.join(mix) or 'off'}\n/clear\n{asked}\n" for mix in mixes)
-    answers = did(["chat", str(place.base), *brief], typed)
+    answers = did(["chat", str(place.base), *BRIEF], typed)
     assert loads == [place.base]
     each = []
     for mix in mixes:
         words = [word for adapter in mix for word in ("--adapter", adapter)]
-        each.append(did(["generate", str(place.base), "--prompt", asked, *brief, *words]))
+        each.append(did(["generate", str(place.base), "--prompt", asked, *BRIEF, *words]))
     assert answers == "".join(each)
     assert len(set(each)) == len(mixes) and all(len(answer) > 8 for answer in each)
 
 
 def test_what_cannot_be_weighted_is_refused_and_the_chat_goes_on(place: Place) -> None:
     """DoRA and new blocks go alone, with weight 1; after the refusal the model is as it was."""
-    brief = ["--max_new_tokens", "12", "--temperature", "0", "--threads", "1"]
     lora, dora, pro = (place.run(label).step(8) for label in ("lora", "dora", "pro"))
     for words in ([f"{dora}:0.5"], [str(dora), str(lora)], [f"{pro}:0.5"]):
-        shown = refused(["generate", str(place.base), "--prompt", "x", *brief, *(f"--adapter={word}" for word in words)])
+        shown = refused(["generate", str(place.base), "--prompt", "x", *BRIEF, *(f"--adapter={word}" for word in words)])
         assert "merge" in shown
-    one = did(["chat", str(lora), *brief], "Go on\n")
-    code, printed, said = ran(["chat", str(lora), *brief], f"Go on\n/adapter {dora}:0.5\n/clear\nGo on\n")
+    one = did(["chat", str(lora), *BRIEF], "Go on\n")
+    code, printed, said = ran(["chat", str(lora), *BRIEF], f"Go on\n/adapter {dora}:0.5\n/clear\nGo on\n")
     assert code == 1 and said.count("error: ") == 2 and "DoRA" in said  # the line's, and at the end how many were refused
     assert printed == 2 * one
 

@@ -520,3 +520,15 @@ def test_dora_and_new_blocks_go_alone_and_a_refusal_changes_nothing(carried: Par
     assert list(model.named_modules()) == modules
     assert same(snapshot(model), before)
     assert torch.equal(logits(model), output)
+
+
+def test_a_base_that_is_trained_whole_is_not_claimed_to_be_still_there() -> None:
+    """What was replaced is not kept in memory, so neither the base nor a difference to it can be had from this model."""
+    model = tiny_gpt()
+    tuning = tuning_of(FreezeOptions(layers=["last:1"]), model.config)
+    attach(model, tuning, seed=0)
+    state = {name: tensor.clone() for name, tensor in tuned_state(model, tuning, model.config).items()}
+    with pytest.raises(UserError, match="not kept"):
+        remove(model)
+    with pytest.raises(UserError, match="not kept"):
+        add(model, tuning, state)

@@ -397,7 +397,7 @@ STORED = [
 ]
 
 
-@pytest.mark.parametrize(("case", "family", "dtype"), STORED)
+@pytest.mark.parametrize(("case", "family", "dtype"), STORED, ids=str)
 def test_saved_and_loaded_is_the_same_to_the_bit(case: str, family: str, dtype: torch.dtype) -> None:
     """A03: into a fresh one that goes on learning, and onto a plain base for use."""
     model, stored, tensors = trained(case, family, dtype)
@@ -419,7 +419,7 @@ def test_saved_and_loaded_is_the_same_to_the_bit(case: str, family: str, dtype: 
 
 @somewhere
 def test_what_was_added_comes_off_without_a_trace(case: str, family: str) -> None:
-    """Also after a new block, replaced parameters and a separated head; the very same Parameters are back."""
+    """Also a new block, replaced parameters and a separated head, and what learns; the very same Parameters are back."""
     _, stored, tensors = trained(case, family)
     model = base_of(case, family)
     before, parameters, config = logits(model), dict(model.named_parameters(remove_duplicate=False)), model.config
@@ -443,7 +443,14 @@ def test_what_was_added_comes_off_without_a_trace(case: str, family: str) -> Non
     assert torch.equal(logits(model), tuned)
     remove(model)
     assert is_as_it_was()
-    attach(model, tuning_of(CASES[case].options, config), seed=1)
+    learning = tuning_of(CASES[case].options, config)
+    attach(model, learning, seed=1)
+    if not learning.whole:  # what is trained itself is not kept as it was
+        learnt(model)
+        with as_base(model):
+            assert is_as_it_was()
+        remove(model)
+        assert is_as_it_was()
 
 
 @somewhere

@@ -299,6 +299,20 @@ def test_layers_hold_for_targets_in_any_words(words: list[str], layers: list[str
     assert targets(adapter_config(LoRAOptions(target_modules=words, layers=layers), NAMES), NAMES) == meant
 
 
+@given(st.lists(st.sampled_from([*NAMES, *BLOCK, "v_proj", "all-linear"]), min_size=1, max_size=4), st.lists(layer_words, max_size=2))
+def test_what_is_written_means_to_peft_the_targets_in_those_layers(words: list[str], pairs: list[tuple[str, set[int]]]) -> None:
+    layers = set[int]().union(*(meant for _, meant in pairs))
+    wanted = [name for name in named_or_matched(words, NAMES) if not pairs or layer_number(name, ()) in (None, *layers)]
+    options = LoRAOptions(target_modules=words, layers=[word for word, _ in pairs])
+    if not wanted:
+        with pytest.raises(UserError, match="no target lies in these layers"):
+            adapter_config(options, NAMES)
+        return
+    config = adapter_config(options, NAMES)
+    theirs = LoraConfig(target_modules=config.target_modules, layers_to_transform=config.layers_to_transform)
+    assert targets(config, NAMES) == [name for name in NAMES if check_target_module_exists(theirs, name)] == wanted
+
+
 def test_a_shared_matrix_saved_is_named_as_both_of_what_it_is() -> None:
     """To PEFT embedding and head are two modules: it must load the matrix into each."""
     for word in ("embed_tokens", "lm_head"):

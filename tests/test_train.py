@@ -33,7 +33,7 @@ from litlora.methods.attach import attach, blocks, frozen_state, load_tuned_stat
 from litlora.model import GPT, IGNORE, silent_copy
 from litlora.options import AdapterOptions, FreezeOptions, FullOptions, LoRAOptions, ProOptions, TrainOptions
 from litlora.train.guards import untrained_ends
-from litlora.train.loop import Commit, Run, evaluate, fit, train_step
+from litlora.train.loop import Commit, Run, evaluate, fit, seed_step, train_step
 from litlora.train.metrics import Metrics, read
 from litlora.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from litlora.train.plan import Plan, Position
@@ -323,6 +323,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, method: str,
 def rows_of_metrics(path: Path) -> list[dict[str, str]]:
     """Without the columns that no promise is made of."""
     return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second", "memory_mb")} for row in read(path)]
+
+
+def test_every_step_of_every_rank_and_seed_draws_its_own_random_numbers() -> None:
+    """R01: they are a function of these three, so there is no generator state to save. Mutations: leaving out any one of them."""
+    drawn = set()
+    for seed in (0, 1, 1234):
+        for step in range(40):
+            for rank in range(4):
+                seed_step(seed, step, rank)
+                drawn.add(float(torch.rand((), dtype=torch.float64)))
+    assert len(drawn) == 3 * 40 * 4
 
 
 class StopHere(Exception):

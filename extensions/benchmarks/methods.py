@@ -56,11 +56,13 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--lines", nargs="+", choices=LINES, default=list(LINES))
     parser.add_argument("--options", default="", help="words that every line gets, for example '--rows.on_error skip'")
-    parser.add_argument("--lr", nargs="*", default=[], metavar="METHOD=RATE", help="another rate than the method's own")
+    parser.add_argument(
+        "--lr", nargs="*", default=[], metavar="LINE=RATE", help="another rate than the method's own, for a line or for a method"
+    )
     parser.add_argument("--work", type=Path, default=default_work_dir() / "methods")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    rates = dict(word.split("=") for word in args.lr)
+    rates = dict(word.rsplit("=", 1) for word in args.lr)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in args.lines}
     for _ in range(args.repeats):
         for name in args.lines:
@@ -87,7 +89,8 @@ def measured(name: str, args: argparse.Namespace, rates: dict[str, str]) -> dict
     command += ["--threads", str(args.threads)]
     command += ["--checkpoint_dir", args.base] if args.base else []
     command += ["--data", args.data] if args.data else []
-    command += ["--train.lr", rates[words[0]]] if words[0] in rates else []
+    rate = rates.get(name, rates.get(words[0]))
+    command += ["--train.lr", rate] if rate else []
     done = run(command, env=thread_env(args.threads))
     if done.code != 0:
         return {"error": " / ".join(tail(done.stderr))}

@@ -85,7 +85,10 @@ class Checkpoint:
         if manifest and manifest.method != "lora":
             return from_manifest(manifest.method, manifest.options, config, self.path / names.MANIFEST)
         if is_prompt(self.peft_values()):
-            return from_manifest("adapter", prompt_from_peft(self.peft_values(), where), config, where)
+            tuning = from_manifest("adapter", prompt_from_peft(self.peft_values(), where), config, where)
+            if not tuning.in_peft:  # methods.peft_prompts says where
+                raise UserError(f"PEFT computes something else for such prompts on this {config.model_type} model", where=where)
+            return tuning
         return from_peft(self.adapter_config(), config, untied=bool(manifest.options.get("untie")) if manifest else None)
 
     def adapter_config(self) -> AdapterConfig:

@@ -46,7 +46,7 @@ def finetune(options: Finetune) -> None:
         if start is not base:
             refuse_another_method(start, work)
         prompts = Prompts(open_tokenizer(start))
-        check_run(options)
+        check_run(options, [start.path, base.path])
         data = load_rows(options, prompts, context=work.config.max_position_embeddings)
         job = job_of(work, f"finetune {options.method}", prompts, data)
         if options.dry_run:
@@ -93,9 +93,10 @@ class Work:
 
 
 def step_bytes(work: Work) -> int:
-    """What a step takes on the disk: what learns in fp32, AdamW's two moments, and the small files."""
-    shapes = work.tuning.parameters(work.config).values()
-    return 3 * 4 * sum(torch.Size(shape).numel() for shape in shapes) + 2**25
+    """What a step takes on the disk: what learns in fp32, AdamW's two moments, a whole model as it is stored, and the small files."""
+    count = sum(torch.Size(shape).numel() for shape in work.tuning.parameters(work.config).values())
+    stored = sum(tensor.nbytes for tensor in base_tensors(work.base).values()) if work.is_full else 0
+    return 3 * 4 * count + stored + 2**25
 
 
 def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
@@ -154,6 +155,7 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
         exact=exact,
         files={**serving_files(start.tokenizer_dir(), prompts.template), **method_files(work)},
         card=card,
+        origin=start.fingerprint() if work.is_full else None,
         lr_ratio=work.wanted.lr_ratio if isinstance(work.wanted, LoRAOptions) else 1.0,
         watched=new_layers(tuning, config) if work.method == "pro" else {},
     )
@@ -246,7 +248,9 @@ def method_text(work: Work) -> str:
     else:
         return "full: every parameter learns"
     saved = getattr(wanted, "modules_to_save", [])
-    return text + (f", and {' '.join(saved)} whole" if saved else "") + (", the head untied" if tuning.untied else "")
+    shared = EMBEDDING in tuning.whole and work.config.tie_word_embeddings and not tuning.untied
+    head = ", the head untied" if tuning.untied else " (embedding and head are one matrix)" if shared else ""
+    return text + (f", and {' '.join(saved)} whole" if saved else "") + head
 
 
 def new_layers(tuning: Tuning, config: Config) -> dict[str, str]:

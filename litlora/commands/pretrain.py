@@ -42,7 +42,7 @@ def pretrain(options: Pretrain) -> None:
         else:
             refuse_odd_shapes(options)
             options = replace(options, train=replace(options.train, lr=RATE if options.train.lr is None else options.train.lr))
-        check_run(options)
+        check_run(options, [resolve(options.checkpoint_dir).path] if options.checkpoint_dir is not None else [])
         if options.dry_run:
             with TemporaryDirectory() as scratch:
                 show_samples(prepared(options, Path(scratch)))

@@ -40,6 +40,8 @@ from litlora.model import (
 )
 from litlora.peft import check_tensors, copied_base_tensor
 
+NOT_KEPT = "this model is being trained whole, and what its weights were is not kept"
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
@@ -52,7 +54,7 @@ def attach(model: GPT, tuning: Tuning, *, seed: int) -> None:
     carrying = [f"{name}.{slot}".lstrip(".") for name, module, slot in slots_in(model) if getattr(module, slot) is not None]
     if carrying:
         raise UserError(f"{carrying[0]} holds something already", hint="merge it first, or remove it")
-    model.plain = None if tuning.whole else snapshot(model)  # weights that are replaced to be trained are not kept
+    model.plain = NOT_KEPT if tuning.whole else snapshot(model)
     model.requires_grad_(False)
     computed = model.model.embed_tokens.weight.dtype
     if tuning.untied:
@@ -223,6 +225,7 @@ def add(model: GPT, tuning: Tuning, tensors: Mapping[str, Tensor], weight: float
     """
     if model.plain is None:
         model.plain = snapshot(model)
+    refuse_lost_base(model)
     before = snapshot(model)
     base: Config = model.plain.config
     try:
@@ -322,9 +325,15 @@ def put_back(model: GPT, before: Snapshot) -> None:
 
 
 def remove(model: GPT) -> None:
-    """Leave the base as it was before anything was added to it. What `attach` replaced to train it whole cannot be brought back."""
+    """Leave the base as it was before anything was added to it. UserError where its weights were replaced to be trained whole."""
+    refuse_lost_base(model)
     if model.plain is not None:
         put_back(model, model.plain)
+
+
+def refuse_lost_base(model: GPT) -> None:
+    if model.plain == NOT_KEPT:
+        raise UserError(NOT_KEPT, hint="load the step that was saved of it: its base is beside it then")
 
 
 @contextmanager

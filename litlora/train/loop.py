@@ -107,7 +107,7 @@ def fit(run: Run, start: Position) -> Position:
                 record(run, progress, position, result, lr, seconds, tokens, val_loss=None)
                 bad = f"the loss is {result.loss}" if not math.isfinite(result.loss) else f"the gradient's norm is {result.grad_norm}"
                 raise not_finite(position.step, committed, bad)
-            if start.step == 0 and position.step <= 2 and lr > 0:
+            if position.step <= 2 and lr > 0:
                 check_alive(run.model, alive, position.step)
             last = position.step == run.plan.steps
             val_loss = None

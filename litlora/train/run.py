@@ -54,7 +54,7 @@ class Job:
     prompts: Prompts
     data: DataSet
     base: BaseRecord | None  # None: the run makes a whole model
-    parent: str | None  # the step that training goes on from, with a fresh optimizer
+    parent: str | None  # the step that training goes on from, with a fresh optimizer; of `full`, the model
     facts: Sequence[tuple[str, str]]  # header lines about the model and the method
     build: Callable[[torch.device], GPT]  # the model, what learns in it requiring gradients
     restore: Callable[[GPT, Checkpoint], None]  # puts what a step holds back into the model
@@ -63,6 +63,7 @@ class Job:
     files: Mapping[str, bytes]  # what else lies in every step: name -> bytes
     card: Callable[[Manifest], str]  # the step's README
     lr_ratio: float = 1.0  # LoRA+
+    origin: str | None = None  # without a base: the fingerprint of the model that training begins with
     watched: Mapping[str, str] = field(default_factory=dict)  # metrics by group: column -> how its parameters' names begin
 
 
@@ -195,7 +196,7 @@ def what_may_not_change(job: Job) -> dict[str, Any]:
     return {
         "method": job.method,
         **{f"{job.method}.{name}": value for name, value in job.method_options.items()},
-        "base": job.base.fingerprint if job.base else None,
+        "base": job.base.fingerprint if job.base else job.origin,
         "tokenizer": job.prompts.tokenizer.hash,
         "chat template": template_hash(job.prompts),
         "data": job.data.fingerprint,
@@ -249,8 +250,12 @@ def open_run(options: FitOptions, needed_bytes: int) -> RunDirectory:
     return RunDirectory(Path(options.out_dir))
 
 
-def check_run(options: FitOptions) -> None:
-    """What can be refused about the directory, before rows are read. Writes nothing."""
+def check_run(options: FitOptions, reads: Sequence[Path] = ()) -> None:
+    """What can be refused about the directory, before rows are read. Writes nothing. `reads`: what training begins with."""
+    inside = [path for path in reads if Path(options.out_dir).resolve() in (path.resolve(), *path.resolve().parents)]
+    if options.overwrite and inside:
+        hint = "--out_dir another directory"
+        raise UserError(f"--overwrite would delete {inside[0]}, from which training begins", where=options.out_dir, hint=hint)
     if is_first_process():
         prepare_run_directory(options.out_dir, resume=options.resume, overwrite=options.overwrite, dry_run=True)
 
