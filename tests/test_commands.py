@@ -50,7 +50,7 @@ def documented() -> dict[str, list[str]]:
     for path in [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md"))]:
         for block in re.findall(r"```(?:sh|bash)\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
             for line in block.splitlines():
-                line = line.split("#")[0].strip()
+                line = re.sub(r"(^|\s)#\s.*", "", line).strip()  # a tag inside quotes is no comment
                 for part in line.split("&&"):
                     part = part.strip().removeprefix(".venv/bin/")
                     if part.startswith("litlora "):
