@@ -73,10 +73,13 @@ def merged_layers(config: Config, inserted: Iterable[int]) -> list[tuple[int, bo
 
 
 def expanded_config(config: Config, inserted: Iterable[int]) -> Config:
-    """`config` with a new block after each of the layers `inserted`: of the same type as that layer, and recorded as new."""
+    """`config` with a new block after each of the layers `inserted`: of the same type as that layer, and recorded as new.
+
+    Blocks that an earlier expansion inserted have learnt by then: they are layers like any other.
+    """
     places = merged_layers(config, inserted)
     if len(places) == config.num_hidden_layers:
         return config
-    new = tuple(place for place, (layer, is_new) in enumerate(places) if is_new or layer in config.llama_pro_layers)
+    new = tuple(place for place, (_, is_new) in enumerate(places) if is_new)
     types = tuple(config.layer_types[layer] for layer, _ in places) if config.layer_types else ()
     return replace(config, num_hidden_layers=len(places), layer_types=types, llama_pro_layers=new)

@@ -152,6 +152,7 @@ class FreezeOptions:
 class FullOptions:
     """Every parameter learns; each step is a whole model."""
 
+    dtype: Literal["keep", "float32"] = option("keep", "what a step's weights are stored in (keep: the base's); training is in fp32")
     untie: bool = option(False, "separate a head that is the embedding's own matrix")
 
 

@@ -76,6 +76,21 @@ def commit_directory(final: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         raise
 
 
+def check_outside(out_dir: Path, base: Path) -> None:
+    """UserError where a result would lie in the model that it is made from."""
+    real, root = out_dir.resolve(), base.resolve()
+    if real == root or root in real.parents:
+        raise UserError(f"no command writes into a base, and this is in {base}", where=out_dir, hint="--out_dir another directory")
+
+
+def check_writable(out_dir: Path) -> None:
+    """UserError where a directory cannot be made there."""
+    parent = next(step for step in out_dir.absolute().parents if step.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        why = "cannot be written to" if parent.is_dir() else "is no directory"
+        raise UserError(why, where=parent, hint="--out_dir a directory that you may write to")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """One small file (run.yaml, note.md): afterwards it holds all of `data`, durably; before that, what it held. WorkError."""
     temporary = path.parent / names.temporary_name(path.name, os.getpid())

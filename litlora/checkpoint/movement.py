@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.weights import adapter_tensors, base_tensors
+from litlora.checkpoint.weights import adapter_tensors, base_tensors, safe_open_checked
 from litlora.config import SILENT
 from litlora.methods.tuning import EMBEDDING, BottleneckSlot, LoRASlot, PromptSlot, Slot, Tuning
-from litlora.peft import scale
+from litlora.peft import check_tensors, copied_base_tensor, scale
 
 LAST = {"self_attn": "o_proj", "mlp": "down_proj"}  # the projection that a bottleneck stands beside
 
@@ -25,9 +26,27 @@ def movement(step: Checkpoint, before: Checkpoint) -> dict[str, float]:
     if step.is_model:
         return {name: relative(name, tensor, old(base, name)) for name, tensor in base_tensors(step).items()}
     tuning, tensors = step.tuning(), adapter_tensors(step)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if copied_base_tensor(name) is None}
+    check_tensors(found, tuning.file_shapes(step.config()), step.adapter_file())
     own = {name: tensors[stored] for stored, name in tuning.file_names(step.config()).items()}
-    found = {slot: slot_movement(slot, kind, own, base) for slot, kind in tuning.slots.items()}
-    return found | {name: relative(name, own[name], old(base, name)) for name in own if not in_slot(name, tuning)}
+    moved = {slot: slot_movement(slot, kind, own, base) for slot, kind in tuning.slots.items()}
+    return moved | {name: relative(name, own[name], old(base, name)) for name in own if not in_slot(name, tuning)}
+
+
+@torch.no_grad()
+def lost_to_rounding(step: Checkpoint, before: Checkpoint) -> float | None:
+    """Of a step of `full` that is stored narrower than it was trained: which share of what training changed is not in its weights."""
+    path = step.path / names.TRAINING_STATE
+    if not step.is_model or not path.exists():
+        return None
+    with safe_open_checked(path) as file:
+        exact = {name.removeprefix("exact/"): file.get_tensor(name) for name in file.keys() if name.startswith("exact/")}  # noqa: SIM118
+    if not exact:
+        return None
+    base, stored = base_tensors(before), base_tensors(step)
+    lost = sum((stored[name].double() - tensor.double()).square().sum().item() for name, tensor in exact.items())
+    change = sum((tensor.double() - old(base, name).double()).square().sum().item() for name, tensor in exact.items())
+    return min(1.0, (lost / change) ** 0.5) if change else 0.0
 
 
 def in_slot(name: str, tuning: Tuning) -> bool:
@@ -65,4 +84,5 @@ def slot_movement(slot: str, kind: Slot, own: dict[str, Tensor], base: dict[str,
     if "magnitude" in parts:  # DoRA: arXiv:2402.09353, equation 5
         turned = weight + b @ a
         return ratio((turned * (parts["magnitude"] / turned.norm(dim=1))[:, None] - weight).norm(), weight.norm())
-    return ratio(((b.t() @ b) * (a @ a.t())).sum().clamp_min(0).sqrt(), weight.norm())  # ||B A||^2 = <B^T B, A A^T>
+    small = torch.linalg.qr(b).R @ a  # as long as B A, and never (out, in)
+    return ratio(small.norm(), weight.norm())

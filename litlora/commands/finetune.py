@@ -105,14 +105,15 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
     stored = stored_tuning(work.wanted, config)
     dtypes = {name: tensor.dtype for name, tensor in base_tensors(base).items()} if work.is_full else {}
     dtypes |= {HEAD: dtypes[EMBEDDING]} if work.is_full and tuning.untied else {}
+    dtypes = dict.fromkeys(dtypes, torch.float32) if work.is_full and work.wanted.dtype == "float32" else dtypes
 
     def build(device: torch.device) -> GPT:
         model = load_base(base, choose_dtype(options.precision, device), device)
-        attach(model, tuning, seed=options.seed)
+        attach(model, tuning, seed=options.seed, stored=base_tensors(base))
         if start is not base:
             restore(model, start)
         if is_first_process():
-            if not {EMBEDDING, HEAD} & set(tuning.whole):
+            if not {EMBEDDING, HEAD} & set(tuning.whole) and "lm_head.adapter" not in tuning.slots:
                 warn_of_untrained_end(model, graded_ends(data, prompts), prompts.tokenizer)
             console.header([("trained", trained_text(model))])
         return model
@@ -155,6 +156,7 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
         exact=exact,
         files={**serving_files(start.tokenizer_dir(), prompts.template), **method_files(work)},
         card=card,
+        config=config,
         origin=start.fingerprint() if work.is_full else None,
         lr_ratio=work.wanted.lr_ratio if isinstance(work.wanted, LoRAOptions) else 1.0,
         watched=new_layers(tuning, config) if work.method == "pro" else {},
@@ -174,7 +176,8 @@ def method_files(work: Work) -> dict[str, bytes]:
     """What else lies in a step, so that others can load it."""
     base = work.base
     if work.is_full:
-        return model_files(base, replace(work.config, tie_word_embeddings=work.config.tie_word_embeddings and not work.wanted.untie))
+        config = replace(work.config, tie_word_embeddings=work.config.tie_word_embeddings and not work.wanted.untie)
+        return model_files(base, replace(config, torch_dtype="float32") if work.wanted.dtype == "float32" else config)
     path = str(base.path.resolve())
     if isinstance(work.wanted, LoRAOptions):
         return {names.ADAPTER_CONFIG: as_json(adapter_config_to_peft(lora_config(work.wanted, work.config, path)))}

@@ -10,6 +10,7 @@ from litlora.checkpoint.manifest import has_state
 from litlora.checkpoint.resolve import resolve
 from litlora.console import warn
 from litlora.errors import UserError
+from litlora.families import expected_tensors
 from litlora.methods.tuning import why_unmergeable
 from litlora.options import Inspect
 
@@ -70,9 +71,13 @@ def what_changed(checkpoint: Checkpoint) -> dict[str, Any]:
     before = origin(checkpoint)
     if before is None:
         return {}
-    from litlora.checkpoint.movement import movement
+    from litlora.checkpoint.movement import lost_to_rounding, movement
 
-    return {"moved": movement(checkpoint, before)}
+    try:
+        lost = lost_to_rounding(checkpoint, before)
+        return {"moved": movement(checkpoint, before)} | ({} if lost is None else {"lost to rounding": lost})
+    except UserError as error:
+        return {"not sound": str(error)}
 
 
 def origin(checkpoint: Checkpoint) -> Checkpoint | None:
@@ -80,11 +85,16 @@ def origin(checkpoint: Checkpoint) -> Checkpoint | None:
     try:
         if not checkpoint.is_model:
             return checkpoint.base()
-        parent = checkpoint.manifest.parent if checkpoint.manifest else None
-        start = resolve(parent).base() if parent and Path(parent).is_dir() else None
+        start = checkpoint
+        while start.manifest is not None and start.path.resolve().parent == checkpoint.path.resolve().parent:
+            if start.manifest.parent is None or not Path(start.manifest.parent).is_dir():
+                return None
+            start = resolve(start.manifest.parent)  # a resumed run's steps lead back, one by one, to what it began with
+        shapes, theirs = (expected_tensors(one.config()) for one in (checkpoint, start))
     except UserError:
         return None
-    return start if start is not None and start.config().num_hidden_layers == checkpoint.config().num_hidden_layers else None
+    same = all(theirs.get(name, shape) == shape for name, shape in shapes.items()) and start.is_model
+    return start if same and start is not checkpoint else None
 
 
 def sizes(directory: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import Tensors, commit_directory, remove
 from litlora.checkpoint.files import as_json, open_tokenizer, serving_files
 from litlora.checkpoint.manifest import Manifest
+from litlora.checkpoint.reading import read_bytes
 from litlora.checkpoint.resolve import resolve
 from litlora.checkpoint.weights import base_tensors, load_base, raw_tensors
 from litlora.commands.finetune import Work, job_of, with_rate
@@ -23,7 +24,7 @@ from litlora.data.vocabulary import tokenizer_files, train_tokenizer
 from litlora.errors import UserError
 from litlora.families import config_to_hf
 from litlora.model import GPT, init_weights
-from litlora.options import FullOptions, Pretrain
+from litlora.options import FullOptions, ModelOptions, Pretrain
 from litlora.prompts import Prompts
 from litlora.safetensors_file import write_safetensors
 from litlora.tokenizer import Tokenizer
@@ -42,6 +43,7 @@ def pretrain(options: Pretrain) -> None:
         else:
             refuse_odd_shapes(options)
             options = replace(options, train=replace(options.train, lr=RATE if options.train.lr is None else options.train.lr))
+        template_of(options)  # whatever is wrong with it is said before anything is written
         check_run(options, [resolve(options.checkpoint_dir).path] if options.checkpoint_dir is not None else [])
         if options.dry_run:
             with TemporaryDirectory() as scratch:
@@ -66,15 +68,23 @@ def going_on(options: Pretrain) -> Pretrain:
     if options.tokenizer_dir is not None:
         hint = "leave --tokenizer_dir out; litlora extend_vocab makes a model with more tokens"
         raise UserError("a model that is trained further keeps its tokenizer", where="--tokenizer_dir", hint=hint)
+    for name, given in (("--model", options.model != ModelOptions()), ("--dtype", options.dtype != Pretrain().dtype)):
+        if given:
+            raise UserError("a model that is trained further keeps its shape and dtype", where=name, hint=f"leave {name} out")
     start = resolve(options.checkpoint_dir)
     if not start.is_model:
         raise UserError("is an adapter, and a whole model is trained here", where=start.path, hint=f"litlora merge_lora {start.path}")
     return with_rate(options, "full", start)
 
 
+def template_of(options: Pretrain) -> str | None:
+    """The chat template that was asked for; UserError where it cannot be read."""
+    return None if options.chat_template is None else read_bytes(Path(options.chat_template)).decode("utf-8", "replace")
+
+
 def prepared(options: Pretrain, place: Path) -> Job:
     """Vocabulary (learnt into `place` if none is given), prompts and rows."""
-    template = None if options.chat_template is None else Path(options.chat_template).read_text(encoding="utf-8")
+    template = template_of(options)
     if options.checkpoint_dir is not None:
         start = resolve(options.checkpoint_dir)
         prompts = Prompts(open_tokenizer(start), template=template)
@@ -125,6 +135,7 @@ def model_job(options: Pretrain, prompts: Prompts, data: DataSet) -> Job:
     where = compute_text(options, torch.float32)
     return Job(
         command="pretrain",
+        config=config,
         options=options,
         method="full",
         method_options=asdict(options.model),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from litlora.console import warn
 from litlora.data.demo import FILES, demo_file
 from litlora.data.formats import Message, Text, format_of, parse_mapping, to_messages
 from litlora.data.rows import KINDS, Row, data_files, read_file, rows_of_bytes
@@ -147,26 +148,25 @@ def load_data(
     return DataSet(train, weights, validation, maker.formats, maker.counts, maker.fingerprint(), maker.skipped, groups)
 
 
-def leave_out(error: UserError) -> None:
-    """A row that cannot be used, where rows are skipped: training counts and lists it."""
-
-
 def texts_of(data: Sequence[str], rows: RowsOptions) -> Iterator[str]:
     """The bare text of every training row, without any template: what a vocabulary is learnt from."""
-    mapping = parse_mapping(rows.map)
+    mapping, skips = parse_mapping(rows.map), rows.on_error == "skip"
+    left_out: list[UserError] = []
     for source in map(_source, data):
         for file in source.train:
             form = None
-            for row in rows_of_bytes(file.data, file.name, file.kind, leave_out if rows.on_error == "skip" else None, rows.documents):
+            for row in rows_of_bytes(file.data, file.name, file.kind, left_out.append if skips else None, rows.documents):
                 try:
                     form = form or format_of(row, mapping)
                     value = to_messages(row, mapping, form)
                 except UserError as error:
-                    if rows.on_error != "skip":
+                    if not skips:
                         raise
-                    leave_out(error)
+                    left_out.append(error)
                     continue
                 yield from [value.text] if isinstance(value, Text) else (message["content"] for message in value)
+    if left_out:
+        warn(f"{len(left_out):,} rows were left out, the first of them: {left_out[0]}")
 
 
 # ---- what is named on the command line -------------------------------------------------------------------------------

@@ -11,14 +11,13 @@ from pathlib import Path
 
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.commit import check_free_space, commit_directory, make_directory
+from litlora.checkpoint.commit import check_free_space, check_outside, check_writable, commit_directory, make_directory
 from litlora.checkpoint.fingerprint import tensor_digests
 from litlora.checkpoint.shards import find_shards
 from litlora.errors import UserError, WorkError
 from litlora.families import LLAMA_PRO_LAYERS
 from litlora.merge.directory import copy_files, fingerprint_before, front_matter, how_to_use, write_model_files
 from litlora.merge.outputs import NewModel, new_model
-from litlora.merge.plan import check_outside, check_writable
 from litlora.merge.weights import write_weights
 from litlora.methods import insert_positions
 from litlora.methods.tuning import Tuning
@@ -38,7 +37,7 @@ def prepare_expansion(base: Checkpoint, out_dir: Path, n_insert: int | None = No
         raise UserError("is an adapter; only whole models can be expanded", where=base.path, hint=f"litlora merge_lora {base.path} first")
     if os.path.lexists(out_dir):
         raise UserError("exists already; nothing is overwritten", where=out_dir, hint="--out_dir another directory")
-    check_outside(out_dir, base)
+    check_outside(out_dir, base.path)
     check_writable(out_dir)
     config = base.config()
     tuning = Tuning(inserted=insert_positions(n_insert, positions, config))

@@ -10,7 +10,7 @@ import numpy as np
 
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.commit import check_free_space
+from litlora.checkpoint.commit import check_free_space, check_outside, check_writable
 from litlora.checkpoint.reading import sha256
 from litlora.errors import UserError
 from litlora.merge.outputs import LowRank, NewModel, Output, Rows, new_model
@@ -62,7 +62,7 @@ def prepare(checkpoint: Checkpoint, out_dir: Path | None = None, *, dtype: str =
 
 
 def check_out_dir(out_dir: Path, base: Checkpoint, overwrite: bool) -> None:
-    check_outside(out_dir, base)
+    check_outside(out_dir, base.path)
     if os.path.lexists(out_dir):
         earlier = (out_dir / names.MERGE_REPORT).is_file() and not out_dir.is_symlink()
         if not earlier:
@@ -70,19 +70,6 @@ def check_out_dir(out_dir: Path, base: Checkpoint, overwrite: bool) -> None:
         if not overwrite:
             raise UserError("holds a merged model already", where=out_dir, hint="--overwrite replaces it, once the new one is complete")
     check_writable(out_dir)
-
-
-def check_outside(out_dir: Path, base: Checkpoint) -> None:
-    real, root = out_dir.resolve(), base.path.resolve()
-    if real == root or root in real.parents:
-        raise UserError(f"no command writes into a base, and this is in {base.path}", where=out_dir, hint="--out_dir another directory")
-
-
-def check_writable(out_dir: Path) -> None:
-    parent = next(step for step in out_dir.absolute().parents if step.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        why = "cannot be written to" if parent.is_dir() else "is no directory"
-        raise UserError(why, where=parent, hint="--out_dir a directory that you may write to")
 
 
 # ---- the adapter's file ----------------------------------------------------------------------------------------------

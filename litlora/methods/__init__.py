@@ -33,7 +33,6 @@ from litlora.peft.targets import is_named, layer_number, layers_meant, modules_e
 class Method:
     """One word after `litlora finetune`."""
 
-    title: str  # as a line of the header begins
     options: type  # its dataclass in options.py
     tuning: Callable[[Any, Config], Tuning]  # what its options mean for a base
     rate: float  # the learning rate where none was asked for
@@ -49,6 +48,11 @@ def lora(options: LoRAOptions, config: Config) -> Tuning:
     if options.init != "default" and options.use_dora:
         raise UserError(f"init {options.init} is not for DoRA", where="use_dora", hint="leave one of the two out")
     odd = [r for name in targets(described, list(linear_shapes(config))) if (r := rank_and_alpha(described, name)[0]) % 2]
+    shapes = linear_shapes(config)
+    narrow = [name for name in targets(described, list(shapes)) if rank_and_alpha(described, name)[0] > min(shapes[name])]
+    if options.init == "pissa" and narrow:
+        what = f"init pissa cannot take more components than {narrow[0]} has: {min(shapes[narrow[0]])}"
+        raise UserError(what, where="r", hint="a smaller r, or rank_pattern for these modules")
     if options.init == "orthogonal" and odd:
         raise UserError(f"init orthogonal shares the rank out between A and B, so {odd[0]} must be even", where="r")
     tuning = from_peft(described, config, untied=options.untie)
@@ -104,6 +108,7 @@ def from_peft(described: AdapterConfig, config: Config, *, untied: bool | None =
 
 def adapter(options: AdapterOptions, config: Config) -> Tuning:
     """Bottlenecks, prompts, or scales and shifts in the chosen layers."""
+    refuse_options_of_other_kinds(options)
     layers = layers_meant(options.layers, config.num_hidden_layers, "layers") if options.layers else list(range(config.num_hidden_layers))
     attentions = [f"model.layers.{layer}.self_attn" for layer in layers]
     mlps = [f"model.layers.{layer}.mlp" for layer in layers]
@@ -127,6 +132,17 @@ def adapter(options: AdapterOptions, config: Config) -> Tuning:
     whole, untied = saved_whole(options, config, also=norms)
     top = layers == list(range(layers[0], config.num_hidden_layers))
     return Tuning(slots=slots, whole=whole, untied=untied, in_peft=options.kind == "prompt" and top and not whole and peft_prompts(config))
+
+
+def refuse_options_of_other_kinds(options: AdapterOptions) -> None:
+    """An option that a kind does not have would be recorded, and change nothing."""
+    plain = AdapterOptions()
+    bottleneck = ("positions", "width", "scale", "activation")
+    own = {"prompt": ("length",), "scale_shift": ("target_modules", "norms"), "series": bottleneck, "parallel": bottleneck}
+    for kind, names in own.items():
+        for name in names:
+            if name not in own[options.kind] and getattr(options, name) != getattr(plain, name):
+                raise UserError(f"is an option of kind {kind}, and kind is {options.kind}", where=name, hint="leave it out")
 
 
 def peft_prompts(config: Config) -> bool:
@@ -162,8 +178,8 @@ def freeze(options: FreezeOptions, config: Config) -> Tuning:
     modules = modules_of([*expected_tensors(config), HEAD])
     outside = [name for name in modules if name != "model" and not name.startswith("model.layers")]
     inside = [name for name in modules if layer_number(f"{name}.", ()) in layers]
-    words = [word for word in options.modules if word != "all"] if layers else []
-    chosen = inside if "all" in options.modules else modules_named(words, inside, "modules")
+    named = modules_named([word for word in options.modules if word != "all"], inside, "modules") if layers else []
+    chosen = inside if "all" in options.modules else named
     whole = whole_parameters([*chosen, *modules_named(options.extra_modules, outside, "extra_modules")], config)
     if not whole:
         raise UserError("nothing is left to learn: no layer and no extra module is named", where="layers", hint="last:2, for example")
@@ -190,17 +206,20 @@ def separated(config: Config, untie: bool) -> Config:
 
 
 METHODS: dict[str, Method] = {
-    "lora": Method(title="LoRA", options=LoRAOptions, tuning=lora, rate=2e-4, demo_rate=1e-3),
-    "adapter": Method(title="adapters", options=AdapterOptions, tuning=adapter, rate=1e-3, demo_rate=3e-3),
-    "pro": Method(title="LLaMA-Pro", options=ProOptions, tuning=pro, rate=5e-5, demo_rate=1e-3),
-    "freeze": Method(title="freeze", options=FreezeOptions, tuning=freeze, rate=2e-5, demo_rate=1e-3),
-    "full": Method(title="full", options=FullOptions, tuning=full, rate=1e-5, demo_rate=5e-4),
+    "lora": Method(options=LoRAOptions, tuning=lora, rate=2e-4, demo_rate=1e-3),
+    "adapter": Method(options=AdapterOptions, tuning=adapter, rate=1e-3, demo_rate=3e-3),
+    "pro": Method(options=ProOptions, tuning=pro, rate=5e-5, demo_rate=1e-3),
+    "freeze": Method(options=FreezeOptions, tuning=freeze, rate=2e-5, demo_rate=1e-3),
+    "full": Method(options=FullOptions, tuning=full, rate=1e-5, demo_rate=5e-4),
 }
 
 
 def tuning_of(options: Any, config: Config) -> Tuning:
-    """What a method's options mean for a base."""
-    return next(method for method in METHODS.values() if type(options) is method.options).tuning(options, config)
+    """What a method's options mean for a base. UserError where that is nothing."""
+    tuning = next(method for method in METHODS.values() if type(options) is method.options).tuning(options, config)
+    if not (tuning.slots or tuning.inserted or tuning.whole):
+        raise UserError("nothing is left to learn", where="layers", hint="name targets that lie in these layers")
+    return tuning
 
 
 def stored_tuning(options: Any, config: Config) -> Tuning:

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litlora.config import Config, expanded_config
+from litlora.config import SILENT, Config, expanded_config
 from litlora.errors import UserError
 from litlora.families import with_biases
 from litlora.methods.tuning import EMBEDDING, HEAD, BottleneckSlot, LoRASlot, PromptSlot, ScaleShiftSlot, Slot, Tuning
@@ -45,8 +45,10 @@ NOT_KEPT = "this model is being trained whole, and what its weights were is not 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def attach(model: GPT, tuning: Tuning, *, seed: int) -> None:
+def attach(model: GPT, tuning: Tuning, *, seed: int, stored: Mapping[str, Tensor] | None = None) -> None:
     """Freeze `model` and give it a fresh `tuning`, which changes nothing yet and is all that learns; it is kept in at least fp32.
+
+    `stored`: the base's tensors as its files hold them, where `model` is computed in a narrower dtype: what is trained starts from them.
 
     The same seed gives a slot the same numbers whatever else is adapted, on every device; torch's own random state is
     left as it was. UserError where the model carries something already.
@@ -63,16 +65,27 @@ def attach(model: GPT, tuning: Tuning, *, seed: int) -> None:
         block = blocks(model)[layer]
         block.inserted = silent_copy(block)
         for name, parameter in list(block.inserted.named_parameters()):
-            set_parameter(block.inserted, name, nn.Parameter(wider(parameter.detach())))
+            silent = name.split(".")[-2] in SILENT
+            exact = parameter.detach() if silent else as_stored(f"model.layers.{layer}.{name}", parameter, stored)
+            set_parameter(block.inserted, name, nn.Parameter(widened(exact)))
     for slot, kind in tuning.slots.items():
         put_in(model, slot, fresh(model, slot, kind, seed))
     for name in tuning.whole:
-        base = model.get_parameter(name).detach()
-        set_parameter(model, name, nn.Parameter(base.to(torch.promote_types(base.dtype, torch.float32), copy=True)))
+        set_parameter(model, name, nn.Parameter(widened(as_stored(name, model.get_parameter(name), stored))))
     if tuning.whole:
         model.tie()
     if model.model.embed_tokens.weight.dtype != computed:
         model.model.dtype = computed
+
+
+def as_stored(name: str, parameter: Tensor, stored: Mapping[str, Tensor] | None) -> Tensor:
+    """A parameter of the base in the precision of its file; a separated head is the embedding there."""
+    return parameter.detach() if stored is None else stored.get(name, stored[EMBEDDING]).to(parameter.device)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A copy in at least fp32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
 
 def fresh(model: GPT, slot: str, kind: Slot, seed: int) -> Adapter:
@@ -86,12 +99,19 @@ def fresh(model: GPT, slot: str, kind: Slot, seed: int) -> Adapter:
         adapter = made(host, kind)
         generator = torch.Generator().manual_seed(number)
         if isinstance(kind, LoRASlot):
+            refuse_zero_rows(slot, host, kind)
             start_lora(adapter, kind, generator)
         elif isinstance(adapter, Bottleneck):
             adapter.down.weight.copy_(uniform(adapter.down.weight, generator))
         elif isinstance(adapter, Prompt):
             adapter.adaption_prompt.copy_(torch.empty(adapter.adaption_prompt.shape).normal_(generator=generator))
     return adapter.train(host.training)
+
+
+def refuse_zero_rows(slot: str, host: nn.Module, kind: LoRASlot) -> None:
+    if kind.use_dora and isinstance(host, Linear) and bool((torch.linalg.vector_norm(host.weight, dim=1) == 0).any()):
+        what = "has rows of zeros, whose direction DoRA cannot learn"
+        raise UserError(what, where=slot.rpartition(".")[0], hint="LoRA can: leave use_dora out, or leave this module out of the targets")
 
 
 def made(host: nn.Module, kind: Slot) -> Adapter:
@@ -208,7 +228,8 @@ def is_copy_of_base(model: GPT, name: str, tensor: Tensor, where: str | Path) ->
     host = linears(model).get(copied.removesuffix(".weight")) if copied else None
     if host is None:
         return False
-    if tensor.shape != host.weight.shape or not torch.equal(tensor.to(host.weight), host.weight):
+    plain = host.weight if model.plain in (None, NOT_KEPT) else model.plain.parameters.get(copied, model.plain.head)
+    if tensor.shape != plain.shape or not torch.equal(tensor.to(plain), plain):
         raise UserError(f"{name} is not the base's {copied}: the adapter was trained on another base", where=where)
     return True
 

@@ -32,7 +32,6 @@ class LoRASlot:
     init: str = "default"
 
     merges = True
-    adds_up = True  # so that it can be weighted, and combined with others in its slot
 
     def shapes(self, out: int, into: int) -> Shapes:
         r = 2 * self.r if self.init == "pissa" else self.r
@@ -156,11 +155,11 @@ def why_unmergeable(tuning: Tuning, config: Config) -> str:
         if not kind.merges:
             what = "a learnt prompt" if isinstance(kind, PromptSlot) else "a bottleneck with an activation"
             return f"{what} at {slot.rpartition('.')[0]} computes more than weights can hold"
+    if "lm_head.adapter" in tuning.slots and tuning.carrying(config).tie_word_embeddings:
+        return "the head is the embedding's own matrix, which would change as well"
     shifted = shifted_modules(tuning)
     if shifted and with_biases(config, shifted) is None:
         return f"a {config.model_type} model has no place for the shifts: its config.json cannot say that each of these has a bias"
-    if "lm_head.adapter" in tuning.slots and tuning.carrying(config).tie_word_embeddings:
-        return "the head is the embedding's own matrix, which would change as well"
     return ""
 
 

@@ -149,12 +149,18 @@ def adapter_config(
         use_rslora=options.use_rslora,
         rank_pattern={name: rank(whole_number(value), "rank_pattern", name) for name, value in pairs(options.rank_pattern, "rank_pattern")},
         alpha_pattern={
-            name: number(plain_number(value), "alpha_pattern", name) for name, value in pairs(options.alpha_pattern, "alpha_pattern")
+            name: positive(plain_number(value), "alpha_pattern", name) for name, value in pairs(options.alpha_pattern, "alpha_pattern")
         },
         layers_to_transform=None if words == chosen else layers,  # to PEFT a full name is meant whatever its layer
         modules_to_save=ending_words(saved, module_names),
         base_model_name_or_path=base_model_name_or_path,
     )
+
+
+def positive(value: Any, where: str, key: str) -> float:
+    if number(value, where, key) <= 0:
+        raise refusal(where, key, f"a number above 0 is needed, found {value!r}")
+    return float(value)
 
 
 def pairs(words: Sequence[str], where: str) -> list[tuple[str, str]]:

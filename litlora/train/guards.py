@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.movement import movement
+from litlora.checkpoint.movement import lost_to_rounding, movement
 from litlora.console import header, warn
 from litlora.model import GPT
 from litlora.tokenizer import Tokenizer
 
 ALIKE = 0.999  # cosine above which two rows of the head count as the same
+ROWS = 8192  # of the head that are looked at together
 MANY = 8  # so many rows alike were never trained: they still are as they were initialised
 
 
@@ -21,12 +22,10 @@ def untrained_ends(head: Tensor, ids: Iterable[int]) -> dict[int, int]:  # head 
 
     A model cannot prefer one of them over the others: LoRA on the blocks moves them all alike, so it never learns to stop there.
     """
-    rows = head.float()
-    lengths = torch.linalg.vector_norm(rows, dim=1).clamp_min(1e-12)
     found = {}
     for number in sorted(set(ids)):
-        cosines = (rows @ rows[number]) / (lengths * lengths[number])
-        alike = int((cosines > ALIKE).sum())
+        row = head[number].float()
+        alike = sum(int((torch.cosine_similarity(rows.float(), row, dim=1) > ALIKE).sum()) for rows in head.split(ROWS))
         if alike >= MANY:
             found[number] = alike
     return found
@@ -42,6 +41,10 @@ def say_what_moved(step: Checkpoint, base: Checkpoint) -> None:
         least, most = (pick(moved, key=lambda name: moved[name]) for pick in (min, max))
         shown = f"{len(moved)} modules and tensors, from {moved[least]:.2%} ({least}) to {moved[most]:.2%} ({most})"
     header([("moved", shown)])
+    lost = lost_to_rounding(step, base)
+    if lost is not None and lost > 0.5:
+        what = f"{lost:.0%} of what training changed is smaller than the base's dtype can hold, and so not in the saved weights"
+        warn(f"{what}; the losses were measured with it", "--full.dtype float32 stores all of it")
     if still:
         hint = "in 16 bits a small change rounds to none; train longer, or with a higher --train.lr" if step.is_model else ""
         more = f" and {len(still) - 3} more" if len(still) > 3 else ""

@@ -94,7 +94,8 @@ def fit(run: Run, start: Position) -> Position:
             lr = learning_rate(run.options, position.step + 1, run.plan.steps)
             set_learning_rate(run.optimizer, lr)
             seed_step(run.seed, position.step, run.fabric.global_rank)
-            run.watch.before()
+            if every(run.options.log_interval, position.step + 1):
+                run.watch.before()
             result = train_step(run.fabric, run.model, run.optimizer, batches, max_norm=run.options.max_norm, asked=run.signals.asked())
             if result.graded == 0:  # nothing to learn from: no update, and the count of updates stands still
                 position = replace(position, epoch=window.epoch, window=window.number + 1)

@@ -24,8 +24,10 @@ from litlora.checkpoint.run import Run as RunDirectory
 from litlora.checkpoint.run import drop_old_states, prepare_run_directory
 from litlora.checkpoint.state import load_state, save_state
 from litlora.checkpoint.weights import raw_bytes
+from litlora.config import Config
 from litlora.data.samples import IGNORE, DataSet, Sample, load_data
 from litlora.errors import Interrupted, UserError, WorkError
+from litlora.families import config_to_hf
 from litlora.methods.attach import trainable
 from litlora.model import GPT
 from litlora.options import FitOptions
@@ -63,6 +65,7 @@ class Job:
     files: Mapping[str, bytes]  # what else lies in every step: name -> bytes
     card: Callable[[Manifest], str]  # the step's README
     lr_ratio: float = 1.0  # LoRA+
+    config: Config  # of the base, or of the model that is made
     origin: str | None = None  # without a base: the fingerprint of the model that training begins with
     watched: Mapping[str, str] = field(default_factory=dict)  # metrics by group: column -> how its parameters' names begin
 
@@ -197,6 +200,7 @@ def what_may_not_change(job: Job) -> dict[str, Any]:
         "method": job.method,
         **{f"{job.method}.{name}": value for name, value in job.method_options.items()},
         "base": job.base.fingerprint if job.base else job.origin,
+        "shape": hashlib.sha256(json.dumps(config_to_hf(job.config), sort_keys=True).encode()).hexdigest(),
         "tokenizer": job.prompts.tokenizer.hash,
         "chat template": template_hash(job.prompts),
         "data": job.data.fingerprint,

@@ -25,18 +25,22 @@ class Watch:
 
     @torch.no_grad()
     def after(self, unclipped: float) -> dict[str, float]:
-        """By column: the norm of each group's gradient before clipping (which divided it by `unclipped`), and of its last update."""
+        """By column: the norm of each group's gradient before clipping (which divided it by `unclipped`), and of its last update.
+
+        Nothing where `before` was not asked for.
+        """
         found = {}
-        for name, group in self.groups.items():
+        for name, group in self.groups.items() if self.earlier else ():
             gradients = [parameter.grad for parameter in group if parameter.grad is not None]
             updates = [parameter - earlier for parameter, earlier in zip(group, self.earlier[name], strict=True)]
             found[f"{name}_grad_norm"] = total_norm(gradients) * unclipped
             found[f"{name}_update_norm"] = total_norm(updates)
+        self.earlier = {}
         return found
 
     def shown(self, found: Mapping[str, float]) -> dict[str, str]:
         """For the progress line: gradient / update of each group."""
-        return {name: f"{found[f'{name}_grad_norm']:.1e}/{found[f'{name}_update_norm']:.1e}" for name in self.groups}
+        return {name: f"{found[f'{name}_grad_norm']:.1e}/{found[f'{name}_update_norm']:.1e}" for name in self.groups if found}
 
 
 def total_norm(tensors: Sequence[Tensor]) -> float:

@@ -22,7 +22,7 @@ import numpy as np
 
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.commit import check_free_space, commit_directory, make_directory
+from litlora.checkpoint.commit import check_free_space, check_outside, check_writable, commit_directory, make_directory
 from litlora.checkpoint.fingerprint import combine
 from litlora.checkpoint.reading import file_in, read_bytes, read_json, sha256
 from litlora.errors import UserError
@@ -78,10 +78,8 @@ def prepare(base: Checkpoint, out_dir: Path) -> Plan:
         raise UserError("is an adapter: a vocabulary belongs to a whole model", where=base.path, hint=hint)
     if os.path.lexists(out_dir):
         raise UserError("exists already; nothing is overwritten", where=out_dir, hint="--out_dir another directory")
-    parent = next(step for step in out_dir.absolute().parents if step.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        why = "cannot be written to" if parent.is_dir() else "is no directory"
-        raise UserError(why, where=parent, hint="--out_dir a directory that you may write to")
+    check_outside(out_dir, base.path)
+    check_writable(out_dir)
     vocabulary = Vocabulary(base.tokenizer_dir())
     return Plan(base=base, out_dir=out_dir, vocabulary=vocabulary, weights=find_weights(base, vocabulary.size))
 
