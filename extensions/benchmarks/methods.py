@@ -56,9 +56,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--lines", nargs="+", choices=LINES, default=list(LINES))
     parser.add_argument("--options", default="", help="words that every line gets, for example '--rows.on_error skip'")
-    parser.add_argument(
-        "--lr", nargs="*", default=[], metavar="LINE=RATE", help="other rates than the methods' own"
-    )
+    parser.add_argument("--lr", nargs="*", default=[], metavar="LINE=RATE", help="other rates than the methods' own")
     parser.add_argument("--work", type=Path, default=default_work_dir() / "methods")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()

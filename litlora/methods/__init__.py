@@ -125,8 +125,7 @@ def adapter(options: AdapterOptions, config: Config) -> Tuning:
             norms = [name for name in norms if layer_number(f"{name}.", ()) in (None, *layers)]
     else:
         parallel = options.kind == "parallel"
-        scale = options.scale if options.scale is not None else 4.0 if parallel else 1.0  # 4: He et al. 2022, section 4.6
-        kind = BottleneckSlot(parallel=parallel, width=options.width, scale=scale, activation=options.activation)
+        kind = BottleneckSlot(parallel=parallel, width=options.width, scale=options.scale, activation=options.activation)
         hosts = {"attention": attentions, "mlp": mlps, "both": [*attentions, *mlps]}[options.positions]
         slots = {f"{host}.adapter": kind for host in hosts}
     whole, untied = saved_whole(options, config, also=norms)
