@@ -14,7 +14,7 @@ from talkers import make_talker
 from litlora.__main__ import main
 from litlora.checkpoint import names
 from litlora.errors import UserError
-from litlora.methods import from_peft, tuning_of
+from litlora.methods import from_manifest, from_peft, tuning_of
 from litlora.methods.attach import add, attach
 from litlora.methods.tuning import Tuning
 from litlora.options import AdapterOptions, FreezeOptions, LoRAOptions
@@ -126,3 +126,11 @@ def test_what_does_not_go_with_a_given_model_is_refused(run: Any, tmp_path: Path
     """Exit code 2, and nothing is written, least of all into the base."""
     assert run(words, out="base/inner" if words.startswith("extend") else "out") == 2
     assert not (tmp_path / "out").exists() and not (tmp_path / "base" / "inner").exists()
+
+
+def test_a_record_with_a_value_of_another_kind_is_refused_by_its_name() -> None:
+    """A manifest is sealed, but whoever sealed it may have been another version."""
+    with pytest.raises(UserError, match="scale is None"):
+        from_manifest("adapter", {"kind": "series", "scale": None}, tiny_config(), "litlora.json")
+    with pytest.raises(UserError, match="not those of pro"):
+        from_manifest("pro", {"unknown": 1}, tiny_config(), "litlora.json")

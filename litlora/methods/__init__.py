@@ -6,7 +6,7 @@ attach.py   doing it: attach, save, load, compose, remove
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,6 @@ def from_peft(described: AdapterConfig, config: Config, *, untied: bool | None =
 
 def adapter(options: AdapterOptions, config: Config) -> Tuning:
     """Bottlenecks, prompts, or scales and shifts in the chosen layers."""
-    refuse_options_of_other_kinds(options)
     layers = layers_meant(options.layers, config.num_hidden_layers, "layers") if options.layers else list(range(config.num_hidden_layers))
     attentions = [f"model.layers.{layer}.self_attn" for layer in layers]
     mlps = [f"model.layers.{layer}.mlp" for layer in layers]
@@ -214,7 +213,9 @@ METHODS: dict[str, Method] = {
 
 
 def tuning_of(options: Any, config: Config) -> Tuning:
-    """What a method's options mean for a base. UserError where that is nothing."""
+    """What a method's options mean for a base. UserError where that is nothing, or one of them does not go with the others."""
+    if isinstance(options, AdapterOptions):
+        refuse_options_of_other_kinds(options)  # of what is asked for: a step's record may have another version's defaults
     tuning = next(method for method in METHODS.values() if type(options) is method.options).tuning(options, config)
     if not (tuning.slots or tuning.inserted or tuning.whole):
         raise UserError("nothing is left to learn", where="layers", hint="name targets that lie in these layers")
@@ -234,6 +235,10 @@ def from_manifest(method: str, options: Mapping[str, Any], config: Config, where
         raise UserError(f"method {method!r} is unknown", where=where, hint=f"known: {', '.join(METHODS)}; a newer litlora may know it")
     try:
         wanted = METHODS[method].options(**options)
+        for field in fields(wanted):
+            value, plain = getattr(wanted, field.name), getattr(METHODS[method].options(), field.name)
+            if plain is not None and not isinstance(value, (int, float) if type(plain) is float else type(plain)):
+                raise TypeError(f"{field.name} is {value!r}")
         return METHODS[method].tuning(wanted, config)
     except UserError as error:
         raise UserError(f"does not fit its base: {error}", where=where) from error
