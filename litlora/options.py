@@ -281,7 +281,7 @@ class Pretrain(FitOptions):
 
 @dataclass(kw_only=True)
 class MergeLoRA:
-    """Write a plain Hugging Face model with the adapter merged in."""
+    """Write a plain Hugging Face model with what was trained merged in."""
 
     checkpoint_dir: str | None = option(None, "the step, or a run", unset="the run in out")
     out_dir: str | None = option(None, "where the merged model goes", unset="merged/ inside the step")

@@ -22,6 +22,7 @@ from litlora.checkpoint.commit import Tensors
 from litlora.errors import UserError
 from litlora.families import expected_tensors, is_derived, tensor_name
 from litlora.methods.attach import add
+from litlora.methods.tuning import EMBEDDING, HEAD
 from litlora.model import GPT
 from litlora.safetensors_file import SafetensorsFile
 
@@ -35,7 +36,6 @@ STORED = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # torch's dtype: the file's
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load_model(

@@ -29,7 +29,7 @@ COMMANDS: Commands = {
     },
     "pretrain": Command("train a small model from nothing, or a given one further", "litlora.commands.pretrain", "pretrain", "Pretrain"),
     "merge_lora": Command(
-        "write a plain Hugging Face model with the adapter merged in", "litlora.commands.merge_lora", "merge_lora", "MergeLoRA"
+        "write a plain Hugging Face model with what was trained merged in", "litlora.commands.merge_lora", "merge_lora", "MergeLoRA"
     ),
     "expand": Command("a deeper model that computes the same, for finetune pro", "litlora.commands.expand", "expand", "Expand"),
     "extend_vocab": Command(

@@ -12,9 +12,9 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.fingerprint import TensorHash
 from litlora.errors import UserError
+from litlora.methods.tuning import EMBEDDING, HEAD
 from litlora.safetensors_file import FLOAT_BYTES, SafetensorsFile, TensorInfo, from_float32, header_bytes, to_float32
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PART = 2**20  # bytes copied at once
 BLOCK = 256  # new rows computed at once
 
