@@ -19,6 +19,7 @@ from crashing_disk import Disk, Everything, in_child
 
 from litlora.checkpoint import commit, names
 from litlora.checkpoint.commit import commit_directory, commit_step, make_directory, write_atomically
+from litlora.checkpoint.manifest import FORMAT_VERSION, read_manifest, seal, unseal
 from litlora.checkpoint.resolve import list_steps, newest_resumable, read_step, resolve
 from litlora.checkpoint.run import prepare_run_directory
 from litlora.errors import UserError, WorkError
@@ -299,10 +300,21 @@ def test_a_run_falls_back_to_the_next_whole_step_with_a_warning(whole: Path, tmp
 def test_a_manifest_of_a_newer_litlora_says_so(tmp_path: Path) -> None:
     """R06: forward."""
     step = add_step(tmp_path / "out", 1)
-    (step / names.MANIFEST).write_bytes(manifest_of(1, format_version=2).encode())
+    (step / names.MANIFEST).write_bytes(manifest_of(1, format_version=FORMAT_VERSION + 1).encode())
     with pytest.raises(UserError, match="torn or was altered") as refused:
         resolve(step)
-    assert "format 2, newer than this litlora's 1" in refused.value.context[0]
+    assert f"format {FORMAT_VERSION + 1}, newer than this litlora's {FORMAT_VERSION}" in refused.value.context[0]
+
+
+def test_a_step_of_format_1_is_read(tmp_path: Path) -> None:
+    """R06: backward. Format 1 had no lineage; its training state carries the same number."""
+    step = add_step(tmp_path / "out", 1)
+    for name in (names.TRAINING_STATE_META, names.MANIFEST):
+        values = unseal((step / name).read_bytes(), step / name)
+        values.pop("lineage", None)
+        (step / name).write_bytes(seal({**values, "format_version": 1}))
+    assert read_step(step).is_resumable
+    assert read_manifest(step).lineage == ()
 
 
 # ---- F04 -------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from litlora.checkpoint.reading import is_plain_name, parse_json, read_bytes, sh
 from litlora.errors import UserError
 from litlora.safetensors_file import Raw
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: `lineage`. What 1 wrote is read as it is
 SEAL = "sha256"  # the last field of a sealed file
 
 
@@ -55,6 +55,7 @@ class Manifest:
     chat_template: str = ""  # hash of the template that was trained with
     data: str = ""  # fingerprint of the training rows and how they were read
     parent: str | None = None  # the step that this training started from
+    lineage: tuple[dict[str, Any], ...] = ()  # what else made it what it is, oldest first: {"event": "resumed", "changed": ...}
     versions: dict[str, str] = field(default_factory=dict)  # litlora, torch ...
     files: dict[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -139,7 +140,11 @@ def _from_fields(values: dict[str, Any]) -> Manifest:
         raise ValueError(f"unknown fields {', '.join(unknown)}")
     base = values.get("base")
     files = {name: FileRecord(**record) for name, record in values.get("files", {}).items()}
-    manifest = Manifest(**{**values, "base": BaseRecord(**base) if base is not None else None, "files": files})
+    lineage = values.get("lineage", [])
+    if not isinstance(lineage, list) or not all(isinstance(entry, dict) and isinstance(entry.get("event"), str) for entry in lineage):
+        raise ValueError("lineage: an entry is no event")
+    records = {"base": BaseRecord(**base) if base is not None else None, "files": files, "lineage": tuple(lineage)}
+    manifest = Manifest(**{**values, **records})
     for name, record in files.items():
         if not is_plain_name(name) or type(record.size) is not int or not isinstance(record.sha256, str):
             raise ValueError(f"files: {name!r} is no file's record")
