@@ -79,6 +79,67 @@ def test_a_run_is_its_best_step_by_validation_loss_else_its_newest(tmp_path: Pat
     assert [step.number for step in whole_steps(run)] == [10, 200, 300]
 
 
+def test_the_best_and_the_last_step_of_a_run_have_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """RUN/best and RUN/last, chosen as RUN is: torn ones passed over, and named. What really has such a name is itself."""
+    run = tmp_path / "out"
+    for step, loss in ((9, 0.9), (10, 0.5), (200, 0.7), (300, None)):
+        add_step(run, step, val_loss=loss)
+    assert resolve(run / "best").path == resolve(run).path == run / "step-10"
+    assert resolve(run / "best").why == f"lowest validation loss (0.5000) of 4 in {run}"
+    assert (resolve(run / "last").path, resolve(run / "last").why) == (run / "step-300", f"newest of 4 in {run}")
+    flip(run / "step-300" / names.ADAPTER_WEIGHTS, 900)
+    flip(run / "step-10" / names.ADAPTER_WEIGHTS, 900)
+    assert resolve(run / "last").path == resolve(run / "best").path == run / "step-200"
+    assert resolve(run / "last").why == f"newest of 4 in {run}"
+    told = capsys.readouterr().err
+    assert "step-300 is torn" in told and "step-10 is torn" in told
+    add_step(tmp_path / "unmeasured", 3)
+    assert "no step of it has a validation loss" in refusal(tmp_path / "unmeasured" / "best")
+    assert resolve(tmp_path / "unmeasured" / "last").path == tmp_path / "unmeasured" / "step-3"
+    base = make_base(run / "best")
+    assert resolve(run / "best").path == base
+    assert "there is no such directory" in refusal(base / "last")  # of no run
+
+
+def test_what_other_programs_write_is_known_by_name_and_has_a_command(tmp_path: Path) -> None:
+    """S01: nothing of it is opened. A trainer's own state is no model."""
+    for name, files, what, target in (
+        ("litgpt", ["lit_model.pth", "model_config.yaml", "tokenizer.json"], "a LitGPT checkpoint", "hf"),
+        ("half", ["lit_model.pth"], "a LitGPT checkpoint, without the model_config.yaml", "hf"),
+        ("lora", ["lit_model.pth.lora", "hyperparameters.yaml"], "an adapter of LitGPT", "peft"),
+        ("peft", ["adapter_config.json", "adapter_model.bin"], "a PEFT adapter whose weights are pickled", "peft"),
+        ("bin", ["config.json", "pytorch_model.bin"], "a directory of pickled weights", "hf"),
+    ):
+        place = tmp_path / name
+        place.mkdir()
+        for file in files:
+            (place / file).write_bytes(b"")
+        text = refusal(place)
+        assert what in text and f"litlora convert {place} --to {target} --out_dir DIR" in text and "can run code" in text
+    assert "pickled weights" in refusal(tmp_path / "litgpt" / "lit_model.pth")
+    trainer = tmp_path / "trainer"
+    trainer.mkdir()
+    (trainer / "training_args.bin").write_bytes(b"")
+    assert "is neither a model, nor a checkpoint, nor a run" in refusal(trainer)
+    torn = tmp_path / "out" / "step-3.torn"
+    torn.mkdir(parents=True)
+    assert "a torn step that was set aside" in refusal(torn)
+    left = tmp_path / "out" / ".tmp-step-4-99999999"
+    left.mkdir()
+    assert "half-written: process 99999999 died" in refusal(left)
+
+
+def test_what_was_chosen_is_said_wherever_a_path_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On standard error, by the one function that every command asks; a path that names a step itself needs no words."""
+    for step, loss in ((9, 0.9), (10, 0.5)):
+        add_step(tmp_path / "out", step, val_loss=loss)
+    for path in ("out", "out/best"):
+        resolve(tmp_path / path)
+        assert capsys.readouterr().err == f"{tmp_path}/out/step-10: lowest validation loss (0.5000) of 2 in {tmp_path}/out\n"
+    resolve(tmp_path / "out" / "step-9")
+    assert capsys.readouterr().err == ""
+
+
 def test_other_names_in_a_run_are_no_steps(tmp_path: Path) -> None:
     """F09: step-9 comes before step-10, and foreign names are left alone."""
     for name in ("step-10", "step-9", "step-010", "step-", "step-1x", "step--1", "Step-3", ".tmp-step-4-1", "step-5.torn", "step-\u0663"):
@@ -555,7 +616,7 @@ def test_a_directory_of_pickles_is_refused_by_name(tmp_path: Path, name: str) ->
     (base / name).write_bytes(pickle.dumps(Bomb()))
     text = refusal(base)
     assert f"{name} can run code when it is read, and is not" in text
-    assert "safetensors format" in text
+    assert f"litlora convert {base} --to" in text
     assert not Path("exploded").exists()
 
 

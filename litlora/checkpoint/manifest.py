@@ -18,6 +18,7 @@ from litlora.errors import UserError
 from litlora.safetensors_file import Raw
 
 FORMAT_VERSION = 2  # 2: `lineage`. What 1 wrote is read as it is
+LARGEST = 2**63  # no count of a step or a token comes near it
 SEAL = "sha256"  # the last field of a sealed file
 
 
@@ -83,14 +84,17 @@ def read_manifest(directory: Path) -> Manifest:
         raise UserError(f"is no manifest: {error}", where=path) from error
 
 
-def verify_files(directory: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the files that the manifest covers, one line each with the file's name; empty: all are whole."""
-    return check_files(directory, manifest.files)
+def verify_files(directory: Path, manifest: Manifest, *, hashed: bool = True) -> list[str]:
+    """What is wrong with the files that the manifest covers, one line each with the file's name; empty: all are whole.
+
+    `hashed=False` compares their sizes and reads none of them.
+    """
+    return check_files(directory, manifest.files, hashed=hashed)
 
 
-def check_files(directory: Path, records: Mapping[str, FileRecord]) -> list[str]:
+def check_files(directory: Path, records: Mapping[str, FileRecord], *, hashed: bool = True) -> list[str]:
     """What differs from `records`, one line per file."""
-    return [fault for name, record in records.items() if (fault := _file_fault(directory / name, record))]
+    return [fault for name, record in records.items() if (fault := _file_fault(directory / name, record, hashed=hashed))]
 
 
 # ---- sealed files ----------------------------------------------------------------------------------------------------
@@ -150,20 +154,32 @@ def _from_fields(values: dict[str, Any]) -> Manifest:
             raise ValueError(f"files: {name!r} is no file's record")
     if (
         type(manifest.step) is not int
-        or manifest.step < 0
+        or not 0 <= manifest.step < LARGEST
         or not isinstance(manifest.method, str)
         or not isinstance(manifest.options, dict)
     ):
         raise ValueError("step, method or options have the wrong kind")
-    for loss in (manifest.train_loss, manifest.val_loss):
-        if not (loss is None or type(loss) in (int, float)):
-            raise ValueError("a loss is no number")
+    numbers = {"epoch": manifest.epoch, "train_loss": manifest.train_loss, "val_loss": manifest.val_loss}
+    for name, number in numbers.items():
+        if number is None and name != "epoch":
+            continue
+        if not isinstance(number, int | float) or isinstance(number, bool) or not abs(number) < LARGEST:  # no NaN either
+            raise ValueError(f"{name} is no number that could be meant")
+    if type(manifest.tokens) is not int or not 0 <= manifest.tokens < LARGEST:
+        raise ValueError("tokens is no count")
+    texts = (manifest.tokenizer, manifest.chat_template, manifest.data, *([] if manifest.parent is None else [manifest.parent]))
+    if not all(isinstance(text, str) for text in texts) or not is_texts(manifest.versions):
+        raise ValueError("tokenizer, chat_template, data, parent or versions are no text")
     if manifest.base and not all(isinstance(value, str) for value in asdict(manifest.base).values()):
         raise ValueError("base: its fields are no text")
     return manifest
 
 
-def _file_fault(path: Path, record: FileRecord) -> str:
+def is_texts(values: Any) -> bool:
+    return isinstance(values, dict) and all(isinstance(text, str) for text in values.values())
+
+
+def _file_fault(path: Path, record: FileRecord, *, hashed: bool = True) -> str:
     """One line about one file, or nothing."""
     if not path.is_file() or path.is_symlink():
         return f"{path.name} is missing" if not path.exists() else f"{path.name} is no regular file"
@@ -171,7 +187,7 @@ def _file_fault(path: Path, record: FileRecord) -> str:
         size = path.stat().st_size
         if size != record.size:
             return f"{path.name} has {size:,} bytes instead of {record.size:,}"
-        return "" if sha256(path) == record.sha256 else f"{path.name} was altered (its sha256 differs)"
+        return "" if not hashed or sha256(path) == record.sha256 else f"{path.name} was altered (its sha256 differs)"
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
 
@@ -200,19 +216,22 @@ def has_state(directory: Path) -> bool:
     return any((directory / name).exists() for name in (names.TRAINING_STATE, names.TRAINING_STATE_META))
 
 
-def verify_state(directory: Path, manifest: Manifest) -> list[str]:
+def verify_state(directory: Path, manifest: Manifest, *, hashed: bool = True) -> list[str]:
     """What is wrong with a step's training state, one line per file; empty where it is whole, and where there is none."""
     if not has_state(directory):
         return []
     try:
-        read_state(directory, manifest)
+        read_state(directory, manifest, hashed=hashed)
     except UserError as error:
         return [f"{Path(error.where).name} {error.what}"]
     return []
 
 
-def read_state(directory: Path, manifest: Manifest) -> dict[str, Any]:
-    """The values of training_state.json, after checking both files' hashes. UserError names the one that was altered."""
+def read_state(directory: Path, manifest: Manifest, *, hashed: bool = True) -> dict[str, Any]:
+    """The values of training_state.json, after checking both files' hashes. UserError names the one that was altered.
+
+    `hashed=False`: of the tensors the size alone.
+    """
     path = directory / names.TRAINING_STATE_META
     stored = unseal(read_bytes(path), path)
     if stored.get("checkpoint") != _identity(manifest):
@@ -225,7 +244,7 @@ def read_state(directory: Path, manifest: Manifest) -> dict[str, Any]:
     if records.keys() != {names.TRAINING_STATE} or not isinstance(values, dict):
         raise UserError("is no training state", where=path)
     for name, record in records.items():
-        if fault := _file_fault(directory / name, record):
+        if fault := _file_fault(directory / name, record, hashed=hashed):
             raise UserError(fault.removeprefix(f"{name} "), where=directory / name)
     return values
 

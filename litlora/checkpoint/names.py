@@ -33,6 +33,16 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OWN_ADAPTER_WEIGHTS = "litlora_adapter.safetensors"  # of a method that PEFT does not know
 
+# ---- other formats: known by their names, never read here
+LITGPT_WEIGHTS = "lit_model.pth"
+LITGPT_ADAPTERS = ("lit_model.pth.lora", "lit_model.pth.adapter", "lit_model.pth.adapter_v2")
+LITGPT_CONFIG = "model_config.yaml"
+PICKLED_ADAPTER = "adapter_model.bin"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", *LITGPT_ADAPTERS)  # how the names of files end that run code when they are read
+TRAINER_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")  # of transformers: no weights
+GGUF = ".gguf"
+SAFETENSORS = ".safetensors"
+
 # ---- ours, in a step
 MANIFEST = "litlora.json"
 TRAINING_STATE = "training_state.safetensors"
@@ -45,6 +55,7 @@ UNCOVERED = frozenset({MANIFEST, TRAINING_STATE, TRAINING_STATE_META, NOTE})  # 
 
 # ---- ours, in a run
 RUN = "out"  # the run that a command takes when it is given no path
+BEST, LAST = "best", "last"  # RUN/best, RUN/last: its best step, its newest; where no directory of that name is there
 RUN_YAML = "run.yaml"
 METRICS = "metrics.csv"
 VOCABULARY = "vocabulary"  # pretrain: the tokenizer learnt from the rows

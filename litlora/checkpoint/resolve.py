@@ -1,31 +1,43 @@
 """What a path means. Every command that reads a model asks `resolve`, so a path means the same everywhere."""
 
 import difflib
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint, Kind
+from litlora.checkpoint.foreign import recognise
 from litlora.checkpoint.manifest import Manifest, has_state, read_manifest, verify_files, verify_state
 from litlora.checkpoint.shards import has_weights
-from litlora.console import warn
+from litlora.console import say, warn
 from litlora.errors import UserError
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # formats that run code when they are read
 
 
 def resolve(path: str | Path | None = None, *, base_dir: str | Path | None = None) -> Checkpoint:
     """The checkpoint that `path` means.
 
     A Hugging Face directory, merged ones included; a step; a run (its best step by validation loss, else its newest; torn ones are
-    skipped with a warning); a PEFT adapter; `demo`; None: the run in `out`, else the embedded demo base. `base_dir` is
-    where an adapter's base is now. UserError for anything else: what is there, what is missing, what was perhaps meant.
+    skipped with a warning); RUN/best and RUN/last; a PEFT adapter; `demo`; None: the run in `out`, else the embedded demo base.
+    `base_dir` is where an adapter's base is now. UserError for anything else: what is there, what is missing, what was perhaps meant.
+    What was chosen for the user, and why, is said here (standard error), so that every command says it.
     """
-    moved = Path(base_dir) if base_dir is not None else None
+    with looked_at(path):
+        found = _resolve(path, Path(base_dir) if base_dir is not None else None)
+    if found.why:
+        say(f"{found.path}: {found.why}")
+    return found
+
+
+@contextmanager
+def looked_at(path: object) -> Iterator[None]:
+    """A path that the system cannot even look at is a UserError like any other."""
     try:
-        return _resolve(path, moved)
+        yield
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -40,6 +52,8 @@ def _resolve(path: str | Path | None, base_dir: Path | None) -> Checkpoint:
     if str(path) == names.DEMO and not Path(path).exists():
         return demo_base()
     path = Path(path)
+    if names_step_of_run(path):
+        return of_run(path.parent, base_dir, only=path.name)
     if not path.is_dir():
         raise _no_directory(path)
     kind = kind_of(path)
@@ -49,7 +63,12 @@ def _resolve(path: str | Path | None, base_dir: Path | None) -> Checkpoint:
         return Checkpoint(path, "step", manifest=whole_manifest(path), base_dir=base_dir)
     if kind:
         return Checkpoint(path, kind, base_dir=base_dir)
-    raise _nothing_here(path)
+    raise nothing_here(path)
+
+
+def names_step_of_run(path: Path) -> bool:
+    """Whether it is RUN/best or RUN/last; what really has such a name is itself."""
+    return path.name in (names.BEST, names.LAST) and not os.path.lexists(path) and kind_of(path.parent) == "run"
 
 
 def demo_base(why: str = "") -> Checkpoint:
@@ -72,6 +91,7 @@ class Step:
     faults: tuple[str, ...]  # what is wrong with it, each line naming a file
     state_faults: tuple[str, ...]  # what is wrong with its training state; without one there is nothing to be wrong
     has_state: bool
+    hashed: bool = True  # False: sizes were compared and no file was read, so that what is `whole` may still hold other bytes
 
     @property
     def is_whole(self) -> bool:
@@ -84,19 +104,19 @@ class Step:
         return self.is_whole and self.has_state and not self.state_faults
 
 
-def read_step(path: Path, *, with_state: bool = True) -> Step:
-    """Look at a step, reading every byte of it (`with_state=False`: without its training state)."""
+def read_step(path: Path, *, with_state: bool = True, hashed: bool = True) -> Step:
+    """Look at a step, reading every byte of it (`with_state=False`: without its training state; `hashed=False`: the sizes alone)."""
     number = names.step_number(path)
     try:
         manifest = read_manifest(path)
     except UserError as error:
         fault = f"{names.MANIFEST} {error.what}" if Path(error.where) == path / names.MANIFEST else str(error)
-        return Step(path, number or 0, None, (fault,), (), has_state(path))
-    faults = verify_files(path, manifest)
+        return Step(path, number or 0, None, (fault,), (), has_state(path), hashed)
+    faults = verify_files(path, manifest, hashed=hashed)
     if number is not None and number != manifest.step:
         faults.append(f"{names.MANIFEST} is of step {manifest.step}; the directory was renamed")
-    state_faults = verify_state(path, manifest) if with_state else []
-    return Step(path, manifest.step, manifest, tuple(faults), tuple(state_faults), has_state(path))
+    state_faults = verify_state(path, manifest, hashed=hashed) if with_state else []
+    return Step(path, manifest.step, manifest, tuple(faults), tuple(state_faults), has_state(path), hashed)
 
 
 def list_step_paths(run: Path) -> list[Path]:
@@ -105,9 +125,9 @@ def list_step_paths(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: names.step_number(path) or 0)
 
 
-def list_steps(run: Path) -> list[Step]:
-    """All steps of a run, whole and torn, in the order of their numbers. Reads every byte of them."""
-    return [read_step(path) for path in list_step_paths(run)]
+def list_steps(run: Path, *, hashed: bool = True) -> list[Step]:
+    """All steps of a run, whole and torn, in the order of their numbers. Reads every byte of them, or (`hashed=False`) their sizes."""
+    return [read_step(path, hashed=hashed) for path in list_step_paths(run)]
 
 
 def whole_steps(run: Path) -> list[Step]:
@@ -134,30 +154,51 @@ def whole_manifest(path: Path) -> Manifest:
     return step.manifest
 
 
-def of_run(run: Path, base_dir: Path | None = None) -> Checkpoint:
-    """The best step of a run by validation loss, else the newest; a torn one is named in a warning and the next best taken."""
+def of_run(run: Path, base_dir: Path | None = None, *, only: str = "") -> Checkpoint:
+    """The best step of a run by validation loss, else the newest; a torn one is named in a warning and the next best taken.
+
+    `only`: `best` (UserError where none was validated) or `last`.
+    """
     paths = list_step_paths(run)
-    ranked = sorted(paths, key=_rank)
+    ranks = {path: _rank(path) for path in paths}
+    ranked = list(reversed(paths)) if only == names.LAST else sorted(paths, key=lambda path: ranks[path])
+    if only == names.BEST and paths and all(math.isinf(loss) for loss, _ in ranks.values()):
+        hint = f"{run / names.LAST} is the newest"
+        raise UserError("no step of it has a validation loss, so none is known to be the best", where=run, hint=hint)
     for path in ranked:
         step = read_step(path, with_state=False)
         if step.manifest is None or step.faults:
             warn(f"{path} is torn or was altered and is passed over: {step.faults[0]}")
             continue
-        loss = step.manifest.val_loss
-        others = f" of {len(paths)}" if len(paths) > 1 else ""
-        why = f"newest{others} in {run}" if loss is None else f"lowest validation loss ({loss:.4f}){others} in {run}"
+        why = why_taken(step, run, len(paths), newest=only == names.LAST)
         return Checkpoint(path, "step", why=why, manifest=step.manifest, base_dir=base_dir)
     what = f"none of its {len(paths)} checkpoints is whole" if paths else "is a run without a checkpoint yet"
     raise UserError(what, where=run, hint="train again, or name another directory")
+
+
+def why_taken(step: Step, run: Path, count: int, *, newest: bool = False) -> str:
+    """`lowest validation loss (1.2345) of 4 in out`: why a run's `step`, out of `count`, is the one that is meant."""
+    others = f" of {count}" if count > 1 else ""
+    loss = step.manifest.val_loss if step.manifest and not newest else None
+    return f"newest{others} in {run}" if loss is None else f"lowest validation loss ({loss:.4f}){others} in {run}"
+
+
+def best_of(steps: Iterable[Step]) -> Step | None:
+    """Of the whole ones, that which the run's path means: the lowest validation loss, else the newest."""
+    return min((step for step in steps if step.is_whole), key=lambda step: _ranked(step.number, step.manifest), default=None)
 
 
 def _rank(path: Path) -> tuple[float, int]:
     """Smaller is better: validation loss where there is one, then the newest. Only the manifest is read."""
     number = names.step_number(path) or 0
     try:
-        loss = read_manifest(path).val_loss
+        return _ranked(number, read_manifest(path))
     except UserError:
         return float("-inf"), -number  # looked at first, so that the user is told of it
+
+
+def _ranked(number: int, manifest: Manifest | None) -> tuple[float, int]:
+    loss = manifest.val_loss if manifest else None
     return float("inf") if loss is None else loss, -number
 
 
@@ -195,8 +236,10 @@ def kind_of(path: Path) -> Kind | Literal["run", ""]:
 
 def _no_directory(path: Path) -> UserError:
     if path.exists():
-        parent = path.parent
+        parent, known = path.parent, recognise(path)
         there = kind_of(parent) if path.is_file() else ""
+        if known and path.name.endswith(names.PICKLES):
+            return UserError(f"is {known.what}: {known.why}", where=path, hint=known.hint)
         hint = f"give its directory: {parent}" if there else "give a directory"
         return UserError("is a file, and a checkpoint is a directory", where=path, hint=hint)
     nearest = _nearest(path)
@@ -206,18 +249,15 @@ def _no_directory(path: Path) -> UserError:
     return UserError("there is no such directory", where=path, hint=hint)
 
 
-def _nothing_here(path: Path) -> UserError:
+def nothing_here(path: Path) -> UserError:
+    """What to say of a directory that is no model, checkpoint or run: what is there, what is missing, what was perhaps meant."""
     found = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
     shown = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "") if found else "nothing"
-    pickles = [name for name in found if name.endswith(PICKLES)]
-    missing = _missing_part(set(found))
-    if pickles and missing.startswith(names.WEIGHTS):
-        missing += f" ({pickles[0]} can run code when it is read, and is not)"
-    context = (f"found: {shown}", f"missing: {missing}")
-    nearest = _nearest(path)
-    if pickles and not nearest:
-        nearest = "use a copy of the model in safetensors format"
-    return UserError("is neither a model, nor a checkpoint, nor a run", where=path, context=context, hint=nearest)
+    known = recognise(path)
+    if known:
+        return UserError(f"is {known.what}: {known.why}", where=path, context=(f"found: {shown}",), hint=known.hint)
+    context = (f"found: {shown}", f"missing: {_missing_part(set(found))}")
+    return UserError("is neither a model, nor a checkpoint, nor a run", where=path, context=context, hint=_nearest(path))
 
 
 def _missing_part(found: set[str]) -> str:

@@ -25,7 +25,7 @@ def evaluate(options: Evaluate) -> None:
     samples = data.train[: options.max_samples]
     console.header(
         [
-            ("model", f"{opened.checkpoint.path}" + (f" ({opened.checkpoint.why})" if opened.checkpoint.why else "")),
+            ("model", str(opened.checkpoint.path)),
             ("data", summary(data, samples)),
         ]
     )

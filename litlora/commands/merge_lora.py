@@ -27,7 +27,7 @@ def merge_lora(options: MergeLoRA) -> None:
     kept = "every tensor keeps its dtype" if model.dtype is None else f"every tensor becomes {options.dtype}"
     header(
         [
-            ("adapter", f"{checkpoint.path} ({checkpoint.why})" if checkpoint.why else str(checkpoint.path)),
+            ("adapter", str(checkpoint.path)),
             ("base", f"{model.base.path}, {model.base_bytes / MB:,.0f} MB"),
             ("result", f"{plan.out_dir}, {model.bytes / MB:,.0f} MB; {kept}"),
         ]

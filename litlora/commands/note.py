@@ -2,7 +2,6 @@
 
 from litlora.checkpoint.note import read_note, write_note
 from litlora.checkpoint.resolve import resolve
-from litlora.console import say
 from litlora.errors import UserError
 from litlora.options import WriteNote
 
@@ -14,8 +13,6 @@ def note(options: WriteNote) -> None:
     checkpoint = resolve(options.checkpoint_dir)
     if checkpoint.kind != "step":
         raise UserError("is no step of a run; notes are kept in steps", where=checkpoint.path)
-    if checkpoint.why:
-        say(f"{checkpoint.path} ({checkpoint.why})")
     if options.text is None:
         print(read_note(checkpoint.path))
         return

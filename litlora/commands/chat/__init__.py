@@ -35,9 +35,9 @@ def chat(options: Chat) -> None:
 
 
 def banner(opened: Opened, interactive: bool) -> None:
-    """What was loaded, and why that."""
+    """What was loaded."""
     checkpoint = opened.checkpoint
-    rows = [("model", f"{checkpoint.path}" + (f" ({checkpoint.why})" if checkpoint.why else ""))]
+    rows = [("model", str(checkpoint.path))]
     if not checkpoint.is_model:
         rows.append(("base", str(opened.base.path)))
     rows += [("adapter", described(adapter, weight)) for adapter, weight in opened.on if adapter is not checkpoint]

@@ -1,0 +1,77 @@
+"""What is no checkpoint of ours or Hugging Face's, but known by its names: other programs' formats, single files, our own remains.
+
+Nothing is read but names and, of a safetensors file, the header: a .bin, .pth or .ckpt file runs code when it is unpickled.
+"""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from litlora.checkpoint import names
+from litlora.checkpoint.commit import is_alive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """Something that no command loads as it is."""
+
+    kind: str  # litgpt, litgpt adapter, pickled, pickled adapter, temporary, aside, file
+    what: str  # in words
+    why: str  # why it is not loaded
+    hint: str = ""  # what to do with it
+
+
+def recognise(path: Path) -> Foreign | None:
+    """What lies at `path`, by its names alone; None where they say nothing. OSError where the path cannot be looked at."""
+    if path.is_file():
+        return _file(path)
+    if not path.is_dir():
+        return None
+    if (owner := names.temporary_owner(path)) is not None:
+        return _temporary(path, owner)
+    if names.is_aside(path):
+        why = "its files were not what they had been when a resumed run came to write its number again"
+        return Foreign(kind="aside", what="a torn step that was set aside", why=why, hint="nothing reads it: delete it when you like")
+    found = {entry.name for entry in path.iterdir() if entry.is_file()}
+    if names.LITGPT_WEIGHTS in found:
+        lacking = "" if names.LITGPT_CONFIG in found else f", without the {names.LITGPT_CONFIG} that belongs to it"
+        return _pickled(path, "litgpt", f"a LitGPT checkpoint{lacking}", names.LITGPT_WEIGHTS, "hf")
+    if adapter := next((name for name in names.LITGPT_ADAPTERS if name in found), None):
+        return _pickled(path, "litgpt adapter", "an adapter of LitGPT", adapter, "peft")
+    if names.ADAPTER_CONFIG in found and names.PICKLED_ADAPTER in found:
+        return _pickled(path, "pickled adapter", "a PEFT adapter whose weights are pickled", names.PICKLED_ADAPTER, "peft")
+    pickles = sorted(name for name in found if name.endswith(names.PICKLES) and name not in names.TRAINER_FILES)
+    if pickles and not any(name.endswith(names.SAFETENSORS) for name in found):
+        more = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
+        return _pickled(path, "pickled", "a directory of pickled weights", f"{pickles[0]}{more}", "hf")
+    return None
+
+
+def convert_hint(path: Path, target: str = "hf") -> str:
+    """The command that makes something readable of pickled weights."""
+    return f"litlora convert {shlex.quote(str(path))} --to {target} --out_dir DIR"
+
+
+def _pickled(path: Path, kind: str, what: str, file: str, target: str) -> Foreign:
+    return Foreign(kind=kind, what=what, why=f"{file} can run code when it is read, and is not", hint=convert_hint(path, target))
+
+
+def _temporary(path: Path, owner: int) -> Foreign:
+    if is_alive(owner):
+        return Foreign(kind="temporary", what="a directory that is being written", why=f"process {owner} has not finished it", hint="wait")
+    hint = "the next command that writes here removes it"
+    return Foreign(kind="temporary", what="what a process left half-written", why=f"process {owner} died before it was done", hint=hint)
+
+
+def _file(path: Path) -> Foreign:
+    parent = shlex.quote(str(path.parent))
+    if path.name.endswith(names.PICKLES):
+        why = "it can run code when it is read, and is not"
+        return Foreign(kind="file", what="a file of pickled weights", why=why, hint=convert_hint(path.parent))
+    if path.suffix == names.GGUF:
+        why = "litlora writes this format and does not read it"
+        return Foreign(kind="file", what="a model for llama.cpp (GGUF)", why=why, hint=f"llama-cli -m {shlex.quote(str(path))}")
+    if path.suffix == names.SAFETENSORS:
+        why = "a checkpoint is a directory: weights without their config are numbers without a meaning"
+        return Foreign(kind="file", what="a safetensors file", why=why, hint=f"litlora inspect {parent}")
+    return Foreign(kind="file", what="a file", why="a checkpoint is a directory", hint=f"litlora inspect {parent}")
