@@ -33,7 +33,8 @@ TORCH_FREE = [
     "litlora.families", "litlora.peft", "litlora.peft.targets", "litlora.safetensors_file", "litlora.tokenizer", "litlora.prompts",
     "litlora.methods", "litlora.methods.tuning", "litlora.checkpoint", "litlora.checkpoint.names", "litlora.checkpoint.commit",
     "litlora.checkpoint.manifest", "litlora.checkpoint.resolve", "litlora.checkpoint.fingerprint", "litlora.checkpoint.checkpoint",
-    "litlora.checkpoint.card", "litlora.checkpoint.run", "litlora.merge", "litlora.merge.expand", "litlora.vocabulary",
+    "litlora.checkpoint.card", "litlora.checkpoint.run", "litlora.merge", "litlora.merge.effective", "litlora.merge.expand",
+    "litlora.vocabulary",
     "litlora.commands", "litlora.commands.merge_lora", "litlora.commands.expand", "litlora.commands.extend_vocab",
     "litlora.commands.generate", "litlora.data.rows", "litlora.data.formats", "litlora.data.samples", "litlora.data.demo",
 ]  # fmt: skip

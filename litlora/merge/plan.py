@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +40,7 @@ def prepare(checkpoint: Checkpoint, out_dir: Path | None = None, *, dtype: str =
         what = "it is already merged" if merged else "it is a whole model, without an adapter"
         raise UserError(f"there is nothing to merge: {what}", where=checkpoint.path, hint="name a step: litlora merge_lora out/step-200")
     base, tuning, config = checkpoint.base(), checkpoint.tuning(), checkpoint.config()
-    if why := why_unmergeable(tuning, config):
-        hint = f"use it unmerged: litlora chat {shlex.quote(str(checkpoint.path))}"
-        raise UserError(f"cannot be merged: {why}", where=checkpoint.path, hint=hint)
+    refuse_unmergeable(checkpoint)
     out_dir = out_dir or checkpoint.path / names.MERGED
     check_out_dir(out_dir, base, overwrite)
     adapter = checkpoint.adapter_file()
@@ -61,6 +59,12 @@ def prepare(checkpoint: Checkpoint, out_dir: Path | None = None, *, dtype: str =
     return plan
 
 
+def refuse_unmergeable(checkpoint: Checkpoint) -> None:
+    if why := why_unmergeable(checkpoint.tuning(), checkpoint.config()):
+        hint = f"use it unmerged: litlora chat {shlex.quote(str(checkpoint.path))}"
+        raise UserError(f"cannot be merged: {why}", where=checkpoint.path, hint=hint)
+
+
 def check_out_dir(out_dir: Path, base: Checkpoint, overwrite: bool) -> None:
     check_outside(out_dir, base.path)
     if os.path.lexists(out_dir):
@@ -77,32 +81,37 @@ def check_out_dir(out_dir: Path, base: Checkpoint, overwrite: bool) -> None:
 
 def check_adapter(plan: Plan) -> None:
     """It holds exactly what the tuning needs; its numbers are finite, and not all without effect."""
-    expected = plan.tuning.file_shapes(plan.model.base_config)
     with SafetensorsFile(plan.adapter) as file:
-        found = {name: info.shape for name, info in file.tensors.items() if copied_base_tensor(name) is None}
-        check_tensors(found, expected, plan.adapter)
-        odd = [f"{name} is {file.tensors[name].dtype}" for name in expected if file.tensors[name].dtype not in FLOAT_BYTES]
-        infinite = [] if odd else [name for name in expected if not all(np.isfinite(block).all() for block in blocks(file, name))]
-        for what, faults in (("are no floating-point numbers", odd), ("hold values that are not finite", infinite)):
-            if faults:
-                raise UserError("\n  ".join([f"these tensors {what}:", *faults]), where=plan.adapter, hint="use an earlier step")
-        check_twins(plan, file)
+        check_adapter_file(file, plan.tuning, plan.model)
         if not has_effect(plan.model, file):
             told = "; ".join(why_without_effect(plan.model))
             raise UserError(f"the adapter changes nothing: {told}", where=plan.adapter, hint="train it first, or use the base as it is")
-    parameters = plan.tuning.file_names(plan.model.base_config)
-    left = {parameters[name] for name in expected} - {parameters[name] for output in plan.model for name in used(output)}
+
+
+def check_adapter_file(file: SafetensorsFile, tuning: Tuning, model: NewModel) -> None:
+    """It holds exactly what the tuning needs, of finite numbers, and all of it goes into the model."""
+    expected = tuning.file_shapes(model.base_config)
+    found = {name: info.shape for name, info in file.tensors.items() if copied_base_tensor(name) is None}
+    check_tensors(found, expected, file.path)
+    odd = [f"{name} is {file.tensors[name].dtype}" for name in expected if file.tensors[name].dtype not in FLOAT_BYTES]
+    infinite = [] if odd else [name for name in expected if not all(np.isfinite(block).all() for block in blocks(file, name))]
+    for what, faults in (("are no floating-point numbers", odd), ("hold values that are not finite", infinite)):
+        if faults:
+            raise UserError("\n  ".join([f"these tensors {what}:", *faults]), where=file.path, hint="use an earlier step")
+    parameters = tuning.file_names(model.base_config)
+    check_twins(file, parameters)
+    left = {parameters[name] for name in expected} - {parameters[name] for output in model for name in used(output)}
     assert not left, f"nothing in the merged model is made of {left}"
 
 
-def check_twins(plan: Plan, file: SafetensorsFile) -> None:
+def check_twins(file: SafetensorsFile, parameters: Mapping[str, str]) -> None:
     """PEFT stores a matrix that embedding and head share under both names: it must be the same under both."""
     first: dict[str, str] = {}
-    for stored, parameter in plan.tuning.file_names(plan.model.base_config).items():
+    for stored, parameter in parameters.items():
         twin = first.setdefault(parameter, stored)
         pairs = zip(blocks(file, twin), blocks(file, stored), strict=True) if twin != stored else ()
         if not all(np.array_equal(one, other) for one, other in pairs):
-            raise UserError(f"{stored} differs from {twin}, with which it is to share a matrix", where=plan.adapter)
+            raise UserError(f"{stored} differs from {twin}, with which it is to share a matrix", where=file.path)
 
 
 def has_effect(model: NewModel, adapter: SafetensorsFile) -> bool:

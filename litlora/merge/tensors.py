@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +13,7 @@ from litlora.checkpoint.fingerprint import TensorHash
 from litlora.errors import WorkError
 from litlora.safetensors_file import FLOAT_BYTES, SafetensorsFile, TensorInfo, to_float32
 
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating[Any]]  # fp32 where a model is written; whoever checks one may compute in fp64
 Bytes = npt.NDArray[np.uint8]
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # config.json's word: the file's
@@ -71,50 +73,75 @@ class Scaled:
 Update = Added | Scaled
 
 
-@dataclass(frozen=True)
-class Journey:
-    """One tensor's way: out of the base, the adapter, or nothing; what is put on it; its place in the new file."""
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """What one tensor is made of: the base's or nothing, and what is put on it, or the adapter's in its place."""
 
     name: str  # in the new model
-    place: TensorInfo
-    sink: int  # descriptor of the new file
+    shape: tuple[int, ...]
     base: SafetensorsFile
     source: str | None  # the base's tensor it starts from; None: zero
-    own: bool  # that tensor became this one
     adapter: SafetensorsFile | None
     value: str | None  # the adapter's tensor that stands in place of the base's
     update: Update | None
+
+    @property
+    def info(self) -> TensorInfo | None:
+        return self.base.tensors[self.source] if self.source is not None else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journey(Making):
+    """The same on its way to its place in a new file."""
+
+    place: TensorInfo
+    sink: int  # descriptor of the new file
+    own: bool  # `source` became this tensor
 
 
 class Workspace:
     """The memory that one thread works in: block after block goes through it."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, dtype: npt.DTypeLike = np.float32) -> None:
         self.raw, self.stored = np.empty(4 * size, np.uint8), np.empty(4 * size, np.uint8)  # as in the files
-        self.weight, self.update, self.rounded, self.old = (np.empty(size, np.float32) for _ in range(4))
+        self.weight, self.update, self.rounded, self.old = (np.empty(size, dtype) for _ in range(4))
+
+
+class Cut(NamedTuple):
+    """Some rows of a tensor, of so many columns: `size` numbers from number `start` on."""
+
+    row: int
+    columns: int
+    start: int
+    size: int
+
+
+def cuts(shape: tuple[int, ...], *, in_rows: bool) -> Iterator[Cut]:
+    """A tensor in blocks of at most `BLOCK` numbers, or `GROUP` rows. What needs no rows is taken as one column."""
+    rows, columns = shape if in_rows and len(shape) == 2 else (math.prod(shape), 1)
+    step = max(1, BLOCK // columns // GROUP) * GROUP
+    for row in range(0, rows, step):
+        yield Cut(row, columns, row * columns, min(step, rows - row) * columns)
 
 
 def move(way: Journey, space: Workspace) -> Moved:
     """One tensor to its place in the new file."""
-    info = way.base.tensors[way.source] if way.source is not None else None
-    if info is not None and way.value is None and way.update is None and info.dtype == way.place.dtype:
+    info, place = way.info, way.place
+    if info is not None and way.value is None and way.update is None and info.dtype == place.dtype:
         return move_unchanged(way, info, space)
-    moved, place = Moved(), way.place
+    moved = Moved()
     before, after = TensorHash(way.source or "", info.dtype if info else "", place.shape), TensorHash(way.name, place.dtype, place.shape)
-    in_rows = way.update is not None and len(place.shape) == 2
-    rows, columns = place.shape if in_rows else (math.prod(place.shape), 1)
-    step = max(1, BLOCK // columns // GROUP) * GROUP
     with np.errstate(all="ignore"):  # what is not finite is looked for, and refused by name
-        for row in range(0, rows, step):
-            start, size = row * columns, min(step, rows - row) * columns
-            raw = read_base(way, info, start, size, space)
+        for cut in cuts(place.shape, in_rows=way.update is not None):
+            raw = read_base(way, cut, space)
             if way.own:
                 before.update(raw.data)
-            stored = fold(way, raw, info.dtype if info else "F32", start, row, columns, space, moved)
+            weight = fold(way, raw, cut, space, moved)
+            stored = settle(way, raw, weight, space, moved)
             if not math.isfinite(moved.weight + moved.update + moved.rounding):
-                refuse_not_finite(way, space.weight[:size], moved)
+                refuse_not_finite(way, weight, moved)
             after.update(stored.data)
-            write_at(way.sink, stored.data, place.start + start * WIDTH[place.dtype])
+            write_at(way.sink, stored.data, place.start + cut.start * WIDTH[place.dtype])
     moved.before, moved.after = before.digest() if way.own else "", after.digest()
     return moved
 
@@ -133,38 +160,44 @@ def move_unchanged(way: Journey, info: TensorInfo, space: Workspace) -> Moved:
     return Moved(before=digest if kept else before.digest() if way.own else "", after=digest)
 
 
-def read_base(way: Journey, info: TensorInfo | None, start: int, size: int, space: Workspace) -> Bytes:
-    """The base's bytes of `size` numbers from number `start` on; zeros of fp32 for a tensor that it does not have."""
+def read_base(way: Making, cut: Cut, space: Workspace) -> Bytes:
+    """The base's bytes of a cut; zeros of fp32 for a tensor that it does not have."""
+    info = way.info
     if info is None:
-        raw = space.raw[: 4 * size]
+        raw = space.raw[: 4 * cut.size]
         raw[:] = 0
         return raw
-    raw = space.raw[: size * WIDTH[info.dtype]]
-    way.base.read_into(info.start + start * WIDTH[info.dtype], raw.data)
+    raw = space.raw[: cut.size * WIDTH[info.dtype]]
+    way.base.read_into(info.start + cut.start * WIDTH[info.dtype], raw.data)
     return raw
 
 
-def fold(way: Journey, raw: Bytes, dtype: str, start: int, row: int, columns: int, space: Workspace, moved: Moved) -> Bytes:
-    """A block of rows from the base's bytes to the new model's (in `space.stored`); what happened is added to `moved`."""
-    size = len(raw) // WIDTH[dtype]
-    weight, rounded = space.weight[:size], space.rounded[:size]
-    load(raw, dtype, weight)
+def fold(way: Making, raw: Bytes, cut: Cut, space: Workspace, moved: Moved) -> Floats:
+    """From the base's bytes of a cut to the new model's numbers (in `space.weight`), before they are rounded; adds to `moved`."""
+    weight = space.weight[: cut.size]
+    load(raw, way.info.dtype if way.info else "F32", weight)
     moved.weight += squares(weight)
     if way.value is None and isinstance(way.update, Added) and way.update.magnitude is None:
-        change = space.update[:size]  # added up here: as the difference of two sums its digits would be lost
-        multiply(way.update.b[row : row + size // columns], way.update.a, change.reshape(-1, columns))
+        change = space.update[: cut.size]  # added up here: as the difference of two sums its digits would be lost
+        multiply(way.update.b[cut.row : cut.row + cut.size // cut.columns], way.update.a, change.reshape(-1, cut.columns))
         weight += change
         moved.update += squares(change)
     elif way.value is not None or way.update is not None:
-        old = space.old[:size]
+        old = space.old[: cut.size]
         old[:] = weight
         if way.value is not None:
             assert way.adapter is not None
-            weight[:] = read_float32(way.adapter, way.value, start, size)
+            weight[:] = read_float32(way.adapter, way.value, cut.start, cut.size)
         elif way.update is not None:
-            put_on(way.update, weight.reshape(-1, columns), row, space)
+            put_on(way.update, weight.reshape(-1, cut.columns), cut.row, space)
         moved.update += squares(np.subtract(weight, old, out=old))
-    stored = space.stored[: size * WIDTH[way.place.dtype]]
+    return weight
+
+
+def settle(way: Journey, raw: Bytes, weight: Floats, space: Workspace, moved: Moved) -> Bytes:
+    """The new numbers of a block, rounded once, as the file will have them (in `space.stored`); what that cost is added to `moved`."""
+    dtype = way.info.dtype if way.info else "F32"
+    stored, rounded = space.stored[: len(weight) * WIDTH[way.place.dtype]], space.rounded[: len(weight)]
     store(weight, way.place.dtype, stored, rounded)
     rounded -= weight
     moved.rounding += squares(rounded)
@@ -198,8 +231,10 @@ def multiply(b: Floats, a: Floats, out: Floats) -> None:
 
 
 def load(raw: Bytes, dtype: str, out: Floats) -> None:
-    """Stored numbers in fp32, exactly: `to_float32` without new memory."""
-    if dtype == "BF16":
+    """Stored numbers as they are, in fp32 (`to_float32` without new memory) or fp64."""
+    if out.dtype != np.float32:
+        out[:] = to_float32(raw, dtype, out.shape)
+    elif dtype == "BF16":
         bits = out.view(np.uint32)
         bits[:] = raw.view(np.uint16)
         bits <<= 16

@@ -10,9 +10,10 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
+import numpy.typing as npt
 
 from litlora.merge.outputs import LowRank, NewModel, Output, Rows
-from litlora.merge.tensors import BLOCK, GROUP, Added, Journey, Moved, Scaled, Update, Workspace, move, read_float32, write_at
+from litlora.merge.tensors import BLOCK, GROUP, Added, Floats, Journey, Moved, Scaled, Update, Workspace, move, read_float32, write_at
 from litlora.safetensors_file import SafetensorsFile, TensorInfo, header_bytes
 
 MB = 10**6
@@ -53,6 +54,7 @@ def move_in_turn(
     try:
         way = Journey(
             name=output.name,
+            shape=output.shape,
             place=place,
             sink=sink,
             base=base,
@@ -113,11 +115,15 @@ def reserve(sink: int, size: int) -> None:
     os.ftruncate(sink, size)
 
 
-def load_update(adapter: SafetensorsFile | None, update: LowRank | Rows | None) -> Update | None:
-    """An update's tensors in fp32. LoRA's scale goes into b in fp64, so that it costs one rounding and no more."""
+def load_update(adapter: SafetensorsFile | None, update: LowRank | Rows | None, dtype: npt.DTypeLike = np.float32) -> Update | None:
+    """An update's tensors, in fp32 or fp64. LoRA's scale goes into b in fp64, so that it costs one rounding and no more."""
     if adapter is None or update is None:
         return None
+
+    def read(name: str) -> Floats:
+        return read_float32(adapter, name).astype(dtype, copy=False)
+
     if isinstance(update, Rows):
-        return Scaled(read_float32(adapter, update.scale), read_float32(adapter, update.shift) if update.shift else None)
-    b = (read_float32(adapter, update.b).astype(np.float64) * update.factor).astype(np.float32)
-    return Added(read_float32(adapter, update.a), b, read_float32(adapter, update.magnitude) if update.magnitude else None)
+        return Scaled(read(update.scale), read(update.shift) if update.shift else None)
+    b = (read_float32(adapter, update.b).astype(np.float64) * update.factor).astype(dtype)
+    return Added(read(update.a), b, read(update.magnitude) if update.magnitude else None)
