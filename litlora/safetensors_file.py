@@ -250,13 +250,21 @@ def write_safetensors(
     path: str | Path, tensors: Mapping[str, tuple[str, Sequence[int], Raw]], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write name -> (dtype, shape, bytes) as one file. Equal input gives equal bytes. Syncing is the committer's work."""
-    header, infos = header_bytes({name: (dtype, shape) for name, (dtype, shape, _) in tensors.items()}, metadata)
     with open(path, "wb") as file:
-        file.write(header)
-        for name, info in infos.items():
-            raw = _flat(tensors[name][2])
-            assert raw.nbytes == info.size, f"{name}: {raw.nbytes} bytes for {info.dtype} {info.shape}"
-            file.write(raw.data)
+        for part in safetensors_parts(tensors, metadata):
+            file.write(part)
+
+
+def safetensors_parts(
+    tensors: Mapping[str, tuple[str, Sequence[int], Raw]], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """The bytes of such a file, in order: its header, then a part for each tensor, none of them copied."""
+    header, infos = header_bytes({name: (dtype, shape) for name, (dtype, shape, _) in tensors.items()}, metadata)
+    yield header
+    for name, info in infos.items():
+        raw = _flat(tensors[name][2])
+        assert raw.nbytes == info.size, f"{name}: {raw.nbytes} bytes for {info.dtype} {info.shape}"
+        yield raw.data
 
 
 def _flat(raw: Raw) -> npt.NDArray[np.uint8]:

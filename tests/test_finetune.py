@@ -348,8 +348,8 @@ def killed(processes: "subprocess.Popen[str]", step: int, words: list[str]) -> N
 
 
 def test_a_run_killed_twice_ends_with_the_same_bits(run: Ran, place: Place, processes: "subprocess.Popen[str]") -> None:
-    """R01, R02, F04, promise 3: kill -9 before the first commit, again between two; `--resume`; every file of the last step but those that
-    name the directory is the uninterrupted run's, byte for byte: weights, optimizer, masters; and so are the metrics.
+    """R01, R02, F04, promise 3: kill -9 before the first commit, again beside the second; `--resume`; every file of the last step but
+    those that name the directory is the uninterrupted run's, byte for byte: weights, optimizer, masters; and so are the metrics.
 
     The base is bf16, so what a step of `full` holds is rounded: its fp32 weights must lie in the training state. Caught: not keeping them.
     """
@@ -357,8 +357,8 @@ def test_a_run_killed_twice_ends_with_the_same_bits(run: Ran, place: Place, proc
     resume = ["finetune", run.word, "--resume", "--out_dir", str(out)]
     killed(processes, 3, place.typed(run.label, out, TWELVE))
     assert not list_steps(out)
-    killed(processes, 7, resume)
-    assert [step.number for step in list_steps(out)] == [4]
+    killed(processes, 9, resume)  # step-8 is on its way: it began once step-4 was durable
+    assert [step.number for step in list_steps(out)] in ([4], [4, 8])
     assert did(resume) == f"{out / 'step-12'}\n"
     for number in (8, 12):
         ours, theirs = out / names.step_name(number), run.step(number)

@@ -33,10 +33,11 @@ from litlora.methods.attach import attach, blocks, frozen_state, load_tuned_stat
 from litlora.model import GPT, IGNORE, silent_copy
 from litlora.options import AdapterOptions, FreezeOptions, FullOptions, LoRAOptions, ProOptions, TrainOptions
 from litlora.train.guards import untrained_ends
-from litlora.train.loop import Commit, Run, evaluate, fit, seed_step, train_step
+from litlora.train.loop import Run, evaluate, fit, seed_step, train_step
 from litlora.train.metrics import Metrics, read
 from litlora.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from litlora.train.plan import Plan, Position
+from litlora.train.saving import Commit, Prepared
 from litlora.train.signals import Signals
 from litlora.train.watch import Watch
 
@@ -101,10 +102,11 @@ def run_of(
     learning = trainable(model)
     optimizer = optimizer_of(model, options, method)
 
-    def save(commit: Commit) -> None:
+    def prepare(commit: Commit) -> Prepared:
         weights = {name: parameter.detach().clone() for name, parameter in learning.items()}
         state = [{key: value.clone() for key, value in optimizer.state[parameter].items()} for parameter in learning.values()]
         commits.append((commit, weights, state))
+        return Prepared(write=lambda: None)
 
     one = fabric()
     wrapped, wrapped_optimizer = one.setup(model, optimizer)
@@ -117,7 +119,7 @@ def run_of(
     )
     run = Run(
         fabric=one, model=wrapped, optimizer=wrapped_optimizer, plan=plan, samples=rows, validation=samples(validation, seed=99),
-        options=options, eval_interval=5, seed=seed, metrics=Metrics(tmp_path / "metrics.csv"), signals=Signals(), save=save,
+        options=options, eval_interval=5, seed=seed, metrics=Metrics(tmp_path / "metrics.csv"), signals=Signals(), prepare=prepare,
     )  # fmt: skip
     run.signals.training = True
     return run, optimizer
@@ -308,7 +310,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, method: str,
             position = restored(step, model, chosen, optimizer)
         run = replace(run, metrics=Metrics(tmp_path / "resumed.csv", keep_until=position.step if step else -1))
         with pytest.raises(StopHere) if stop < 16 else nullcontext():
-            fit(replace(run, save=stopping(run.save, stop)) if stop < 16 else run, position)
+            fit(replace(run, prepare=stopping(run.prepare, stop)) if stop < 16 else run, position)
         step = committed(tmp_path, model, chosen, optimizer, part[-1][0].position)
     (commit, weights, state), (want_commit, want_weights, want_state) = part[-1], whole[-1]
     assert commit == want_commit
@@ -340,13 +342,14 @@ class StopHere(Exception):
     """A crash at a moment of the test's choosing."""
 
 
-def stopping(save: Any, step: int) -> Any:
-    def saved(commit: Commit) -> None:
-        save(commit)
+def stopping(prepare: Any, step: int) -> Any:
+    def prepared(commit: Commit) -> Prepared:
+        ready: Prepared = prepare(commit)
         if commit.position.step == step:
             raise StopHere
+        return ready
 
-    return saved
+    return prepared
 
 
 @pytest.mark.parametrize("method", TUNINGS)
@@ -479,16 +482,17 @@ def test_a_value_that_is_not_finite_stops_the_run_at_its_step(tmp_path: Path, wh
     run, _ = run_of(tmp_path, model, samples(20), options, commits)
     victim = next(iter(trainable(model).values()))
 
-    def save(commit: Commit) -> None:
-        run.save(commit)
+    def prepare(commit: Commit) -> Prepared:
+        ready = run.prepare(commit)
         if commit.position.step == 4:
             if where == "gradient":
                 victim.register_hook(lambda grad: grad * math.inf)
             else:
                 victim.data[0] = math.nan if where == "weight" else math.inf
+        return ready
 
     with pytest.raises(WorkError, match=r"^the (loss|gradient's norm) is .* at step 5; the last good checkpoint is step-4"):
-        fit(replace(run, save=save), Position())
+        fit(replace(run, prepare=prepare), Position())
     assert [commit.position.step for commit, *_ in commits] == [2, 4]
     last = read(tmp_path / "metrics.csv")[-1]
     assert last["step"] == "5"
@@ -529,13 +533,14 @@ def test_a_signal_ends_the_run_after_a_commit(tmp_path: Path, number: int) -> No
     commits: list[Any] = []
     run, _ = run_of(tmp_path, adapted(), samples(20), TrainOptions(global_batch_size=2, max_steps=50, save_interval=3, lr=1e-3), commits)
 
-    def save(commit: Commit) -> None:
-        run.save(commit)
+    def prepare(commit: Commit) -> Prepared:
+        ready = run.prepare(commit)
         if commit.position.step == 3:
             os.kill(os.getpid(), number)
+        return ready
 
     with run.signals, pytest.raises(Interrupted) as stop:
-        fit(replace(run, save=save), Position())
+        fit(replace(run, prepare=prepare), Position())
     assert stop.value.exit_code == 128 + number
     assert [commit.position.step for commit, *_ in commits] == [3, 4]
 
@@ -545,13 +550,14 @@ def test_sigusr1_commits_and_goes_on(tmp_path: Path) -> None:
     commits: list[Any] = []
     run, _ = run_of(tmp_path, adapted(), samples(20), TrainOptions(global_batch_size=2, max_steps=6, save_interval=2, lr=1e-3), commits)
 
-    def save(commit: Commit) -> None:
-        run.save(commit)
+    def prepare(commit: Commit) -> Prepared:
+        ready = run.prepare(commit)
         if commit.position.step == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
+        return ready
 
     with run.signals:
-        fit(replace(run, save=save), Position())
+        fit(replace(run, prepare=prepare), Position())
     assert [commit.position.step for commit, *_ in commits] == [2, 3, 4, 6]
 
 

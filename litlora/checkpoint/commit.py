@@ -2,23 +2,25 @@
 
 A directory is written as `.tmp-NAME-PID` beside its final place; every file is synced, the manifest last; the directory is
 synced, renamed, and its parent synced. Only then does it count, whatever crash or power cut comes before or after. The caller
-prints `COMMITTED step=N` when `commit_step` has returned, and not earlier.
+prints `COMMITTED step=N` when `commit_step` has returned, and not earlier. Hashes are taken of what is handed to the system, while it is
+written: they say what a file was meant to be, and nothing is read back.
 """
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from litlora.checkpoint import names
-from litlora.checkpoint.manifest import Manifest, TrainingState, encode_state
+from litlora.checkpoint.manifest import FileRecord, Manifest, TrainingState, encode_state
 from litlora.errors import UserError, WorkError
-from litlora.safetensors_file import Raw, write_safetensors
+from litlora.safetensors_file import Raw, safetensors_parts
 
 Tensors = Mapping[str, tuple[str, Sequence[int], Raw]]  # name -> (dtype, shape, bytes)
 
@@ -37,16 +39,26 @@ def commit_step(
     everything = [*tensors.values(), state.tensors] if state else list(tensors.values())
     needed = sum(map(tensor_bytes, everything)) + sum(map(len, files.values())) + 2**16
     with commit_directory(final, needed_bytes=needed) as temporary:
-        for name, data in files.items():
-            (temporary / name).write_bytes(data)
+        written = {name: write_file(temporary / name, [data]) for name, data in files.items()}
         for name, contents in tensors.items():
-            write_safetensors(temporary / name, contents, {"format": "pt"})
-        manifest = manifest.with_files(temporary)
+            written[name] = write_file(temporary / name, safetensors_parts(contents, {"format": "pt"}))
+        manifest = manifest.with_files(written)
         if state:
-            write_safetensors(temporary / names.TRAINING_STATE, state.tensors, {"format": "pt"})
-            (temporary / names.TRAINING_STATE_META).write_bytes(encode_state(temporary, manifest, state.values))
-        (temporary / names.MANIFEST).write_bytes(manifest.encode())
+            record = write_file(temporary / names.TRAINING_STATE, safetensors_parts(state.tensors, {"format": "pt"}))
+            write_file(temporary / names.TRAINING_STATE_META, [encode_state(record, manifest, state.values)])
+        write_file(temporary / names.MANIFEST, [manifest.encode()])
     return final
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
+    """A new file of `parts`, in order, not synced yet; its size and sha256."""
+    size, digest = 0, hashlib.sha256()
+    with open(path, "wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+            size += memoryview(part).nbytes
+    return FileRecord(size=size, sha256=digest.hexdigest())
 
 
 @contextmanager

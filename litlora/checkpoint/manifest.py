@@ -61,10 +61,9 @@ class Manifest:
     files: dict[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
-    def with_files(self, directory: Path) -> "Manifest":
-        """The same with the size and sha256 of every covered file that lies in `directory`."""
-        covered = sorted(path for path in directory.iterdir() if path.is_file() and path.name not in names.UNCOVERED)
-        return replace(self, files={path.name: FileRecord(size=path.stat().st_size, sha256=sha256(path)) for path in covered})
+    def with_files(self, written: Mapping[str, FileRecord]) -> "Manifest":
+        """The same with the size and sha256 of every file that was written and is to be covered."""
+        return replace(self, files={name: written[name] for name in sorted(written) if name not in names.UNCOVERED})
 
     def encode(self) -> bytes:
         """The bytes of litlora.json."""
@@ -203,11 +202,10 @@ class TrainingState:
     values: Mapping[str, Any]
 
 
-def encode_state(directory: Path, manifest: Manifest, values: Mapping[str, Any]) -> bytes:
+def encode_state(tensors: FileRecord, manifest: Manifest, values: Mapping[str, Any]) -> bytes:
     """The bytes of training_state.json: hash of the tensors beside it, and of the checkpoint that both belong to."""
-    path = directory / names.TRAINING_STATE
-    record = FileRecord(size=path.stat().st_size, sha256=sha256(path))
-    own = {"format_version": FORMAT_VERSION, "step": manifest.step, "checkpoint": _identity(manifest), "files": {path.name: asdict(record)}}
+    files = {names.TRAINING_STATE: asdict(tensors)}
+    own = {"format_version": FORMAT_VERSION, "step": manifest.step, "checkpoint": _identity(manifest), "files": files}
     return seal({**own, "values": dict(values)})
 
 

@@ -22,11 +22,16 @@ SEPARATOR = "/"  # between a parameter's name and the name of its state: model..
 
 
 def save_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, Any], exact: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.nn.Parameter],
+    values: Mapping[str, Any],
+    exact: Mapping[str, Tensor],
+    *,
+    copy: bool = False,
 ) -> TrainingState:
     """For `commit_step`: the state of every named parameter, and `values`, which JSON must be able to hold.
 
-    `exact`: what the model's own files hold rounded, or not at all, and training needs to the bit.
+    `exact`: what the model's own files hold rounded, or not at all, and training needs to the bit. `copy`: as `raw_tensors`.
     """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
@@ -40,7 +45,7 @@ def save_state(
     assert held == len(tensors) + len(scalars), "the optimizer holds a parameter that has no name"
     own = {"class": type(optimizer).__name__, "parameters": sorted(parameters), "scalars": scalars}
     tensors |= {f"{EXACT}{SEPARATOR}{name}": tensor for name, tensor in exact.items()}
-    return TrainingState(tensors=raw_tensors(tensors), values={OPTIMIZER: own, VALUES: dict(values)})
+    return TrainingState(tensors=raw_tensors(tensors, copy=copy), values={OPTIMIZER: own, VALUES: dict(values)})
 
 
 def load_state(

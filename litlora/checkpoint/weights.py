@@ -118,9 +118,9 @@ def check_same_base(adapter: Checkpoint, base: Checkpoint) -> None:
         check_fingerprint(base, adapter.manifest.base, adapter.path)
 
 
-def raw_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
-    """For writing: name -> (dtype, shape, bytes). Tensors on the CPU are not copied, so write them before they change."""
-    return {name: (STORED[tensor.dtype], tuple(tensor.shape), raw_bytes(tensor)) for name, tensor in tensors.items()}
+def raw_tensors(tensors: Mapping[str, Tensor], *, copy: bool = False) -> Tensors:
+    """For writing: name -> (dtype, shape, bytes). Tensors on the CPU are not copied unless asked, so write them before they change."""
+    return {name: (STORED[tensor.dtype], tuple(tensor.shape), raw_bytes(tensor, copy)) for name, tensor in tensors.items()}
 
 
 class NothingDrawn(TorchFunctionMode):
@@ -138,8 +138,8 @@ class NothingDrawn(TorchFunctionMode):
 # ---- details ---------------------------------------------------------------------------------------------------------
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+def raw_bytes(tensor: Tensor, copy: bool = False) -> memoryview:
+    flat = tensor.detach().to("cpu", copy=copy).contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 

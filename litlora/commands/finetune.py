@@ -14,11 +14,10 @@ from litlora import console
 from litlora.checkpoint import names
 from litlora.checkpoint.card import model_card
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.commit import Tensors
 from litlora.checkpoint.files import as_json, model_files, open_tokenizer, serving_files
 from litlora.checkpoint.manifest import Manifest
 from litlora.checkpoint.resolve import demo_base, resolve
-from litlora.checkpoint.weights import adapter_tensors, base_tensors, load_base, raw_tensors
+from litlora.checkpoint.weights import adapter_tensors, base_tensors, load_base
 from litlora.config import Config, merged_layers
 from litlora.data.samples import IGNORE, DataSet
 from litlora.errors import UserError, WorkError
@@ -126,11 +125,11 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
         else:
             load_tuned_state(model, tuning, adapter_tensors(step), step.adapter_file(), config)
 
-    def contents(model: GPT) -> Mapping[str, Tensors]:
+    def contents(model: GPT) -> Mapping[str, Mapping[str, torch.Tensor]]:
         if work.is_full:
-            return {names.WEIGHTS: raw_tensors(as_stored(trainable(model), dtypes))}
+            return {names.WEIGHTS: as_stored(trainable(model), dtypes)}
         file = names.ADAPTER_WEIGHTS if tuning.in_peft else names.OWN_ADAPTER_WEIGHTS
-        return {file: raw_tensors(tuned_state(model, tuning, config))}
+        return {file: tuned_state(model, tuning, config)}
 
     def exact(model: GPT) -> Mapping[str, torch.Tensor]:
         rounded = {name: p.detach() for name, p in trainable(model).items() if p.dtype != dtypes.get(name, p.dtype)}

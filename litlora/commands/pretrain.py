@@ -11,7 +11,7 @@ from litlora import console
 from litlora.checkpoint import names
 from litlora.checkpoint.card import model_card
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.commit import Tensors, commit_directory, remove
+from litlora.checkpoint.commit import commit_directory, remove
 from litlora.checkpoint.files import as_json, open_tokenizer, serving_files
 from litlora.checkpoint.manifest import Manifest
 from litlora.checkpoint.reading import read_bytes
@@ -126,8 +126,8 @@ def model_job(options: Pretrain, prompts: Prompts, data: DataSet) -> Job:
     def restore(model: GPT, step: Checkpoint) -> None:
         model.load_state_dict(load_base(step).state_dict(), strict=True)
 
-    def contents(model: GPT) -> Mapping[str, Tensors]:
-        return {names.WEIGHTS: raw_tensors(own_tensors(model))}
+    def contents(model: GPT) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        return {names.WEIGHTS: own_tensors(model)}
 
     def card(manifest: Manifest) -> str:
         return model_card(manifest, str(Path(options.out_dir) / names.step_name(manifest.step)))

@@ -9,11 +9,11 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from litlora.console import Progress, count
 from litlora.data.batches import Batch, pack, share_of_rank
@@ -25,6 +25,8 @@ from litlora.train.loss import summed_loss
 from litlora.train.metrics import Metrics, memory_text
 from litlora.train.optimizer import learning_rate, set_learning_rate
 from litlora.train.plan import Plan, Position
+from litlora.train.ranks import over_ranks
+from litlora.train.saving import Commit, Prepared, Saver
 from litlora.train.signals import Signals
 from litlora.train.watch import Watch
 
@@ -42,19 +44,11 @@ class StepResult(NamedTuple):
     graded: int  # tokens that count in the loss
     stop: bool  # a rank was asked to stop
     commit: bool  # a rank was asked to commit
+    failed: bool  # a commit that was under way has failed
 
     @property
     def finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Commit:
-    """What `fit` hands over when a checkpoint is due: where training stands and what it measured there."""
-
-    position: Position
-    loss: float
-    val_loss: float | None  # None: not measured at this step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +67,22 @@ class Run:
     metrics: Metrics
     signals: Signals
     watch: Watch = field(default_factory=lambda: Watch({}))  # groups of parameters whose progress is shown
-    save: Callable[[Commit], None]  # called on every rank; commits on the first
+    prepare: Callable[[Commit], Prepared]  # called on the first rank: looks at what is to be committed, and copies it
 
 
 def fit(run: Run, start: Position) -> Position:
     """Train from `start` to the plan's end; return where it ended.
 
-    Raises WorkError when the loss or a gradient is not finite or a tensor can never learn, Interrupted after the commit
-    that a signal asked for.
+    Raises WorkError when the loss or a gradient is not finite, a tensor can never learn or a commit fails (at the next step at the
+    latest), Interrupted after the commit that a signal asked for. However it ends, no commit is under way any more.
     """
-    position, committed, alive = start, start.step, set[str]()
+    position, alive = start, set[str]()
     if start.step == 0 and run.validation:
         run.metrics.write(step=0, epoch=0, val_loss=evaluate(run.fabric, run.model, run.validation, run.options)[0])
-    with Progress(run.plan.steps, "step", start=start.step, quiet=not run.fabric.is_global_zero) as progress:
+    with (
+        Progress(run.plan.steps, "step", start=start.step, quiet=not run.fabric.is_global_zero) as progress,
+        Saver(run.fabric, run.prepare, start.step, progress.line) as saver,
+    ):
         for window in run.plan.windows(start):
             if position.step >= run.plan.steps:
                 break
@@ -96,7 +93,10 @@ def fit(run: Run, start: Position) -> Position:
             seed_step(run.seed, position.step, run.fabric.global_rank)
             if every(run.options.log_interval, position.step + 1):
                 run.watch.before()
-            result = train_step(run.fabric, run.model, run.optimizer, batches, max_norm=run.options.max_norm, asked=run.signals.asked())
+            asked = (*run.signals.asked(), saver.look())
+            result = train_step(run.fabric, run.model, run.optimizer, batches, max_norm=run.options.max_norm, asked=asked)
+            if result.failed:
+                saver.finish()  # raises
             if result.graded == 0:  # nothing to learn from: no update, and the count of updates stands still
                 position = replace(position, epoch=window.epoch, window=window.number + 1)
                 progress.line(f"warning: window {window.number} of epoch {window.epoch} grades no token; skipped")
@@ -107,7 +107,7 @@ def fit(run: Run, start: Position) -> Position:
             if not result.finite:
                 record(run, progress, position, result, lr, seconds, tokens, val_loss=None)
                 bad = f"the loss is {result.loss}" if not math.isfinite(result.loss) else f"the gradient's norm is {result.grad_norm}"
-                raise not_finite(position.step, committed, bad)
+                raise not_finite(position.step, saver.newest(), bad)
             if position.step <= 2 and lr > 0:
                 check_alive(run.model, alive, position.step)
             last = position.step == run.plan.steps
@@ -119,12 +119,11 @@ def fit(run: Run, start: Position) -> Position:
             if last or val_loss is not None or every(run.options.log_interval, position.step):
                 record(run, progress, position, result, lr, seconds, tokens, val_loss)
             if val_loss is not None and not math.isfinite(val_loss):
-                raise not_finite(position.step, committed, f"the validation loss is {val_loss}")
+                raise not_finite(position.step, saver.newest(), f"the validation loss is {val_loss}")
             if last or result.stop or result.commit or every(run.options.save_interval, position.step):
-                run.save(Commit(position=position, loss=result.loss, val_loss=val_loss))
-                committed = position.step
-                progress.line(f"COMMITTED step={committed}" + ("" if val_loss is None else f" val_loss={val_loss:.4f}"))
+                saver.save(Commit(position=position, loss=result.loss, val_loss=val_loss))
             if result.stop and not last:
+                saver.finish()
                 raise Interrupted(run.signals.number or signal.SIGTERM)
     return position
 
@@ -154,19 +153,19 @@ def train_step(
     batches: Sequence[Batch],
     *,
     max_norm: float = 0.0,
-    asked: tuple[bool, bool] = (False, False),
+    asked: tuple[bool, bool, bool] = (False, False, False),
 ) -> StepResult:
     """One update on `batches`, this rank's share of the global batch. The gradients stay in place until the next step.
 
-    `max_norm` 0 clips nothing. `asked` is this rank's wish to (stop, commit); every rank learns of it in the same step. A batch that
-    grades nothing, or a loss or gradient that is not finite, makes no update.
+    `max_norm` 0 clips nothing. `asked`: this rank's wish to stop, its wish to commit, and whether a commit has failed; every rank learns
+    of them in the same step. A batch that grades nothing, or a loss or gradient that is not finite, makes no update.
     """
     optimizer.zero_grad()
     here = [sum(batch.graded for batch in batches), *map(int, asked)]
     counts = over_ranks(fabric, torch.tensor(here, dtype=torch.float64))  # over the whole global batch
-    graded, stop, commit = (int(number) for number in counts.tolist())
+    graded, flags = int(counts[0].item()), [bool(number) for number in counts[1:].tolist()]
     if graded == 0:
-        return StepResult(0.0, 0.0, 0, bool(stop), bool(commit))
+        return StepResult(0.0, 0.0, 0, *flags)
     total = torch.zeros((), dtype=torch.float64, device=fabric.device)
     for i, batch in enumerate(batches):
         with fabric.no_backward_sync(model, enabled=i < len(batches) - 1):
@@ -174,7 +173,7 @@ def train_step(
             fabric.backward(loss * (fabric.world_size / graded))  # ranks are averaged, so undo it
         total += loss.detach()
     norm: Any = fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False)
-    result = StepResult(over_ranks(fabric, total).item() / graded, norm.item(), graded, bool(stop), bool(commit))
+    result = StepResult(over_ranks(fabric, total).item() / graded, norm.item(), graded, *flags)
     if result.finite:
         optimizer.step()
     return result
@@ -188,12 +187,6 @@ def evaluate(fabric: "Fabric", model: nn.Module, samples: Sequence[Sample], opti
     total, graded = summed_loss(model, share_of_window(fabric, samples, options), fabric.device)
     sums = over_ranks(fabric, torch.tensor([total, graded], dtype=torch.float64))
     return (sums[0] / sums[1]).item(), int(sums[1].item())
-
-
-def over_ranks(fabric: "Fabric", tensor: Tensor) -> Tensor:
-    """The sum over all ranks, the same on each."""
-    total: Any = fabric.all_reduce(tensor, reduce_op="sum")
-    return cast(Tensor, total)
 
 
 def share_of_window(fabric: "Fabric", window: Sequence[Sample], options: TrainOptions) -> list[Batch]:

@@ -17,13 +17,13 @@ import xxhash
 
 from litlora import __version__, console
 from litlora.checkpoint import names
-from litlora.checkpoint.commit import Tensors, commit_step, write_atomically
+from litlora.checkpoint.commit import commit_step, write_atomically
 from litlora.checkpoint.manifest import BaseRecord, Manifest
 from litlora.checkpoint.resolve import Checkpoint
 from litlora.checkpoint.run import Run as RunDirectory
 from litlora.checkpoint.run import drop_old_states, prepare_run_directory
 from litlora.checkpoint.state import load_state, save_state
-from litlora.checkpoint.weights import raw_bytes
+from litlora.checkpoint.weights import raw_bytes, raw_tensors
 from litlora.config import Config
 from litlora.data.samples import IGNORE, DataSet, Sample, load_data
 from litlora.errors import Interrupted, UserError, WorkError
@@ -35,10 +35,11 @@ from litlora.parsing import to_yaml
 from litlora.precision import choose_dtype
 from litlora.prompts import Prompts
 from litlora.train.allocator import keep_freed_memory
-from litlora.train.loop import MICRO_BATCH_TOKENS, Commit, Run, fit, over_ranks
+from litlora.train.loop import MICRO_BATCH_TOKENS, Run, fit
 from litlora.train.metrics import Metrics
 from litlora.train.optimizer import build_optimizer
 from litlora.train.plan import Plan, Position
+from litlora.train.saving import Commit, Prepared, free_memory
 from litlora.train.signals import Signals
 from litlora.train.watch import Watch
 
@@ -60,7 +61,7 @@ class Job:
     facts: Sequence[tuple[str, str]]  # header lines about the model and the method
     build: Callable[[torch.device], GPT]  # the model, what learns in it requiring gradients
     restore: Callable[[GPT, Checkpoint], None]  # puts what a step holds back into the model
-    contents: Callable[[GPT], Mapping[str, Tensors]]  # weight files of a step: name -> tensors
+    contents: Callable[[GPT], Mapping[str, Mapping[str, torch.Tensor]]]  # weight files of a step: name -> tensors, maybe the model's own
     exact: Callable[[GPT], Mapping[str, torch.Tensor]] = lambda model: {}  # what these hold rounded, or not at all: goes with the state
     files: Mapping[str, bytes]  # what else lies in every step: name -> bytes
     card: Callable[[Manifest], str]  # the step's README
@@ -97,20 +98,6 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
         out_dir / names.METRICS if fabric.is_global_zero else None, keep_until=start.step if resumed else -1, more=watch.columns
     )
     committer = Committer(job, model, trained, digests(trained), optimizer, plan, fixed, resumed)
-
-    def save(commit: Commit) -> None:
-        failure: Exception | None = None
-        if fabric.is_global_zero:
-            try:
-                committer.commit(commit)
-            except (WorkError, UserError, OSError) as error:
-                failure = error
-        failed = over_ranks(fabric, torch.tensor(float(failure is not None))).item()  # the others must not wait for what will not come
-        if failure is not None:
-            raise failure
-        if failed:
-            raise WorkError(f"the first process could not commit step {commit.position.step}")
-
     if fabric.is_global_zero:
         write_atomically(out_dir / names.RUN_YAML, run_yaml(job).encode())
         if job.data.skipped:
@@ -119,7 +106,7 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
     run = Run(
         fabric=fabric, model=wrapped, optimizer=wrapped_optimizer, plan=plan, samples=job.data.train, validation=job.data.validation,
         options=options.train, eval_interval=options.eval.interval, seed=options.seed, metrics=metrics, signals=signals, watch=watch,
-        save=save,
+        prepare=committer.prepare,
     )  # fmt: skip
     signals.training = True
     try:
@@ -134,7 +121,7 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
 
 @dataclass
 class Committer:
-    """Writes steps: the weights that learnt, the optimizer's state, and where all of it comes from."""
+    """Makes steps: the weights that learnt, the optimizer's state, and where all of it comes from."""
 
     job: Job
     model: GPT
@@ -145,11 +132,34 @@ class Committer:
     fixed: Mapping[str, Any]
     resumed: Checkpoint | None
 
-    def commit(self, commit: Commit) -> Path:
-        """`out/step-N`, durable when this returns. WorkError where nothing changed, or a tensor is not finite: that is never saved."""
-        position = commit.position
+    def prepare(self, commit: Commit) -> Prepared:
+        """What becomes `out/step-N`. WorkError where nothing changed, or a tensor is not finite: that is never saved.
+
+        It is copied, so that it can be written while training goes on, where the copy takes at most half of the memory that is free: an
+        adapter's always does; a whole model with its optimizer (`full`, `pretrain`), 14 to 16 bytes a parameter, may not, and then
+        training waits for the commit.
+        """
         self.refuse_what_is_no_result()
-        manifest = Manifest(
+        contents, exact = self.job.contents(self.model), self.job.exact(self.model)
+        held = [state for states in self.optimizer.state.values() for state in states.values() if isinstance(state, torch.Tensor)]
+        copied = sum(tensor.nbytes for tensors in (*contents.values(), exact) for tensor in tensors.values()) + sum(t.nbytes for t in held)
+        room = copied <= free_memory() // 2
+        manifest, values = self.manifest(commit), self.values(commit.position)
+        tensors = {name: raw_tensors(found, copy=room) for name, found in contents.items()}
+        files = {**self.job.files, names.README: self.job.card(manifest).encode()}
+        state = save_state(self.optimizer, self.trained, values, exact, copy=room)
+        run = Path(self.job.options.out_dir)
+
+        def write() -> None:
+            commit_step(run, manifest, tensors=tensors, files=files, state=state)
+            if manifest.base is None:  # three times as large as the model
+                drop_old_states(run, keep=STATES_OF_MODELS)
+
+        return Prepared(write=write, in_background=room)
+
+    def manifest(self, commit: Commit) -> Manifest:
+        position = commit.position
+        return Manifest(
             method=self.job.method,
             options=dict(self.job.method_options),
             step=position.step,
@@ -164,18 +174,10 @@ class Committer:
             parent=str(self.resumed.path.resolve()) if self.resumed else self.job.parent,
             versions=versions(),
         )
-        values = {"position": asdict(position), "fixed": dict(self.fixed), "changeable": may_change(self.job.options)}
-        run = Path(self.job.options.out_dir)
-        step = commit_step(
-            run,
-            manifest,
-            tensors=self.job.contents(self.model),
-            files={**self.job.files, names.README: self.job.card(manifest).encode()},
-            state=save_state(self.optimizer, self.trained, values, self.job.exact(self.model)),
-        )
-        if manifest.base is None:  # three times as large as the model
-            drop_old_states(run, keep=STATES_OF_MODELS)
-        return step
+
+    def values(self, position: Position) -> dict[str, Any]:
+        """What the training state holds beside tensors."""
+        return {"position": asdict(position), "fixed": dict(self.fixed), "changeable": may_change(self.job.options)}
 
     def refuse_what_is_no_result(self) -> None:
         broken = [name for name, parameter in self.trained.items() if not torch.isfinite(parameter).all()]
