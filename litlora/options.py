@@ -202,7 +202,9 @@ class ComputeOptions:
 class FitOptions(ComputeOptions):
     """What every training command has."""
 
-    data: list[str] = option(["demo"], "demo, a file (.json, .jsonl, .txt) or a directory; repeatable, FILE:WEIGHT for passes per epoch")
+    data: list[str] = option(
+        ["demo"], "demo, a file (.json, .jsonl, .csv, .parquet, .txt) or a directory; repeatable, FILE:WEIGHT for passes per epoch"
+    )
     out_dir: str = option("out", "the run's directory")
     resume: bool = option(False, "go on from the newest whole checkpoint in out_dir")
     overwrite: bool = option(False, "delete the run in out_dir first")
@@ -347,6 +349,34 @@ class ExtendVocab:
     out_dir: str = option("extended", "where the new base goes")
     eval_data: list[str] = option([], "measure tokens per character on this text, not on the last tenth of --data; repeatable")
     rows: RowsOptions = group(RowsOptions, "rows of your data")
+
+
+@dataclass(kw_only=True)
+class InspectData:
+    """What rows hold, how long they are as samples, what of them is graded, and some of them as the model sees them."""
+
+    bare: ClassVar[tuple[str, ...]] = ("data",)
+    data: list[str] = option(["demo"], "files or directories, as for finetune")
+    checkpoint_dir: str | None = option(None, "the model whose tokenizer and chat template are used", unset="the embedded demo base")
+    base_dir: str | None = option(None, "where a step's base is now, if it moved")
+    rows: RowsOptions = group(RowsOptions, "rows of your data")
+    number: int = option(3, "rows that are shown, the graded part between « and »", least=0)
+    max_seq_length: int | None = option(None, "longest sample, in tokens", unset="the model's context", least=2)
+    mask_prompt: bool = option(True, "grade answers only (false: every token)")
+    json: bool = option(False, "print one JSON object")
+
+
+@dataclass(kw_only=True)
+class ValidateData:
+    """Every row that cannot be used, by file, line and column. Exit code 1 where there is one."""
+
+    bare: ClassVar[tuple[str, ...]] = ("data",)
+    data: list[str] = option(["demo"], "files or directories, as for finetune; rows of preferences too")
+    checkpoint_dir: str | None = option(None, "refuse what this model's chat template refuses, too", unset="the rows alone are looked at")
+    base_dir: str | None = option(None, "where a step's base is now, if it moved")
+    rows: RowsOptions = group(RowsOptions, "rows of your data")
+    show: int = option(20, "print at most so many reasons; 0: all of them", least=0)
+    json: bool = option(False, "print one JSON object")
 
 
 @dataclass(kw_only=True)

@@ -135,7 +135,11 @@ def as_pairs(
     for name in bare:
         if name not in known or not rest or rest[0].startswith("-"):
             break
-        yield name, rest.pop(0)
+        if not known[name].is_list:
+            yield name, rest.pop(0)
+            continue
+        while rest and not rest[0].startswith("-"):
+            lists.setdefault(name, []).append(rest.pop(0))
     while rest:
         word = rest.pop(0)
         if word in ("-h", "--help"):

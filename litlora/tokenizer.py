@@ -129,6 +129,15 @@ class Tokenizer:
         return framed[0] == self.bos_id
 
     @cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """The templates that tokenizer_config.json has by name; one that has no name there is `default`."""
+        value = self._config.get("chat_template")
+        if isinstance(value, str):
+            return {"default": value}
+        entries = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+        return {str(entry.get("name")): entry["template"] for entry in entries if isinstance(entry.get("template"), str)}
+
+    @cached_property
     def chat_template(self) -> str | None:
         """The directory's own chat template: chat_template.jinja, else the one (named `default`) in tokenizer_config.json."""
         path = self.directory / "chat_template.jinja"
@@ -137,17 +146,14 @@ class Tokenizer:
                 return path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise UserError("not UTF-8 text", where=path) from error
-        value = self._config.get("chat_template")
-        if isinstance(value, list):
-            named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-            value = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
-            if named and value is None:
-                raise UserError(
-                    f"several chat templates ({', '.join(map(str, named))}), none of them named default",
-                    where=self.directory / "tokenizer_config.json",
-                    hint="write the one you want into chat_template.jinja",
-                )
-        return value if isinstance(value, str) else None
+        named = self.chat_templates
+        if "default" not in named and len(named) > 1:
+            raise UserError(
+                f"several chat templates ({', '.join(named)}), none of them named default",
+                where=self.directory / "tokenizer_config.json",
+                hint="write the one you want into chat_template.jinja",
+            )
+        return named.get("default") or next(iter(named.values()), None)
 
     # ---- text to ids -------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,8 @@ TORCH_FREE = [
     "litlora.checkpoint.card", "litlora.checkpoint.run", "litlora.merge", "litlora.merge.effective", "litlora.merge.expand",
     "litlora.vocabulary",
     "litlora.commands", "litlora.commands.merge_lora", "litlora.commands.expand", "litlora.commands.extend_vocab",
-    "litlora.commands.generate", "litlora.data.rows", "litlora.data.formats", "litlora.data.samples", "litlora.data.demo",
+    "litlora.commands.generate", "litlora.commands.data",
+    "litlora.data.rows", "litlora.data.formats", "litlora.data.samples", "litlora.data.demo",
 ]  # fmt: skip
 
 

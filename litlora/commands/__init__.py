@@ -17,6 +17,10 @@ def finetune(help: str, options: str) -> Command:
     return Command(help, "litlora.commands.finetune", "finetune", options)
 
 
+def data(help: str, options: str) -> Command:
+    return Command(help, "litlora.commands.data", "data", options)
+
+
 Commands = dict[str, "Command | Commands"]
 
 COMMANDS: Commands = {
@@ -28,6 +32,10 @@ COMMANDS: Commands = {
         "full": finetune("every parameter", "FinetuneFull"),
     },
     "pretrain": Command("train a small model from nothing, or a given one further", "litlora.commands.pretrain", "pretrain", "Pretrain"),
+    "data": {
+        "inspect": data("formats, lengths, the graded share, rows as the model sees them", "InspectData"),
+        "validate": data("every row that cannot be used, with its place and the reason", "ValidateData"),
+    },
     "merge_lora": Command(
         "write a plain Hugging Face model with what was trained merged in", "litlora.commands.merge_lora", "merge_lora", "MergeLoRA"
     ),

@@ -1,44 +1,81 @@
 """Rows to messages: the shapes in which people keep conversations, told apart by their keys."""
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from litlora.data.rows import Row
+from litlora.data.places import Row
 from litlora.errors import UserError, did_you_mean
 
-Message = dict[str, Any]  # role: system, user or assistant; content: text; weight: 0 where an answer is not graded
+# role: system, user, assistant or tool; content: text; weight: 0 where an answer is not graded; tool_calls. Before them may stand one
+# with the role `tools`: its content lists what may be called.
+Message = dict[str, Any]
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user"}
 ROLES |= {"assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
-PREFERENCE = ("chosen", "rejected", "preferred_output", "non_preferred_output", "kto_tag")
+ROLES |= {"function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool"}
+BETTER, WORSE = ("chosen", "preferred_output"), ("rejected", "non_preferred_output")
+LABELS = ("label", "kto_tag")
+CALLED = ("tool_call_id", "name")  # of a message, for templates that show them
 
 
 @dataclass(frozen=True)
 class Text:
-    """A row that is no conversation: text to be learnt as a whole."""
+    """A row that is no conversation: text to be learnt as a whole, or a piece of one."""
 
     text: str
+    begins: bool = True
+    ends: bool = True
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference: two conversations that differ in the answer. Recognised and checked; fine-tuning does not learn them."""
+
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A conversation that somebody found good or bad. As Pair."""
+
+    messages: list[Message]
+    good: bool
 
 
 class Format(NamedTuple):
     """A shape of rows: for each field the names it goes by, and what makes messages of it."""
 
     needs: Mapping[str, tuple[str, ...]]
-    convert: Callable[[Mapping[str, Any], Mapping[str, str]], "list[Message] | Text"]
+    convert: Callable[[Mapping[str, Any], Mapping[str, str]], "list[Message] | Text | Pair | Verdict"]
 
 
 def to_messages(row: Row, mapping: Mapping[str, str] | None = None, form: str | None = None) -> "list[Message] | Text":
     """The messages of a row, or its Text. `mapping`: our field name -> theirs; `form`: the format its file has.
 
-    Raises UserError at the row's place: no known format, a missing or empty field, another type than text.
+    Raises UserError at the row's place: no known format, a missing or empty field, another type than text, rows that judge answers.
     """
+    value = read_row(row, mapping, form)
+    if isinstance(value, Pair):
+        hint = "keep the good answer of each, as messages; litlora data validate checks them as they are"
+        raise UserError("rows of preferences (two answers to one prompt) are not learnt by fine-tuning", where=row.where, hint=hint)
+    if isinstance(value, Verdict):
+        hint = "keep the good ones, without the label"
+        raise UserError("rows with a verdict (label: true or false) are not learnt by fine-tuning", where=row.where, hint=hint)
+    return value
+
+
+def read_row(row: Row, mapping: Mapping[str, str] | None = None, form: str | None = None) -> "list[Message] | Text | Pair | Verdict":
+    """What a row holds, whatever it is for. Raises UserError as `to_messages`."""
     try:
         value = _renamed(row.value, mapping or {})
         form = form or detect(value)
-        return FORMATS[form].convert(value, _names(value, form))
+        made = FORMATS[form].convert(value, _names(value, form))
     except UserError as error:
         raise UserError(error.what, where=row.where, context=error.context, hint=error.hint) from None
+    return replace(made, begins=row.begins, ends=row.ends) if isinstance(made, Text) else made
 
 
 def format_of(row: Row, mapping: Mapping[str, str] | None = None) -> str:
@@ -67,43 +104,33 @@ def detect(value: Any) -> str:
     """The name of the format whose fields a row has."""
     if not isinstance(value, Mapping):
         raise UserError(f"a row is an object with named fields, this one is {_kind(value)}")
-    if found := [key for key in PREFERENCE if key in value]:
-        hint = "keep the good answer of each, as messages"
-        raise UserError(f"rows of preferences ({', '.join(found)}) are not learnt by fine-tuning", hint=hint)
-    if isinstance(value.get("label"), bool) and ("messages" in value or "completion" in value):
-        hint = "keep the good ones, without the label"
-        raise UserError("rows with a verdict (label: true or false) are not learnt by fine-tuning", hint=hint)
-    for name, form in FORMATS.items():
+    if any(isinstance(value.get(key), bool) for key in LABELS) and any(key in value for key in ("messages", "conversations", "completion")):
+        return "verdict"
+    learnt = {name: form for name, form in FORMATS.items() if name != "verdict"}  # `label` may be any field of a row
+    for name, form in learnt.items():
         if all(any(key in value for key in names) for names in form.needs.values()):
             return name
-    for name, form in FORMATS.items():  # the first field is there, another is not
+    for name, form in learnt.items():  # the first field is there, another is not
         if any(key in value for key in next(iter(form.needs.values()))):
             lacks = next(names for names in form.needs.values() if not any(key in value for key in names))
             raise UserError(_lack(name, lacks, value), hint=f"--rows.map {lacks[0]}=..., if it has another name here")
-    known = " | ".join("+".join(names[0] for names in form.needs.values()) for form in FORMATS.values())
+    known = " | ".join("+".join(names[0] for names in form.needs.values()) for name, form in FORMATS.items() if name not in NOT_LEARNT)
     raise UserError(f"a row with {_keys(value)}; known are {known}", hint=_example(value))
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------------
 
 
-def _messages(value: Mapping[str, Any], names: Mapping[str, str]) -> list[Message]:
-    return _checked(_message_list(value[names["messages"]], names["messages"], "role", "content"), value)
-
-
-def _sharegpt(value: Mapping[str, Any], names: Mapping[str, str]) -> list[Message]:
-    key = names["conversations"]
-    listed = value[key]
-    by_role = isinstance(listed, list) and listed and isinstance(listed[0], Mapping) and "role" in listed[0]
-    role, content = ("role", "content") if by_role else ("from", "value")
-    return _checked(_with_system(value, _message_list(listed, key, role, content)), value)
+def _conversation(value: Mapping[str, Any], names: Mapping[str, str]) -> list[Message]:
+    key = next(iter(names.values()))
+    return _checked(_with_system(value, _message_list(value[key], key)), value)
 
 
 def _alpaca(value: Mapping[str, Any], names: Mapping[str, str]) -> list[Message]:
     asked = [_text(value, names["instruction"])]
     asked += [_text(value, key) for key in ("input", "context") if value.get(key)]
     messages = []
-    for pair in value.get("history") or []:
+    for pair in _parsed(value.get("history") or [], "'history'"):
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
             raise UserError("history is not a list of [question, answer]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -118,7 +145,7 @@ def _completion(value: Mapping[str, Any], names: Mapping[str, str]) -> list[Mess
     messages: list[Message] = []
     for key, role in ((names["prompt"], "user"), (names["completion"], "assistant")):
         if isinstance(value[key], list):
-            messages += _message_list(value[key], key, "role", "content")
+            messages += _message_list(value[key], key)
         else:
             messages.append({"role": role, "content": _text(value, key)})
     return _checked(_with_system(value, messages), value)
@@ -131,15 +158,60 @@ def _plain(value: Mapping[str, Any], names: Mapping[str, str]) -> Text:
     return Text(text)
 
 
+def _pair(value: Mapping[str, Any], names: Mapping[str, str]) -> Pair:
+    """Two answers to what the row asks: in a conversation of its own, in the fields of another format, or in both of the answers."""
+    asked = value.get("input")
+    if isinstance(asked, Mapping) and "messages" in asked:  # OpenAI's preference format
+        before = _message_list(asked["messages"], "messages")
+    else:
+        key = next((key for key in ("conversations", "messages", "conversation", *ASKS) if value.get(key)), None)
+        if key is None:
+            before = []
+        elif isinstance(value[key], list):
+            before = _message_list(value[key], key)
+        else:
+            parts = [_text(value, key), _text(value, "input") if key == "instruction" and value.get("input") else ""]
+            before = [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
+    both = []
+    for field in ("chosen", "rejected"):
+        key, said = names[field], value[names[field]]
+        if isinstance(said, str):
+            after: list[Message] = [{"role": "assistant", "content": _content(said, f"'{key}'")}]
+        else:
+            after = _message_list([said] if isinstance(said, Mapping) else said, key)
+        whole = after[: len(before)] == before  # some keep the prompt in both places
+        both.append(_checked(_with_system(value, after if whole else [*before, *after]), value))
+        if both[-1][-1]["role"] != "assistant":
+            raise UserError(f"'{key}' does not end with an answer")
+    if both[0] == both[1]:
+        raise UserError(f"'{names['chosen']}' and '{names['rejected']}' are the same")
+    return Pair(*both)
+
+
+def _verdict(value: Mapping[str, Any], names: Mapping[str, str]) -> Verdict:
+    plain = {key: entry for key, entry in value.items() if key not in LABELS}
+    form = detect(plain)
+    made = FORMATS[form].convert(plain, _names(plain, form))
+    if not isinstance(made, list):
+        raise UserError(f"a {form} row with a verdict; it needs a prompt and an answer")
+    return Verdict(made, bool(value[names["label"]]))
+
+
 ANSWERS = ("output", "response", "answer", "completion", "target")
+ASKS = ("prompt", "question", "query", "instruction")
 FORMATS: dict[str, Format] = {
-    "messages": Format({"messages": ("messages",)}, _messages),
-    "sharegpt": Format({"conversations": ("conversations", "conversation")}, _sharegpt),
+    "preference": Format({"chosen": BETTER, "rejected": WORSE}, _pair),
+    "verdict": Format({"label": LABELS}, _verdict),
+    "messages": Format({"messages": ("messages",)}, _conversation),
+    "sharegpt": Format({"conversations": ("conversations", "conversation")}, _conversation),
     "alpaca": Format({"instruction": ("instruction",), "output": ANSWERS}, _alpaca),
-    "completion": Format({"prompt": ("prompt", "question", "query"), "completion": ("completion", *ANSWERS[:3])}, _completion),
+    "completion": Format(
+        {"prompt": ("prompt", "question", "query", "problem", "input"), "completion": ("completion", *ANSWERS[:3], "solution")}, _completion
+    ),
     "text": Format({"text": ("text",)}, _plain),
 }
-FIELDS = {name for form in FORMATS.values() for name in form.needs} | {"input", "system", "history"}
+NOT_LEARNT = ("preference", "verdict")
+FIELDS = {name for form in FORMATS.values() for name in form.needs} | {"input", "system", "history", "tools"}
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -167,25 +239,71 @@ def _names(value: Any, form: str) -> dict[str, str]:
     return chosen
 
 
-def _message_list(listed: Any, key: str, role_key: str, content_key: str) -> list[Message]:
+def _message_list(listed: Any, key: str) -> list[Message]:
+    listed = _parsed(listed, f"'{key}'")
     if not isinstance(listed, list) or not listed:
         raise UserError(f"'{key}' is {'an empty list' if listed == [] else _kind(listed)}, not a list of messages")
-    messages = []
-    for number, entry in enumerate(listed, 1):
-        place = f"message {number} of '{key}'"
-        if not isinstance(entry, Mapping) or role_key not in entry:
-            raise UserError(f"{place} has no '{role_key}'")
-        role = ROLES.get(entry[role_key]) if isinstance(entry[role_key], str) else None
-        if entry.get("tool_calls") or role is None:
-            what = "tool_calls" if entry.get("tool_calls") else f"{role_key} {entry[role_key]!r}"
-            raise UserError(f"{place} has {what}; known are {', '.join(sorted(ROLES))}", hint="rows with tools cannot be learnt yet")
-        message: Message = {"role": role, "content": _content(entry.get(content_key), f"'{content_key}' of {place}")}
-        if "weight" in entry:
-            if entry["weight"] not in (0, 1):
-                raise UserError(f"weight of {place} is {entry['weight']!r}, not 0 or 1")
-            message["weight"] = int(entry["weight"])
-        messages.append(message)
-    return messages
+    by_value = isinstance(listed[0], Mapping) and "from" in listed[0] and "role" not in listed[0]
+    keys = ("from", "value") if by_value else ("role", "content")
+    return [_message(entry, f"message {number} of '{key}'", *keys) for number, entry in enumerate(listed, 1)]
+
+
+def _message(entry: Any, place: str, role_key: str, content_key: str) -> Message:
+    if not isinstance(entry, Mapping) or role_key not in entry:
+        raise UserError(f"{place} has no '{role_key}'")
+    role = ROLES.get(entry[role_key]) if isinstance(entry[role_key], str) else None
+    if role is None:
+        raise UserError(f"{place} has {role_key} {entry[role_key]!r}; known are {', '.join(sorted(ROLES))}")
+    content, calls = entry.get(content_key), entry.get("tool_calls")
+    if entry[role_key] == "function_call":  # ShareGPT with tools: the call is the text
+        content, calls = None, [_parsed(content, f"'{content_key}' of {place}")]
+    message: Message = {"role": role}
+    if role == "assistant" and calls:
+        message["content"] = None if content is None else _content(content, f"'{content_key}' of {place}")
+        message["tool_calls"] = _calls(calls, place)
+    else:
+        message["content"] = _content(content, f"'{content_key}' of {place}")
+    message |= {key: entry[key] for key in CALLED if role == "tool" and isinstance(entry.get(key), str)}
+    if "weight" in entry:
+        if entry["weight"] not in (0, 1):
+            raise UserError(f"weight of {place} is {entry['weight']!r}, not 0 or 1")
+        message["weight"] = int(entry["weight"])
+    return message
+
+
+def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
+    """Tool calls as templates read them: arguments are an object, not the text of one."""
+    if not isinstance(calls, list):
+        raise UserError(f"tool_calls of {place} is {_kind(calls)}, not a list")
+    result = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise UserError(f"a tool call of {place} has no name", hint='{"function": {"name": "...", "arguments": {...}}}')
+        arguments = _parsed(function.get("arguments") or {}, f"the arguments of a tool call of {place}")
+        if not isinstance(arguments, Mapping):
+            raise UserError(f"the arguments of a tool call of {place} are {_kind(arguments)}, not an object")
+        named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        result.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return result
+
+
+def _tools(tools: Any) -> list[Any]:
+    listed = _parsed(tools, "'tools'")
+    if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in listed):
+        raise UserError(f"'tools' is {_kind(listed)}, not a list of objects")
+    # As OpenAI and transformers write them; ShareGPT rows have the functions alone.
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in listed]
+
+
+def _parsed(value: Any, place: str) -> Any:
+    """The value; where it is the text of an object or a list (in a column of a table, say), what that text says."""
+    if not (isinstance(value, str) and value.lstrip()[:1] in ("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not valid JSON ({error})") from error
 
 
 def _with_system(value: Mapping[str, Any], messages: list[Message]) -> list[Message]:
@@ -195,16 +313,20 @@ def _with_system(value: Mapping[str, Any], messages: list[Message]) -> list[Mess
 
 
 def _checked(messages: list[Message], value: Mapping[str, Any]) -> list[Message]:
-    if value.get("tools"):
-        raise UserError("the row has tools", hint="rows with tools cannot be learnt yet")
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise UserError("there is no answer in this row (no assistant message)")
-    if any(not message["content"].strip() and message.get("weight", 1) for message in answers):
+    if any(not says(message) and message.get("weight", 1) for message in answers):
         raise UserError("the answer is empty")
-    if not any(message["content"].strip() for message in messages if message["role"] != "assistant"):
+    if not any(says(message) for message in messages if message["role"] != "assistant"):
         raise UserError("the prompt is empty")
-    return messages
+    tools = value.get("tools")
+    return [{"role": "tools", "content": _tools(tools)}, *messages] if tools else messages
+
+
+def says(message: Message) -> bool:
+    """Whether there is anything in a message."""
+    return bool((message["content"] or "").strip() or message.get("tool_calls"))
 
 
 def _content(value: Any, place: str) -> str:

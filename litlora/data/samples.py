@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,15 @@ import numpy as np
 from litlora.console import warn
 from litlora.data.demo import FILES, demo_file
 from litlora.data.formats import Message, Text, format_of, parse_mapping, to_messages
-from litlora.data.rows import KINDS, Row, data_files, read_file, rows_of_bytes
+from litlora.data.places import Row
+from litlora.data.rows import DataFile, data_file, data_files, rows_of
 from litlora.errors import UserError
 from litlora.options import RowsOptions
 from litlora.prompts import Prompts, SampleIds
 
 IGNORE = -100  # a target that is not graded
 AT_ONCE = 1024  # rows tokenized together
+CHARACTERS = 1 << 22  # and the characters in them, about
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,19 @@ class DataSet:
         )
 
 
+def marked(sample: Sample, prompts: Prompts) -> str:
+    """A sample's text, control tokens shown, « before what is graded and » after it."""
+    ids = sample.tokens.tolist() + [int(i) for i in sample.targets[-1:] if i != IGNORE]
+    graded = [False, *(sample.targets != IGNORE).tolist()]
+    parts, start = [], 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or graded[end] != graded[start]:
+            text = prompts.tokenizer.decode(ids[start:end], skip_special=False)
+            parts.append(f"«{text}»" if graded[start] else text)
+            start = end
+    return "".join(parts)
+
+
 def load_data(
     data: Sequence[str], prompts: Prompts, *, rows: RowsOptions, max_seq_length: int, mask_prompt: bool = True, heldout: bool = False
 ) -> DataSet:
@@ -155,7 +169,7 @@ def texts_of(data: Sequence[str], rows: RowsOptions) -> Iterator[str]:
     for source in map(_source, data):
         for file in source.train:
             form = None
-            for row in rows_of_bytes(file.data, file.name, file.kind, left_out.append if skips else None, rows.documents):
+            for row in rows_of(file, left_out.append if skips else None, rows.documents):
                 try:
                     form = form or format_of(row, mapping)
                     value = to_messages(row, mapping, form)
@@ -173,17 +187,16 @@ def texts_of(data: Sequence[str], rows: RowsOptions) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class _File:
-    name: str
-    data: bytes
-    kind: str
-
-
-@dataclass(frozen=True)
 class _Source:
-    train: list[_File]
-    validation: list[_File]
+    train: list[DataFile]
+    validation: list[DataFile]
     weight: float
+
+
+def files_of(data: Sequence[str]) -> list[DataFile]:
+    """Every file that `data` names: those to train on, then those to validate on."""
+    sources = [_source(entry) for entry in data]
+    return [file for source in sources for file in (*source.train, *source.validation)]
 
 
 def _source(entry: str) -> _Source:
@@ -191,7 +204,7 @@ def _source(entry: str) -> _Source:
     the whole is no path."""
     name, weight = entry, 1.0
     if entry.startswith("demo:") and entry.partition(":")[2] in FILES:
-        return _Source([_File(entry, demo_file(entry.partition(":")[2]), "lines")], [], weight)
+        return _Source([DataFile(entry, "lines", demo_file(entry.partition(":")[2]))], [], weight)
     if entry != "demo" and not Path(entry).exists() and ":" in entry:
         name, _, number = entry.rpartition(":")
         try:
@@ -202,9 +215,9 @@ def _source(entry: str) -> _Source:
             hint = "a weight is passes per epoch: FILE:2 or FILE:0.5"
             raise UserError(f"the weight {number} is not above 0", where=f"--data {entry}", hint=hint)
     if name == "demo":
-        train, heldout = ([_File(f"demo:{part}", demo_file(part), "lines")] for part in ("train", "heldout"))
+        train, heldout = ([DataFile(f"demo:{part}", "lines", demo_file(part))] for part in ("train", "heldout"))
         return _Source(train, heldout, weight)
-    train, heldout = ([_File(str(p), read_file(p), KINDS[p.suffix.lower()]) for p in files] for files in data_files(Path(name)))
+    train, heldout = ([data_file(p) for p in files] for files in data_files(Path(name)))
     return _Source(train, heldout, weight)
 
 
@@ -220,6 +233,7 @@ class _Maker:
         self.counts = Counts()
         self.formats: dict[str, str] = {}
         self.skipped: list[str] = []
+        self._left: SampleIds = ([], [])  # of a text that goes on in the next row
         self._hashes: list[object] = [prompts.tokenizer.hash, prompts.template, max_seq_length, mask_prompt, self.skip, self.mapping]
         self._hashes += [rows.documents] if rows.documents != "file" else []
 
@@ -243,21 +257,19 @@ class _Maker:
         self.counts.skipped += 1
         self.skipped.append(str(error))
 
-    def samples_of(self, file: _File, weight: float) -> list[tuple[Sample, str]]:
+    def samples_of(self, file: DataFile, weight: float) -> list[tuple[Sample, str]]:
         """The samples of one file, each with its row's group."""
-        self._hashes.append([hashlib.sha256(file.data).hexdigest(), weight])
-        rows = self._parsed(file)
-        chunks = iter(lambda: list(islice(rows, AT_ONCE)), [])
-        return [made for chunk in chunks for made in self._tokenized(chunk)]
+        self._hashes.append([file.sha256(), weight])
+        return [made for chunk in _chunks(self._parsed(file)) for made in self._tokenized(chunk)]
 
-    def _parsed(self, file: _File) -> Iterator[tuple[Row, list[Message] | Text]]:
+    def _parsed(self, file: DataFile) -> Iterator[tuple[Row, list[Message] | Text]]:
         form = None
 
         def bad_line(error: UserError) -> None:
             self.counts.rows += 1
             self._bad(error)
 
-        for row in rows_of_bytes(file.data, file.name, file.kind, bad_line if self.skip else None, self.documents):
+        for row in rows_of(file, bad_line if self.skip else None, self.documents):
             self.counts.rows += 1
             try:
                 form = form or format_of(row, self.mapping)
@@ -269,24 +281,31 @@ class _Maker:
     def _tokenized(self, chunk: Sequence[tuple[Row, list[Message] | Text]]) -> Iterator[tuple[Sample, str]]:
         conversations = [value for _, value in chunk if not isinstance(value, Text)]
         answers = iter(self.prompts.batch_samples_ids(conversations))
-        texts = iter(self.prompts.batch_text_sample_ids([value.text for _, value in chunk if isinstance(value, Text)]))
+        plain = [value for _, value in chunk if isinstance(value, Text)]
+        texts = iter(self.prompts.batch_text_sample_ids([text.text for text in plain], [(text.begins, text.ends) for text in plain]))
         for row, value in chunk:
-            made = [next(texts)] if isinstance(value, Text) else next(answers)
+            if isinstance(value, Text):
+                yield from self._pieces(row, next(texts))
+                continue
+            made = next(answers)
             if isinstance(made, UserError):
                 self._bad(UserError(made.what, where=row.where, context=made.context, hint=made.hint))
-            elif isinstance(value, Text):
-                yield from self._pieces(row, made[0])
             else:
                 group = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
                 yield from ((sample, group) for ids in made for sample in self._fitted(row, ids))
 
     def _pieces(self, row: Row, made: SampleIds) -> Iterator[tuple[Sample, str]]:
-        """A text in pieces of max_seq_length tokens; each token but the first is predicted once."""
-        ids, graded = made
-        for start in range(0, max(len(ids) - 1, 1), self.max_seq_length):
-            end = start + self.max_seq_length + 1
-            for sample in self._fitted(row, (ids[start:end], graded[start:end])):
+        """A text in pieces of max_seq_length tokens; each token but the first is predicted once.
+
+        What is left of a text that goes on is kept for the next of its rows.
+        """
+        ids, graded = made if row.begins else (self._left[0] + made[0], self._left[1] + made[1])
+        step, start = self.max_seq_length, 0
+        while start < max(len(ids) - 1, 1) and (row.ends or start + step + 1 <= len(ids)):
+            for sample in self._fitted(row, (ids[start : start + step + 1], graded[start : start + step + 1])):
                 yield sample, hashlib.sha256(sample.tokens.tobytes()).hexdigest()
+            start += step
+        self._left = (ids[start:], graded[start:])
 
     def _fitted(self, row: Row, made: SampleIds) -> Iterator[Sample]:
         """The sample, cut to max_seq_length; none where nothing graded is left."""
@@ -301,3 +320,16 @@ class _Maker:
             self.counts.nothing_graded += 1
             return
         yield Sample(ids[:-1], targets, row.where)
+
+
+def _chunks(rows: Iterator[tuple[Row, list[Message] | Text]]) -> Iterator[list[tuple[Row, list[Message] | Text]]]:
+    """The rows, some at a time: what is tokenized together has to fit into memory together."""
+    chunk, size = [], 0
+    for row, value in rows:
+        chunk.append((row, value))
+        size += len(value.text) if isinstance(value, Text) else sum(len(message["content"] or "") for message in value)
+        if len(chunk) >= AT_ONCE or size >= CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

@@ -12,7 +12,8 @@ from litlora.errors import UserError
 from litlora.prompts.sandbox import compile_template, render
 from litlora.tokenizer import Tokenizer
 
-Message = Mapping[str, Any]  # role, content, and weight: 0 where an answer is not to be graded
+# role, content, and weight: 0 where an answer is not to be graded; tool_calls. One with the role `tools` lists what may be called.
+Message = Mapping[str, Any]
 Messages = Sequence[Message]
 SampleIds = tuple[list[int], list[bool]]  # the ids, and which of them are graded
 
@@ -29,6 +30,7 @@ ALPACA = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "\\n\\n### Response:\\n" }}{% endif %}
 """  # EOS stands for the end token: see `alpaca`
+SHOWN = ("tool_calls", "tool_call_id", "name")  # of a message, beside role and content
 MARKS = [chr(code) for code in (*range(0xFDD2, 0xFDF0), *range(0xE000, 0xF900))]  # noncharacters, then private use
 
 
@@ -49,6 +51,8 @@ class Prompts:
         self._begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
         self._values = dict(tokenizer.special_tokens)
         self._compiled = compile_template(self.template)
+        for_tools = tokenizer.chat_templates.get("tool_use") if self.template == tokenizer.chat_templates.get("default") else None
+        self._with_tools = compile_template(for_tools) if for_tools else self._compiled
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -62,17 +66,31 @@ class Prompts:
 
     def _render(self, messages: Messages, mark: str, *, ask: bool) -> str:
         """The template's text. With a mark, control strings in the messages carry it (see `Tokenizer.shield`)."""
-        plain = []
+        plain: list[dict[str, Any]] = []
+        tools = None
         for message in messages:
-            content, role = message["content"], message["role"]
-            if mark and isinstance(content, str):
-                content = self.tokenizer.shield(content, mark, answer=role == "assistant")
-            plain.append({"role": role, "content": content})
-        return render(self._compiled, messages=plain, add_generation_prompt=ask, tools=None, documents=None, **self._values)
+            shown = {key: message[key] for key in ("role", "content", *SHOWN) if key in message}
+            if mark:
+                answer = message["role"] == "assistant"
+                shown = {key: value if key == "role" else self._shielded(value, mark, answer) for key, value in shown.items()}
+            if message["role"] == "tools":
+                tools = shown["content"]
+            else:
+                plain.append(shown)
+        compiled = self._with_tools if tools else self._compiled
+        return render(compiled, messages=plain, add_generation_prompt=ask, tools=tools, documents=None, **self._values)
+
+    def _shielded(self, value: Any, mark: str, answer: bool) -> Any:
+        """The value with the mark in each control string of each text in it."""
+        if isinstance(value, str):
+            return self.tokenizer.shield(value, mark, answer=answer)
+        if isinstance(value, Mapping):
+            return {self._shielded(key, mark, answer): self._shielded(entry, mark, answer) for key, entry in value.items()}
+        return [self._shielded(entry, mark, answer) for entry in value] if isinstance(value, list) else value
 
     def _mark_for(self, messages: Messages) -> str:
         """A character that occurs in none of the messages."""
-        texts = [message["content"] for message in messages if isinstance(message["content"], str)]
+        texts = [text for message in messages for text in _texts([message[key] for key in ("content", *SHOWN) if key in message])]
         return next(mark for mark in MARKS if not any(mark in text for text in (*texts, self.template)))
 
     # ---- ids ---------------------------------------------------------------------------------------------------------
@@ -87,12 +105,19 @@ class Prompts:
         ids = self.tokenizer.encode(text, special=True)
         return ids if ids[:1] == self._begin else [*self._begin, *ids]
 
-    def batch_text_sample_ids(self, texts: Sequence[str]) -> list[SampleIds]:
-        """Plain texts to learn: BOS where the model has one, the text, EOS; all graded but the BOS."""
+    def batch_text_sample_ids(self, texts: Sequence[str], borders: Sequence[tuple[bool, bool]] | None = None) -> list[SampleIds]:
+        """Plain texts to learn: BOS where the model has one, the text, EOS; all graded but the BOS.
+
+        `borders`: of each text, whether a document begins and whether it ends with it; BOS and EOS stand there alone.
+        """
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
         samples = []
-        for ids in self.tokenizer.encode_batch(texts, special=False):
-            samples.append(([*self._begin, *ids, *end], [False] * len(self._begin) + [True] * (len(ids) + len(end))))
+        encoded = self.tokenizer.encode_batch(texts, special=False)
+        for text, ids, (begins, ends) in zip(texts, encoded, borders or [(True, True)] * len(texts), strict=True):
+            before = self._begin if begins else []
+            inner = ids if begins else self.tokenizer.encode_after(text, special=False)
+            after = end if ends else []
+            samples.append(([*before, *inner, *after], [False] * len(before) + [True] * (len(inner) + len(after))))
         return samples
 
     def sample_ids(self, messages: Messages) -> SampleIds:
@@ -176,6 +201,8 @@ class Prompts:
             raise UserError("no answer to learn: there is no assistant message")
         messages = messages[: turns[-1] + 1]
         mark = self._mark_for(messages)
+        if messages[0]["role"] == "tools" and self._render(messages, mark, ask=False) == self._render(messages[1:], mark, ask=False):
+            raise UserError("the row has tools, and the chat template does not show them", hint="take a base whose template knows tools")
         drafts = [self._draft_of_turn(messages[: n + 1], mark) for n in turns]
         whole = drafts[-1].text
         if all(whole.startswith(draft.text) for draft in drafts):
@@ -190,10 +217,14 @@ class Prompts:
         """The text up to the last message's end, and that message's span."""
         prompt, full = self._render(messages[:-1], mark, ask=True), self._render(messages, mark, ask=False)
         graded = bool(messages[-1].get("weight", 1))
-        content = self.tokenizer.shield(messages[-1]["content"], mark, answer=True).strip()
+        content = self.tokenizer.shield(messages[-1]["content"] or "", mark, answer=True).strip()
+        calls = bool(messages[-1].get("tool_calls"))
         if not full.startswith(prompt):
-            full = prompt + self._answer_text(full, content)
-        for ending in self.tokenizer.specials_in(full, len(prompt)):
+            full = prompt + self._answer_text(full, content, calls)
+        if calls and not all(call["function"]["name"] in full[len(prompt) :] for call in messages[-1]["tool_calls"]):
+            raise UserError("the chat template does not show the tool call of an answer", hint="take a base whose template knows tools")
+        endings = list(self.tokenizer.specials_in(full, len(prompt)))
+        for ending in endings[-1:] if calls else endings:  # a call may begin with a special token, as Mistral's does
             if content in full[len(prompt) : ending.start()]:
                 return Draft(full[: ending.end()], mark, [Span(len(prompt), ending.end(), graded, True)])
         after = self._frame[1]
@@ -202,14 +233,14 @@ class Prompts:
             raise UserError("the chat template does not show the answer as it is written in the row", hint="pass another template")
         return Draft(full[:end], mark, [Span(len(prompt), end, graded, False)])
 
-    def _answer_text(self, full: str, content: str) -> str:
+    def _answer_text(self, full: str, content: str, calls: bool) -> str:
         """What the template writes for an answer, where the row's prompt is written differently once it is answered.
 
         Mistral's template, say, gives the system prompt to the last message only. What stands around an answer is then
         taken from a plain conversation, in which prompt and answer do fit together.
         """
         before, after = self._frame
-        if before is None or (before + content) not in full:
+        if before is None or (before + content) not in full or calls:
             raise UserError(
                 "the chat template writes this prompt differently once it is answered, so the answer cannot be told from it",
                 hint="pass another template",
@@ -252,6 +283,19 @@ def alpaca(tokenizer: Tokenizer) -> str:
     begin = tokenizer.token_of(tokenizer.bos_id) if tokenizer.adds_bos and tokenizer.bos_id is not None else None
     text = ALPACA.replace("EOS", _literal(str(tokenizer.token_of(tokenizer.eos_id))))
     return text if begin is None else "{{ " + _literal(begin) + " }}\n" + text
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _texts(key)
+            yield from _texts(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _texts(entry)
 
 
 def _literal(text: str) -> str:

@@ -25,7 +25,7 @@ from litlora.checkpoint.run import drop_old_states, prepare_run_directory
 from litlora.checkpoint.state import load_state, save_state
 from litlora.checkpoint.weights import raw_bytes, raw_tensors
 from litlora.config import Config
-from litlora.data.samples import IGNORE, DataSet, Sample, load_data
+from litlora.data.samples import DataSet, Sample, load_data, marked
 from litlora.errors import Interrupted, UserError, WorkError
 from litlora.families import config_to_hf
 from litlora.methods.attach import trainable
@@ -287,19 +287,6 @@ def show_samples(job: Job, number: int = 2) -> None:
     for sample in job.data.train[:number]:
         print(f"--- {sample.where}: {len(sample.tokens)} tokens, {sample.graded} graded")
         print(marked(sample, job.prompts))
-
-
-def marked(sample: Sample, prompts: Prompts) -> str:
-    """A sample's text, control tokens shown, « before what is graded and » after it."""
-    ids = [*sample.tokens.tolist(), int(sample.targets[-1]) if sample.targets[-1] != IGNORE else int(sample.tokens[-1])]
-    graded = [False, *(sample.targets != IGNORE).tolist()]
-    parts, start = [], 0
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or graded[end] != graded[start]:
-            text = prompts.tokenizer.decode(ids[start:end], skip_special=False)
-            parts.append(f"«{text}»" if graded[start] else text)
-            start = end
-    return "".join(parts)
 
 
 def rows_hash(samples: Sequence[Sample]) -> str:

@@ -1,0 +1,121 @@
+"""litlora/commands/data.py: what rows hold and what is wrong with them, said before a model is trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import shared_data
+
+from litlora.__main__ import main
+
+GOOD = {"prompt": "Say one.", "completion": "One!"}
+
+
+def jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run(*words: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = main(["data", *map(str, words)])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_rows_are_shown_with_what_is_graded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """D01, D03: format, counts, lengths, and a row whose answer and end token stand between the marks."""
+    path = jsonl(tmp_path / "rows.jsonl", [GOOD, GOOD, {"prompt": "Say two.", "completion": "Two!"}])
+    code, out, err = run("inspect", path, "--number", 1, capsys=capsys)
+    assert code == 0
+    assert f"file     {path} · completion\n" in out and "rows     3 · 1 doubles of another\n" in out
+    assert f"--- {path}:1:1: " in out and "Say one.<|end|><|assistant|>«One!<|end|>»\n" in out and "Two" not in out
+    assert "template  the model's own" in err
+    figures = json.loads(run("inspect", path, "--json", capsys=capsys)[1])
+    assert (figures["rows"], figures["samples"], figures["doubles"], len(figures["shown"])) == (3, 3, 1, 3)
+    assert 0 < figures["graded"] < figures["tokens"]
+    assert figures["lengths"]["longest"] >= figures["lengths"]["median"] >= figures["graded_lengths"]["longest"]
+
+
+def test_lengths_and_grading_follow_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", [GOOD, {"prompt": "x " * 100, "completion": "y"}])
+    cut = json.loads(run("inspect", path, "--max_seq_length", 40, "--json", capsys=capsys)[1])
+    assert (cut["truncated"], cut["nothing_graded"], cut["samples"]) == (1, 1, 1)
+    every = json.loads(run("inspect", path, "--mask_prompt", "false", "--json", capsys=capsys)[1])
+    assert every["graded"] == every["tokens"]
+
+
+def test_a_mistake_stops_inspect_and_points_to_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", [GOOD, {"prompt": "q"}])
+    code, out, err = run("inspect", path, capsys=capsys)
+    assert (code, out) == (2, "") and f"{path}:2:1: completion row without 'completion'" in err
+
+
+def test_validate_lists_every_row_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """F14. Caught: stopping at the first; a row counted twice."""
+    bad: list[Any] = [{"prompt": "q"}, {"prompt": "q", "completion": " "}, [1]]
+    path = jsonl(tmp_path / "rows.jsonl", [GOOD, *bad, GOOD])
+    path.write_text(path.read_text() + '{"prompt": "q" 5}\n')
+    other = jsonl(tmp_path / "more.jsonl", [GOOD])
+    code, out, err = run("validate", path, other, capsys=capsys)
+    places = [line.partition(": ")[0] for line in out.splitlines()[:4]]
+    assert code == 1 and places == [f"{path}:{place}" for place in ("2:1", "3:1", "4:1", "6:16")]
+    assert out.splitlines()[4:] == [f"{path} · completion · 6 rows, 4 refused", f"{other} · completion · 1 rows, 0 refused"]
+    assert "4 of 7 rows cannot be used" in err and "--rows.on_error skip" in err
+    reports = json.loads(run("validate", path, "--json", capsys=capsys)[1])
+    assert [(report["rows"], len(report["refused"])) for report in reports] == [(6, 4)]
+    short = run("validate", path, "--show", 1, capsys=capsys)[1]
+    assert "... and 3 more" in short and "6:16" not in short
+    assert run("validate", other, capsys=capsys)[0] == 0
+
+
+def test_an_array_with_a_mistake_is_read_up_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(f"[{json.dumps(GOOD)},\n{json.dumps(GOOD)} 7]")
+    code, out, _ = run("validate", path, capsys=capsys)
+    assert code == 1 and f"{path}:2:" in out and "expecting ',' or ']'" in out
+
+
+def test_validate_tries_the_models_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A template that refuses a system prompt refuses the row; without a model only the rows are looked at."""
+    model = tmp_path / "model"
+    model.mkdir()
+    base = shared_data("models/stories3m-llama")
+    for file in base.iterdir():
+        if file.is_file():
+            (model / file.name).symlink_to(file)
+    template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(template + "{{ m.content }}</s>{% endfor %}")
+    said = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = jsonl(tmp_path / "rows.jsonl", [{"messages": said}, {"messages": said[1:]}])
+    assert run("validate", path, capsys=capsys)[0] == 0
+    code, out, _ = run("validate", path, "--checkpoint_dir", model, capsys=capsys)
+    assert code == 1 and f"{path}:1:1: the chat template refused this conversation: no system here" in out and "2 rows, 1 refused" in out
+
+
+def test_preference_rows_are_validated_and_not_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = jsonl(
+        tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "a"}]
+    )
+    code, out, _ = run("validate", path, capsys=capsys)
+    assert code == 1 and "2:1: 'chosen' and 'rejected' are the same" in out
+    assert f"{path} · preference (not learnt by fine-tuning) · 2 rows, 1 refused" in out
+    code, _, err = run("inspect", path, capsys=capsys)
+    assert code == 2 and "not learnt by fine-tuning" in err
+    assert main(["finetune", "lora", "--data", str(path), "--out_dir", str(tmp_path / "out")]) == 2
+    assert "not learnt by fine-tuning" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("instruct/dpo_en_demo.json", "preference (not learnt by fine-tuning) · 300 rows, 0 refused"),
+        ("instruct/kto_en_demo.json", "verdict (not learnt by fine-tuning) · 300 rows, 0 refused"),
+        ("instruct/alpaca_data-0-3252-zh.json", "alpaca · 3,247 rows, 4 refused"),
+        ("instruct/fastchat_dummy_conversation.json", "sharegpt · "),
+        ("math/gsm8k_train.jsonl", "completion · 7,473 rows, 0 refused"),
+        ("text/c4_demo.jsonl", "text · 300 rows, 0 refused"),
+    ],
+)
+def test_published_files_are_validated(file: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in run("validate", shared_data(file), capsys=capsys)[1]
