@@ -381,10 +381,16 @@ class ValidateData:
 
 @dataclass(kw_only=True)
 class Verify:
-    """Look at a checkpoint again, byte for byte: hashes, its base, and of a merged model its logits. Exit code 1 where anything fails."""
+    """Look at a checkpoint again, byte for byte: hashes, its base, and of a merged model every number, its logits and its loss.
+
+    Exit code 1 where anything fails."""
 
     checkpoint_dir: str | None = option(None, "a step, a run (all its steps), a merged model, an adapter or a base", unset="out")
     base_dir: str | None = option(None, "where a step's base is now, if it moved")
+    level: Literal["quick", "full"] = option("full", "of a merged model: every number (quick), and logits on probe texts (full)")
+    data: list[str] = option([], "also compare losses on these rows: demo, a file or a directory; repeatable")
+    rows: RowsOptions = group(RowsOptions, "rows of your data")
+    max_samples: int | None = option(None, "at most so many rows", least=1)
     json: bool = option(False, "print a JSON list")
 
 

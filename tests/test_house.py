@@ -17,7 +17,8 @@ FLOORS = [
     {"parsing", "console", "precision", "model", "families", "peft", "safetensors_file", "tokenizer"},
     {"methods", "prompts"},
     {"checkpoint", "data", "generation"},
-    {"train", "merge", "verify", "vocabulary"},
+    {"train", "merge", "vocabulary"},
+    {"verify"},
     {"commands"},
     {"__init__", "__main__"},
 ]
@@ -34,7 +35,7 @@ TORCH_FREE = [
     "litlora.methods", "litlora.methods.tuning", "litlora.checkpoint", "litlora.checkpoint.names", "litlora.checkpoint.commit",
     "litlora.checkpoint.manifest", "litlora.checkpoint.resolve", "litlora.checkpoint.fingerprint", "litlora.checkpoint.checkpoint",
     "litlora.checkpoint.card", "litlora.checkpoint.run", "litlora.merge", "litlora.merge.effective", "litlora.merge.expand",
-    "litlora.vocabulary",
+    "litlora.vocabulary", "litlora.verify", "litlora.verify.weights", "litlora.commands.verify",
     "litlora.commands", "litlora.commands.merge_lora", "litlora.commands.expand", "litlora.commands.extend_vocab",
     "litlora.commands.generate", "litlora.commands.data",
     "litlora.data.rows", "litlora.data.formats", "litlora.data.samples", "litlora.data.demo",

@@ -2,17 +2,27 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 from talkers import make_talker
+from test_merge import exact, read
+from test_merge import merged as merge_of
+from test_merge_methods import CASES, case
 
 from litlora.__main__ import main
 from litlora.checkpoint import names
-from litlora.safetensors_file import SafetensorsFile
+from litlora.checkpoint.fingerprint import tensor_digests
+from litlora.checkpoint.reading import sha256
+from litlora.checkpoint.resolve import resolve
+from litlora.checkpoint.shards import find_shards
+from litlora.safetensors_file import SafetensorsFile, from_float32, write_safetensors
+from litlora.verify.weights import compare_weights
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +48,15 @@ def place(trained: Path) -> Iterator[Path]:
     aside.rename(trained)
 
 
-def verified(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, Any]]]:
+def verified(path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, list[dict[str, Any]]]:
     capsys.readouterr()
-    code = main(["verify", str(path), "--json"])
+    code = main(["verify", str(path), "--json", *more])
     return code, json.loads(capsys.readouterr().out)
 
 
-def faults(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def faults(path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
     """What failed, in one text; the exit code must be 1."""
-    code, found = verified(path, capsys)
+    code, found = verified(path, capsys, *more)
     assert code == 1
     return "\n".join(fault for finding in found for fault in finding["faults"])
 
@@ -101,7 +111,193 @@ def test_a_base_with_a_number_that_is_none_is_found(place: Path, capsys: pytest.
     assert "model.norm.weight" in faults(place / "base", capsys)
 
 
-def flip(path: Path) -> None:
+# ---- a merge whose report and hashes agree with what is wrong in it ---------------------------------------------------
+
+
+Numbers = dict[str, tuple[str, np.ndarray, bytes]]
+
+
+def rewrite(merged: Path, change: Callable[[Numbers], Mapping[str, tuple[str, tuple[int, ...], Any]]]) -> None:
+    """Other weights in a merged model, and the hashes of its report made to fit them."""
+    changed = change(read(merged))
+    kept = {name: (dtype, values.shape, raw) for name, (dtype, values, raw) in read(merged).items()}
+    write_safetensors(merged / names.WEIGHTS, {**kept, **changed}, {"format": "pt"})
+    report = json.loads((merged / names.MERGE_REPORT).read_text())
+    report["weights"] = tensor_digests(find_shards(merged), use_cache=False)
+    (merged / names.MERGE_REPORT).write_text(json.dumps(report))
+
+
+def stored(values: np.ndarray, dtype: str) -> tuple[str, tuple[int, ...], bytes]:
+    return dtype, values.shape, from_float32(values.astype(np.float32), dtype)
+
+
+def updates(place: Path) -> dict[str, np.ndarray]:
+    """Module's weight -> W' - W in fp64, of step-2."""
+    exactly = exact(place / "out" / "step-2", place / "base")
+    before = read(place / "base")
+    return {name: value - before[name][1] for name, (value, _) in exactly.items()}
+
+
+def one_bit(place: Path, found: Numbers) -> dict[str, Any]:
+    dtype, values, raw = found["model.layers.1.mlp.up_proj.weight"]
+    flipped = bytearray(raw)
+    flipped[-4 if dtype == "F32" else -2] ^= 0x01
+    flipped[-3 if dtype == "F32" else -2] ^= 0x01 if dtype == "F32" else 0
+    return {"model.layers.1.mlp.up_proj.weight": (dtype, values.shape, bytes(flipped))}
+
+
+def layers_swapped(place: Path, found: Numbers) -> dict[str, Any]:
+    base, of, one, other = (
+        read(place / "base"),
+        updates(place),
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+    )
+    pairs = ((one, other), (other, one))
+    return {mine: stored(base[mine][1] + of[its], found[mine][0]) for mine, its in pairs}
+
+
+def scale_off(place: Path, found: Numbers) -> dict[str, Any]:
+    base, of = read(place / "base"), updates(place)
+    return {name: stored(base[name][1] + 1.01 * update, found[name][0]) for name, update in of.items()}
+
+
+def rounded_twice(place: Path, found: Numbers) -> dict[str, Any]:
+    base, of = read(place / "base"), updates(place)
+    once = {name: (base[name][1] + update).astype(np.float16).astype(np.float32) for name, update in of.items()}
+    return {name: stored(values, found[name][0]) for name, values in once.items()}
+
+
+def not_trained_and_changed(place: Path, found: Numbers) -> dict[str, Any]:
+    dtype, values, raw = found["model.norm.weight"]
+    return {"model.norm.weight": (dtype, values.shape, bytes([raw[0] ^ 1]) + raw[1:])}
+
+
+def truncated(place: Path, found: Numbers) -> dict[str, Any]:
+    """Cut off instead of rounded to the nearest."""
+    base, of = read(place / "base"), updates(place)
+    whole = {name: (base[name][1] + update).astype(np.float32) for name, update in of.items()}
+    return {name: stored((values.view(np.uint32) & 0xFFFF0000).view(np.float32), found[name][0]) for name, values in whole.items()}
+
+
+@pytest.mark.parametrize("wrong", [one_bit, layers_swapped, scale_off, rounded_twice, not_trained_and_changed, truncated])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_number_is_found_though_every_hash_fits(
+    place: Path, capsys: pytest.CaptureFixture[str], dtype: str, wrong: Callable[[Path, Numbers], dict[str, Any]]
+) -> None:
+    """N04: by its tensor, without computing a logit. (Seen to pass where `compare_numbers` took the stored numbers for the exact ones,
+    and where its bound was ten times as wide: rounded twice, scale off.)"""
+    merged = place / "out" / "step-2" / names.MERGED
+    assert main(["merge_lora", str(merged.parent), "--dtype", dtype, "--overwrite"]) == 0
+    assert verified(merged, capsys, "--level", "quick") == (0, ANY)
+    rewrite(merged, lambda found: wrong(place, found))
+    code, found = verified(merged, capsys, "--level", "quick")
+    [told] = [finding for finding in found if finding["faults"]]
+    assert code == 1 and told["what"].endswith("against base + adapter")
+    tensors = {fault.split()[0] for fault in told["faults"]} - {names.MERGE_REPORT}
+    assert tensors <= wrong(place, read(merged)).keys() and tensors
+
+
+def test_a_report_that_claims_more_than_there_is_is_found(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    merged = place / "out" / "step-2" / names.MERGED
+    report = json.loads((merged / names.MERGE_REPORT).read_text())
+    (merged / names.MERGE_REPORT).write_text(json.dumps(report | {"update_relative_norm": 2 * report["update_relative_norm"]}))
+    assert "update_relative_norm" in faults(merged, capsys)
+
+
+def test_a_config_of_another_model_is_found(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Same tensors, same hashes, another norm: it would be served as it says."""
+    merged = place / "out" / "step-2" / names.MERGED
+    path, report = merged / names.CONFIG, json.loads((merged / names.MERGE_REPORT).read_text())
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
+    report["files"][names.CONFIG] = sha256(path)
+    (merged / names.MERGE_REPORT).write_text(json.dumps(report))
+    assert "rms_norm_eps" in faults(merged, capsys)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_method_that_merges_is_compared(tmp_path: Path, name: str) -> None:
+    """N04, A04, A05: what is right passes, and one number that is two units off does not, in whichever tensor it is."""
+    base, step = case(tmp_path, name, "BF16")
+    out = merge_of(step)
+    proof = compare_weights(resolve(step), resolve(out))
+    assert not proof.faults and proof.changed and proof.changed + proof.identical == proof.tensors == len(read(out))
+    before = {raw for _, _, raw in read(base).values()}
+    changed = [tensor for tensor, (_, values, raw) in read(out).items() if raw not in before and values.any()]
+    for tensor in changed[:: max(1, len(changed) // 3)]:
+        found = read(out)
+        dtype, values, raw = found[tensor]
+        bits = np.frombuffer(raw, np.uint16).copy()
+        bits[int(np.abs(values).argmax())] ^= 2
+        kept = {name: (dtype, values.shape, raw) for name, (dtype, values, raw) in found.items()}
+        write_safetensors(out / names.WEIGHTS, {**kept, tensor: (dtype, values.shape, bits)}, {"format": "pt"})
+        [fault, *_] = compare_weights(resolve(step), resolve(out)).faults  # the report's figures may not fit any more either
+        assert fault.startswith(tensor) and "1 of" in fault
+        write_safetensors(out / names.WEIGHTS, kept, {"format": "pt"})
+
+
+# ---- what is gone, moved, or made of others ---------------------------------------------------------------------------
+
+
+def test_an_adapter_that_is_gone_is_a_warning(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shutil.copytree(place / "out" / "step-2" / names.MERGED, tmp_path / "alone")
+    shutil.rmtree(place / "out")
+    code, found = verified(tmp_path / "alone", capsys)
+    assert code == 0 and "not there any more" in "".join(told for finding in found for told in finding["warnings"])
+
+
+def test_a_run_that_moved_is_compared_with_the_step_above(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The report says where the adapter was."""
+    (place / "out").rename(place / "elsewhere")
+    code, found = verified(place / "elsewhere" / "step-2" / names.MERGED, capsys)
+    assert code == 0 and not any(finding["warnings"] for finding in found) and "logits" in found[-1]["what"]
+
+
+def test_losses_before_and_after_are_compared(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Base, adapter and merged on given rows; the merged one's must be the adapter's."""
+    merged = place / "out" / "step-2" / names.MERGED
+    code, found = verified(merged, capsys, "--data", str(place / "rows.json"))
+    figures = found[-1]["figures"]
+    assert code == 0 and figures["samples"] == 3 and figures["apart"] <= figures["bound"]
+    assert abs(figures["base"] - figures["adapter"]) > 1e-3
+    rewrite(merged, lambda found: scale_off(place, found) | {"lm_head.weight": stored(1.2 * found["lm_head.weight"][1], "F32")})
+    assert "merged, the loss is" in faults(merged, capsys, "--data", str(place / "rows.json"))
+
+
+def test_what_a_checkpoint_was_combined_from_is_looked_at(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gone is a warning, altered a failure."""
+    first, second = (resolve(place / "out" / f"step-{number}") for number in (1, 2))
+    parents = [{"path": str(one.path.resolve()), "sha256": sha256(one.adapter_file()), "weight": 0.5} for one in (first, second)]
+    manifest = replace(first.manifest, lineage=({"event": "combined", "parents": parents},))
+    for file in (*manifest.files, names.MANIFEST):
+        (place / "combined").mkdir(exist_ok=True)
+        shutil.copy(first.path / file, place / "combined" / file)
+    (place / "combined" / names.MANIFEST).write_bytes(manifest.encode())
+    code, found = verified(place / "combined", capsys)
+    assert code == 0 and sum("combined from" in finding["what"] for finding in found) == 2
+    shutil.rmtree(second.path)
+    code, found = verified(place / "combined", capsys)
+    assert code == 0 and any("not there any more" in told for finding in found for told in finding["warnings"])
+    flip(first.path / names.ADAPTER_WEIGHTS)
+    assert "altered" in faults(place / "combined", capsys)
+
+
+def test_a_larger_vocabulary_is_compared_with_its_base(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "text.txt").write_text("the thermometer theorem of the theatre\n" * 50)
+    words = f"extend_vocab {place / 'base'} --data {place / 'text.txt'} --out_dir {place / 'larger'} --vocab_size 280"
+    assert main(words.split()) == 0
+    code, found = verified(place / "larger", capsys)
+    assert code == 0 and "byte for byte" in found[-1]["what"] and not found[-1]["warnings"]
+    file, report = place / "larger" / names.WEIGHTS, json.loads((place / "larger" / names.EXTEND_REPORT).read_text())
+    with SafetensorsFile(file) as opened:
+        start = opened.tensors["model.embed_tokens.weight"].start
+    flip(file, start)
+    report["weights"] = tensor_digests(find_shards(place / "larger"), use_cache=False)
+    (place / "larger" / names.EXTEND_REPORT).write_text(json.dumps(report))
+    assert "model.embed_tokens.weight is not the base's in its first" in faults(place / "larger", capsys)
+
+
+def flip(path: Path, at: int = -3) -> None:
     raw = bytearray(path.read_bytes())
-    raw[-3] ^= 0x04
+    raw[at] ^= 0x04
     path.write_bytes(raw)

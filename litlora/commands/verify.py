@@ -1,9 +1,10 @@
-"""`litlora verify PATH`: is it whole, is its base the same, does a merged model compute what its parts do. Exit code 1 if not."""
+"""`litlora verify PATH`: is it whole, is its base the same, is a merged model what its parts make. Exit code 1 where anything failed."""
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
@@ -13,6 +14,9 @@ from litlora.checkpoint.resolve import kind_of, list_step_paths, read_step, reso
 from litlora.errors import Refusal, UserError, WorkError
 from litlora.options import Verify
 
+if TYPE_CHECKING:
+    from litlora.data.samples import Sample
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -21,33 +25,42 @@ class Finding:
     path: str
     what: str
     faults: tuple[str, ...] = ()  # nothing: it is as it should be
+    warnings: tuple[str, ...] = ()  # what could not be looked at, and why: no failure
+    figures: dict[str, Any] = field(default_factory=dict)  # what was measured
+    told: tuple[str, ...] = ()  # the same in words
 
     def __str__(self) -> str:
-        head = f"{'FAILED' if self.faults else 'ok':<8}{self.path}: {self.what}"
-        return "\n".join([head, *(f"        {fault}" for fault in self.faults)])
+        head = f"{'FAILED' if self.faults else 'note' if self.warnings else 'ok':<8}{self.path}: {self.what}"
+        return "\n".join([head, *(f"        {line}" for line in (*self.faults, *self.warnings, *self.told))])
 
 
 def verify(options: Verify) -> None:
     """Look at everything again, byte for byte, and print what was found. WorkError (exit code 1) where anything failed."""
     path = Path(options.checkpoint_dir or names.RUN)
     found = []
-    for finding in findings(path, options.base_dir):
+    for finding in findings(path, options):
         found.append(finding)
         if not options.json:
             print(finding, flush=True)
     if options.json:
-        print(json.dumps([asdict(finding) for finding in found], indent=2, ensure_ascii=False))
+        print(json.dumps([as_json(finding) for finding in found], indent=2, ensure_ascii=False))
     failed = [finding for finding in found if finding.faults]
     if failed:
         raise WorkError(f"{len(failed)} of {len(found)} checks failed", where=path, context=[failed[0].faults[0]])
 
 
-def findings(path: Path, base_dir: str | None) -> Iterator[Finding]:
+def as_json(finding: Finding) -> dict[str, Any]:
+    values = asdict(finding)
+    values.pop("told")
+    return values
+
+
+def findings(path: Path, options: Verify) -> Iterator[Finding]:
     """What can be checked of a run, a step, a merged model, an adapter or a base."""
     kind = kind_of(path)
-    if kind == "run":
+    if kind == "run" and not (path.name in (names.BEST, names.LAST) and not path.exists()):
         for inside in list_step_paths(path):
-            yield from findings(inside, base_dir)
+            yield from findings(inside, options)
         return
     if kind == "step":
         step = read_step(path)
@@ -56,65 +69,198 @@ def findings(path: Path, base_dir: str | None) -> Iterator[Finding]:
             yield Finding(str(path), "training state against its hashes", step.state_faults)
         if step.faults:
             return
-    checkpoint = resolve(path, base_dir=base_dir)
+    checkpoint = resolve(path, base_dir=options.base_dir)
     if (path / names.MERGE_REPORT).exists():
-        yield from of_merged(checkpoint)
-    elif checkpoint.is_model:
-        yield checked(checkpoint, "its tensors are those of its config.json, all numbers finite", tensors_of_model)
+        yield from of_merged(checkpoint, options)
+        return
+    if checkpoint.is_model:
+        yield from of_model(checkpoint)
     else:
-        yield checked(checkpoint, "its base is there, every byte as recorded", base_bytes)
-        yield checked(checkpoint, "its tensors are those of its method, all numbers finite", tensors_of_adapter)
+        yield from of_adapter(checkpoint)
+    yield from of_lineage(checkpoint)
+    yield from of_loss([checkpoint], options)
 
 
-def of_merged(merged: Checkpoint) -> Iterator[Finding]:
-    """A merged model: as it was written; and, where its parts are still there, that it computes what they do together."""
-    from litlora.verify import compare_logits, reread
+# ---- what is no merge ------------------------------------------------------------------------------------------------
 
-    yield Finding(str(merged.path), "every tensor and file against its report", tuple(reread(merged.path)))
+
+def of_adapter(adapter: Checkpoint) -> Iterator[Finding]:
+    from litlora.verify.files import adapter_faults, base_faults
+
+    unproven = () if adapter.manifest else ("a PEFT adapter does not say which weights it was trained on, so nobody can tell",)
+    yield checked(adapter, "its base is there, every byte as recorded", base_faults, unproven)
+    yield checked(adapter, "its tensors are those of its method, all numbers finite", adapter_faults)
+
+
+def of_model(model: Checkpoint) -> Iterator[Finding]:
+    from litlora.verify.files import model_faults
+
+    yield checked(model, f"its tensors are those of its {names.CONFIG}, all numbers finite", model_faults)
+    if (model.path / names.EXTEND_REPORT).exists():
+        yield from of_extended(model)
+
+
+def of_extended(model: Checkpoint) -> Iterator[Finding]:
+    """A base with a larger vocabulary: as it was written, and beside the base it was made from."""
+    from litlora.verify.files import reread
+    from litlora.verify.weights import compare_extended
+
+    yield checked(model, "every tensor and file against its report", lambda one: reread(one.path, names.EXTEND_REPORT))
+    report = read_json(model.path, names.EXTEND_REPORT)
+    what = f"all but its new rows are its base's, byte for byte: {report['base']['path']}"
+    try:
+        base = resolve(report["base"]["path"])
+    except UserError as error:
+        yield Finding(str(model.path), "it was not compared with its base", warnings=(str(error),))
+        return
+    if combine(tensor_digests(base.shards(), use_cache=False)) != report["base"]["fingerprint"]:
+        yield Finding(str(model.path), "it was not compared with its base", warnings=(f"{base.path} holds other weights than it did",))
+        return
+    tokens, grown = report["tokens"]["before"], report["rows"]["tensors"]
+    yield checked(model, what, lambda one: compare_extended(base, one, tokens=tokens, grown=grown))
+
+
+def of_lineage(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """What it was combined from: whether that is still there, and still the same."""
+    events = checkpoint.manifest.lineage if checkpoint.manifest else ()
+    for parent in (parent for event in events if event["event"] == "combined" for parent in event.get("parents", ())):
+        what = f"what it was combined from: {parent['path']}"
+        if not Path(parent["path"]).is_dir():
+            yield Finding(str(checkpoint.path), what, warnings=("is not there any more",))
+            continue
+        try:
+            found = resolve(parent["path"])
+            same = (
+                found.fingerprint() == parent["fingerprint"]
+                if "fingerprint" in parent
+                else sha256(found.adapter_file()) == parent["sha256"]
+            )
+            yield Finding(str(checkpoint.path), what, () if same else (f"{parent['path']} was altered since",))
+        except UserError as error:
+            yield Finding(str(checkpoint.path), what, (str(error), *error.context))
+
+
+# ---- a merge ---------------------------------------------------------------------------------------------------------
+
+
+def of_merged(merged: Checkpoint, options: Verify) -> Iterator[Finding]:
+    """A merged model: as it was written; and, where its parts are still there, that it is what they make together."""
+    from litlora.verify.files import base_faults, model_faults, reread
+
+    yield checked(merged, "every tensor and file against its report", lambda one: reread(one.path))
+    yield checked(merged, f"its tensors are those of its {names.CONFIG}, all numbers finite", model_faults)
     report = read_json(merged.path, names.MERGE_REPORT)
-    place = Path(report["adapter"]["path"])
-    if not place.is_dir():
-        yield Finding(str(merged.path), f"its adapter {place} is not there any more, so its logits were not compared")
-        return
     try:
-        adapter = resolve(place)
-        same = sha256(adapter.adapter_file()) == report["adapter"]["sha256"]
-        yield Finding(str(merged.path), f"its adapter {place}", () if same else ("was altered since it was merged",))
-        proof = compare_logits(adapter, merged) if same else None
-    except (UserError, WorkError) as error:
-        yield Finding(str(merged.path), "logits against the unmerged adapter", (str(error),))
+        adapter = adapter_of(merged, report, options.base_dir)
+    except Refusal as error:
+        yield Finding(str(merged.path), "its adapter", (str(error), *error.context))
         return
-    if proof is not None:
-        figures = "differ by at most {largest_difference:.2g} of {largest_logit:.3g} (bound {bound:.2g}), KL {kl:.1g}".format(**proof)
-        yield Finding(str(merged.path), f"logits against the unmerged adapter: {figures}")
+    if adapter is None:
+        why = f"its adapter {report['adapter']['path']} is not there any more"
+        yield Finding(str(merged.path), "it was not compared with what it is made of", warnings=(why,))
+        yield from of_loss([merged], options)
+        return
+    yield Finding(str(merged.path), f"its adapter is there and the same: {adapter.path}")
+    of_base = checked(
+        adapter, "its base is there, every byte as it was merged", lambda one: base_faults(one, report["base"]["fingerprint"])
+    )
+    yield of_base
+    if of_base.faults:
+        return
+    yield of_weights(adapter, merged)
+    if options.level == "full":
+        yield of_logits(adapter, merged)
+    yield from of_loss([adapter.base(), adapter, merged], options)
 
 
-def checked(checkpoint: Checkpoint, what: str, look: Callable[[Checkpoint], list[str]]) -> Finding:
+def adapter_of(merged: Checkpoint, report: dict[str, Any], base_dir: str | None) -> Checkpoint | None:
+    """The adapter that was merged, where it was or in the directory above (a run may move); None where it is in neither. WorkError
+    where there is another one now."""
+    recorded = Path(report["adapter"]["path"])
+    there = [place for place in dict.fromkeys((recorded, merged.path.absolute().parent)) if place.is_dir()]
+    for place in there:
+        if kind_of(place) not in ("step", "adapter"):
+            continue
+        adapter = resolve(place, base_dir=base_dir)
+        if sha256(adapter.adapter_file()) == report["adapter"]["sha256"]:
+            return adapter
+    if recorded in there:
+        raise WorkError("was altered since it was merged", where=recorded)
+    return None
+
+
+def of_weights(adapter: Checkpoint, merged: Checkpoint) -> Finding:
+    """Key audit and every number."""
+    from litlora.verify.weights import compare_weights
+
     try:
-        return Finding(str(checkpoint.path), what, tuple(look(checkpoint)))
+        proof = compare_weights(adapter, merged)
+    except Refusal as error:
+        return Finding(str(merged.path), "every tensor against base + adapter", (str(error), *error.context))
+    told = [f"all {proof.adapter_tensors} tensors of the adapter are in it; {proof.changed} tensors are changed or new"]
+    told += [f"{proof.identical} that were not trained are the base's, byte for byte"] if proof.identical else []
+    told += [f"{proof.converted} that were not trained are stored in another dtype, rounded once"] if proof.converted else []
+    away = f"{proof.farthest:.1%} as far from the exact result as one rounding explains"
+    told += [f"{proof.numbers:,} numbers computed again in fp64: the farthest, in {proof.where}, is {away}"] if proof.numbers else []
+    told += [f"the update is {proof.relative:.3%} of the weights, of which rounding took {proof.lost:.1%}"] if proof.relative else []
+    figures = asdict(proof)
+    faults = tuple(figures.pop("faults"))
+    return Finding(str(merged.path), f"{proof.tensors} tensors against base + adapter", faults, figures=figures, told=(*told, proof.size))
+
+
+def of_logits(adapter: Checkpoint, merged: Checkpoint) -> Finding:
+    from litlora.verify.logits import compare_logits
+
+    try:
+        proof = compare_logits(adapter, merged)
+    except Refusal as error:
+        return Finding(str(merged.path), "logits against the unmerged adapter", (str(error),))
+    figures = "differ by at most {largest_difference:.2g} of {largest_logit:.3g} (bound {bound:.2g}), KL {kl:.1g} (bound {kl_bound:.0e})"
+    what = f"logits against the unmerged adapter on {proof['positions']} tokens"
+    return Finding(str(merged.path), what, figures=proof, told=(figures.format(**proof),))
+
+
+def of_loss(checkpoints: Sequence[Checkpoint], options: Verify) -> Iterator[Finding]:
+    """With `--data`: the loss of the last one, and of what it is made of (a merge: base, adapter, merged; an adapter: base, adapter)."""
+    if not options.data:
+        return
+    from litlora.verify.logits import loss_bound, losses
+
+    last = checkpoints[-1]
+    if len(checkpoints) == 1 and not last.is_model:
+        checkpoints = [last.base(), last]
+    samples = samples_of(checkpoints[-2] if len(checkpoints) == 3 else last, options)
+    found = losses(checkpoints, samples)
+    words = {1: ("",), 2: ("base ", "adapter "), 3: ("base ", "adapter ", "merged ")}[len(checkpoints)]
+    told = ", ".join(f"{word}{loss:.5f}" for word, loss in zip(words, found, strict=True))
+    figures: dict[str, Any] = {"samples": len(samples)} | {word.strip() or "loss": loss for word, loss in zip(words, found, strict=True)}
+    faults: tuple[str, ...] = ()
+    if len(checkpoints) == 3:
+        bound = loss_bound(last, found[1])
+        away = abs(found[2] - found[1])
+        figures |= {"apart": away, "bound": bound}
+        told = f"{told} (apart {away:.1g}, bound {bound:.1g})"
+        faults = () if away <= bound else (f"merged, the loss is {away:.3g} away from base + adapter (at most {bound:.3g})",)
+    yield Finding(str(last.path), f"loss on {len(samples)} samples", faults, figures=figures, told=(told,))
+
+
+def samples_of(checkpoint: Checkpoint, options: Verify) -> "list[Sample]":
+    """The rows of `--data` as the checkpoint's own tokenizer and template make samples of them."""
+    from litlora.checkpoint.files import open_tokenizer
+    from litlora.data.samples import load_data
+    from litlora.prompts import Prompts
+
+    context = checkpoint.config().max_position_embeddings
+    data = load_data(options.data, Prompts(open_tokenizer(checkpoint)), rows=options.rows, max_seq_length=context, heldout=True)
+    return data.train[: options.max_samples]
+
+
+# ---- details ---------------------------------------------------------------------------------------------------------
+
+
+def checked(checkpoint: Checkpoint, what: str, look: Callable[[Checkpoint], list[str]], warnings: tuple[str, ...] = ()) -> Finding:
+    """What `look` finds; what it raises is a fault as well."""
+    try:
+        return Finding(str(checkpoint.path), what, tuple(look(checkpoint)), warnings)
     except Refusal as error:
         return Finding(str(checkpoint.path), what, (str(error), *error.context))
-
-
-def base_bytes(checkpoint: Checkpoint) -> list[str]:
-    """The base's fingerprint, computed from its files as they are now: nothing is taken from a cache."""
-    base = checkpoint.base()
-    if checkpoint.manifest is None or checkpoint.manifest.base is None:
-        return []
-    found, recorded = combine(tensor_digests(base.shards(), use_cache=False)), checkpoint.manifest.base.fingerprint
-    return [] if found == recorded else [f"{base.path} holds other weights: {found} instead of {recorded}"]
-
-
-def tensors_of_adapter(checkpoint: Checkpoint) -> list[str]:
-    from litlora.checkpoint.weights import adapter_tensors
-    from litlora.peft import check_tensors, copied_base_tensor
-
-    tensors = {name: tensor for name, tensor in adapter_tensors(checkpoint).items() if copied_base_tensor(name) is None}
-    check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, checkpoint.tuning().file_shapes(checkpoint.config()), "")
-    return [f"{name} holds values that are not finite" for name, tensor in tensors.items() if not tensor.isfinite().all()]
-
-
-def tensors_of_model(checkpoint: Checkpoint) -> list[str]:
-    from litlora.checkpoint.weights import base_tensors
-
-    return [f"{name} holds values that are not finite" for name, tensor in base_tensors(checkpoint).items() if not tensor.isfinite().all()]

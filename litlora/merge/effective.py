@@ -6,7 +6,6 @@ trained put on. Nothing is loaded as a whole: `blocks` gives some megabytes of r
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -26,18 +25,19 @@ from litlora.safetensors_file import SafetensorsFile
 class Effective:
     """Every parameter of the plain model under its full name: of LLaMA-Pro's a deeper model, of a tied one without a second head.
 
-    A context manager: its files are open inside. `model` says what each parameter is made of. UserError where the checkpoint cannot be
+    A context manager: its files are open inside. `dtype` (the file's word: BF16 ...): what a merge would store it as; None: every tensor
+    as the base has it. `model` says what each parameter is made of. UserError where the checkpoint cannot be
     merged, with the reason, where its files are not those of its config.json, or where its base is not there or another one.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, dtype: str | None = None) -> None:
         if checkpoint.is_model:
             tuning = Tuning()
         else:
             refuse_unmergeable(checkpoint)
             tuning = checkpoint.tuning()
         self.checkpoint = checkpoint
-        self.model: NewModel = new_model(checkpoint.base(), checkpoint.config(), tuning, dtype=None, trained=True)
+        self.model: NewModel = new_model(checkpoint.base(), checkpoint.config(), tuning, dtype=dtype, trained=True)
         self.config = self.model.config  # of the plain model
         made = {output.parameter: (path, output) for path, outputs in self.model.outputs.items() for output in outputs}
         self.outputs: dict[str, Output] = {name: made[name][1] for name in expected_tensors(self.config)}  # in the model's order
@@ -47,7 +47,7 @@ class Effective:
         if odd:
             what = f"{odd} is {self.dtypes[odd]}, which cannot be computed with"
             raise UserError(what, where=made[odd][0], hint="use a model in float32, bfloat16 or float16")
-        self._homes = {name: made[name][0] for name in self.outputs}
+        self._homes = {name: path for name, (path, _) in made.items()}
         with ExitStack() as stack:
             self._files = {path: stack.enter_context(SafetensorsFile(path)) for path in dict.fromkeys(self._homes.values())}
             self._adapter = None if checkpoint.is_model else stack.enter_context(SafetensorsFile(checkpoint.adapter_file()))
@@ -60,13 +60,7 @@ class Effective:
 
         Computed in `dtype`, float32 (the very numbers that a merge rounds) or float64. A block is valid until the next one is asked for.
         """
-        shape = self.shapes[name]
-        way = self.making(name, dtype)
-        space = Workspace(max(BLOCK, GROUP * shape[-1]), dtype)
-        for cut in cuts(shape, in_rows=True):
-            with np.errstate(all="ignore"):  # what is not finite is for the reader to judge
-                block = fold(way, read_base(way, cut, space), cut, space, Moved())
-            yield block.reshape(-1, cut.columns) if len(shape) == 2 else block
+        return computed(self.making(name, dtype), dtype)
 
     def read(self, name: str, dtype: npt.DTypeLike = np.float32) -> Floats:
         """The same in one piece, in memory of its own."""
@@ -90,9 +84,9 @@ class Effective:
             update=load_update(self._adapter, output.update, dtype),
         )
 
-    def home(self, name: str) -> Path:
-        """The base's file that a parameter starts from, or goes with."""
-        return self._homes[name]
+    def base_file(self, output: Output) -> SafetensorsFile:
+        """The base's file that an output starts from, or goes with."""
+        return self._files[self._homes[output.parameter]]
 
     def close(self) -> None:
         self._stack.close()
@@ -102,3 +96,12 @@ class Effective:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def computed(way: Making, dtype: npt.DTypeLike = np.float32, moved: Moved | None = None) -> Iterator[Floats]:
+    """A tensor's numbers from what it is made of, a cut at a time, as `blocks` gives them; what training changed is added to `moved`."""
+    space = Workspace(max(BLOCK, GROUP * way.shape[-1]), dtype)
+    for cut in cuts(way.shape, in_rows=True):
+        with np.errstate(all="ignore"):  # what is not finite is for the reader to judge
+            block = fold(way, read_base(way, cut, space), cut, space, moved or Moved())
+        yield block.reshape(-1, cut.columns) if len(way.shape) == 2 else block

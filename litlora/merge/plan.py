@@ -12,6 +12,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import check_free_space, check_outside, check_writable
 from litlora.checkpoint.reading import sha256
+from litlora.config import Config
 from litlora.errors import UserError
 from litlora.merge.outputs import LowRank, NewModel, Output, Rows, new_model
 from litlora.merge.tensors import BLOCK, DTYPES, Floats, read_float32
@@ -90,7 +91,15 @@ def check_adapter(plan: Plan) -> None:
 
 def check_adapter_file(file: SafetensorsFile, tuning: Tuning, model: NewModel) -> None:
     """It holds exactly what the tuning needs, of finite numbers, and all of it goes into the model."""
-    expected = tuning.file_shapes(model.base_config)
+    check_values(file, tuning, model.base_config)
+    parameters = tuning.file_names(model.base_config)
+    left = set(parameters.values()) - {parameters[name] for output in model for name in used(output)}
+    assert not left, f"nothing in the merged model is made of {left}"
+
+
+def check_values(file: SafetensorsFile, tuning: Tuning, config: Config) -> None:
+    """It holds exactly what the tuning needs, of finite numbers; `config` is the base's."""
+    expected = tuning.file_shapes(config)
     found = {name: info.shape for name, info in file.tensors.items() if copied_base_tensor(name) is None}
     check_tensors(found, expected, file.path)
     odd = [f"{name} is {file.tensors[name].dtype}" for name in expected if file.tensors[name].dtype not in FLOAT_BYTES]
@@ -98,10 +107,7 @@ def check_adapter_file(file: SafetensorsFile, tuning: Tuning, model: NewModel) -
     for what, faults in (("are no floating-point numbers", odd), ("hold values that are not finite", infinite)):
         if faults:
             raise UserError("\n  ".join([f"these tensors {what}:", *faults]), where=file.path, hint="use an earlier step")
-    parameters = tuning.file_names(model.base_config)
-    check_twins(file, parameters)
-    left = {parameters[name] for name in expected} - {parameters[name] for output in model for name in used(output)}
-    assert not left, f"nothing in the merged model is made of {left}"
+    check_twins(file, tuning.file_names(config))
 
 
 def check_twins(file: SafetensorsFile, parameters: Mapping[str, str]) -> None:
