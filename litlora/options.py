@@ -57,6 +57,15 @@ class TrainOptions:
     packing: bool = option(True, "compute whole samples as one stream without padding (false: padded rows; same result)")
     mask_prompt: bool = option(True, "grade answers only (false: every token)")
     save_interval: int = option(100, "commit a checkpoint every so many optimizer steps; 0: only at the end", least=0)
+    keep: str = option(
+        "all",
+        "checkpoints that stay: all, or any of best, last and a number of the newest, as best,last,3; "
+        "the newest, the best and what you noted, merged or trained on always stay",
+    )
+    keep_states: str | None = option(
+        None, "checkpoints that can be resumed from: all, or so many of the newest", unset="all; of a whole model the newest 2"
+    )
+    patience: int = option(0, "stop after so many validations without a new lowest loss; 0: never", least=0)
     log_interval: int = option(1, "a row of metrics every so many optimizer steps", least=1)
 
 

@@ -367,7 +367,7 @@ def test_a_run_killed_twice_ends_with_the_same_bits(run: Ran, place: Place, proc
         for name in same:
             assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
         one, other = (manifest(path) for path in (ours, theirs))
-        assert {key for key in one if one[key] != other[key]} <= {"parent", "files", "sha256"}
+        assert {key for key in one if one[key] != other[key]} <= {"parent", "lineage", "files", "sha256"}
         states = [json.loads((path / names.TRAINING_STATE_META).read_text())["values"] for path in (ours, theirs)]
         assert states[0] == states[1]
     logged = [

@@ -188,6 +188,12 @@ def best_of(steps: Iterable[Step]) -> Step | None:
     return min((step for step in steps if step.is_whole), key=lambda step: _ranked(step.number, step.manifest), default=None)
 
 
+def best_step(paths: Iterable[Path]) -> Path | None:
+    """Of a run's steps the one with the lowest validation loss by its manifest, bytes unseen; None where none was validated."""
+    ranks = {path: rank for path in paths if math.isfinite((rank := _rank(path))[0])}
+    return min(ranks, key=lambda path: ranks[path], default=None)
+
+
 def _rank(path: Path) -> tuple[float, int]:
     """Smaller is better: validation loss where there is one, then the newest. Only the manifest is read."""
     number = names.step_number(path) or 0

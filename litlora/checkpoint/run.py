@@ -12,7 +12,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import check_free_space, make_directory, remove, remove_leftovers, sync
 from litlora.checkpoint.manifest import read_manifest
-from litlora.checkpoint.resolve import kind_of, list_step_paths, newest_resumable
+from litlora.checkpoint.resolve import best_step, kind_of, list_step_paths, newest_resumable
 from litlora.errors import UserError
 
 MERGED_SUFFIXES = (".safetensors", ".json", ".jinja", ".md", ".txt", ".model")
@@ -248,6 +248,44 @@ def _take_lock(path: Path) -> int:
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
             return fd
         os.close(fd)
+
+
+# ---- what stays --------------------------------------------------------------------------------------------------------
+
+
+def kept_number(text: str, where: str, words: Sequence[str] = ()) -> int | None:
+    """How many of the newest stay, by what was typed: `all` (None), or one of `words` (one) or a number. UserError for anything else."""
+    if text.strip() == "all":
+        return None
+    typed = [word.strip() for word in text.split(",")]
+    numbers = [1 if word in words else int(word) if word.isdecimal() else 0 for word in typed]
+    if 0 in numbers:
+        choices = ", ".join(["all", *words, "a number"])
+        several = "; or several, as best,last,3" if words else ""
+        raise UserError(f"{text!r} does not say what stays", where=where, hint=f"it is one of: {choices}{several}")
+    return max(numbers)
+
+
+def drop_old_steps(run: Path, keep: int, protected: Sequence[Path]) -> list[Path]:
+    """Delete all steps but the newest `keep` and those that are worth more; returns what was deleted.
+
+    What stays: the best by validation loss, `protected`, links, and whatever has no sound manifest or holds what training did not write:
+    a note, a merge, a file of the user's. Numbers decide what is new, not clocks. A crash on the way leaves whole steps and leftovers.
+    """
+    paths = list_step_paths(run)
+    spared = {os.path.realpath(path) for path in protected}
+    best = best_step(paths)
+    old = [path for path in paths[:-keep] if path != best and os.path.realpath(path) not in spared]
+    doomed = [path for path in old if not path.is_symlink() and is_as_committed(path)]
+    _delete(run, doomed)
+    return doomed
+
+
+def is_as_committed(step: Path) -> bool:
+    """Whether nothing lies in a step but what its manifest says and the training state. Its bytes are not looked at."""
+    listed = _listed(step)
+    own = {*listed, *names.UNCOVERED} - {names.NOTE}
+    return bool(listed) and all(entry.name in own and entry.is_file() and not entry.is_symlink() for entry in step.iterdir())
 
 
 def drop_old_states(run: Path, keep: int) -> None:

@@ -156,6 +156,7 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
         files={**serving_files(start.tokenizer_dir(), prompts.template), **method_files(work)},
         card=card,
         config=config,
+        lineage=start.manifest.lineage if start.manifest else (),
         origin=start.fingerprint() if work.is_full else None,
         lr_ratio=work.wanted.lr_ratio if isinstance(work.wanted, LoRAOptions) else 1.0,
         watched=new_layers(tuning, config) if work.method == "pro" else {},

@@ -71,7 +71,7 @@ class Run:
 
 
 def fit(run: Run, start: Position) -> Position:
-    """Train from `start` to the plan's end; return where it ended.
+    """Train from `start` to the plan's end, or until patience is at its end; return where it ended.
 
     Raises WorkError when the loss or a gradient is not finite, a tensor can never learn or a commit fails (at the next step at the
     latest), Interrupted after the commit that a signal asked for. However it ends, no commit is under way any more.
@@ -84,7 +84,7 @@ def fit(run: Run, start: Position) -> Position:
         Saver(run.fabric, run.prepare, start.step, progress.line) as saver,
     ):
         for window in run.plan.windows(start):
-            if position.step >= run.plan.steps:
+            if position.step >= run.plan.steps or position.is_enough(run.options.patience):
                 break
             began = time.monotonic()
             batches = share_of_window(run.fabric, [run.samples[index] for index in window.indices], run.options)
@@ -114,8 +114,8 @@ def fit(run: Run, start: Position) -> Position:
             val_loss = None
             if run.validation and (last or every(run.eval_interval, position.step)):
                 val_loss = evaluate(run.fabric, run.model, run.validation, run.options)[0]
-                best = val_loss if position.best_val_loss is None else min(position.best_val_loss, val_loss)
-                position = replace(position, best_val_loss=best)
+                position = position.validated(val_loss)
+                last = last or position.is_enough(run.options.patience)
             if last or val_loss is not None or every(run.options.log_interval, position.step):
                 record(run, progress, position, result, lr, seconds, tokens, val_loss)
             if val_loss is not None and not math.isfinite(val_loss):
@@ -125,6 +125,8 @@ def fit(run: Run, start: Position) -> Position:
             if result.stop and not last:
                 saver.finish()
                 raise Interrupted(run.signals.number or signal.SIGTERM)
+        if position.is_enough(run.options.patience):
+            progress.line(f"stopped: {position.waited} validations brought no loss below {position.best_val_loss:.4f}")
     return position
 
 

@@ -26,11 +26,21 @@ class Position:
     tokens: int = 0  # computed so far
     graded: int = 0  # of these, in the loss
     best_val_loss: float | None = None  # None: none measured yet
+    waited: int = 0  # validations since then
 
     def after(self, window: Window, *, tokens: int, graded: int) -> "Position":
         return replace(
             self, step=self.step + 1, epoch=window.epoch, window=window.number + 1, tokens=self.tokens + tokens, graded=self.graded + graded
         )
+
+    def validated(self, val_loss: float) -> "Position":
+        if self.best_val_loss is None or val_loss < self.best_val_loss:
+            return replace(self, best_val_loss=val_loss, waited=0)
+        return replace(self, waited=self.waited + 1)
+
+    def is_enough(self, patience: int) -> bool:
+        """Whether so many validations brought no lower loss (0: never) that training is over."""
+        return 0 < patience <= self.waited
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from litlora.checkpoint.commit import commit_step, write_atomically
 from litlora.checkpoint.manifest import BaseRecord, Manifest
 from litlora.checkpoint.resolve import Checkpoint
 from litlora.checkpoint.run import Run as RunDirectory
-from litlora.checkpoint.run import drop_old_states, prepare_run_directory
+from litlora.checkpoint.run import drop_old_states, drop_old_steps, kept_number, prepare_run_directory
 from litlora.checkpoint.state import load_state, save_state
 from litlora.checkpoint.weights import raw_bytes, raw_tensors
 from litlora.config import Config
@@ -67,6 +67,7 @@ class Job:
     card: Callable[[Manifest], str]  # the step's README
     lr_ratio: float = 1.0  # LoRA+
     config: Config  # of the base, or of the model that is made
+    lineage: Sequence[dict[str, Any]] = ()  # of the step that training goes on from
     origin: str | None = None  # without a base: the fingerprint of the model that training begins with
     watched: Mapping[str, str] = field(default_factory=dict)  # metrics by group: column -> how its parameters' names begin
 
@@ -79,10 +80,14 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
     options = job.options
     plan = plan_of(job)
     fixed = what_may_not_change(job)
+    lineage = tuple(job.lineage)
     if resumed is not None:
         refuse_another_run(resumed, fixed)
+        lineage = lineage_of(resumed, options)
     if is_first_process():
         console.header(header(job, plan, resumed))
+        if resumed is not None and (changed := lineage[-1]["changed"]):
+            console.header([("changed", f"{name}: {old} until now, {new} from here on") for name, (old, new) in changed.items()])
     fabric = launch(options)
     model = job.build(fabric.device)
     trained = trainable(model)
@@ -97,7 +102,7 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
     metrics = Metrics(
         out_dir / names.METRICS if fabric.is_global_zero else None, keep_until=start.step if resumed else -1, more=watch.columns
     )
-    committer = Committer(job, model, trained, digests(trained), optimizer, plan, fixed, resumed)
+    committer = Committer(job, model, trained, digests(trained), optimizer, plan, fixed, resumed, lineage)
     if fabric.is_global_zero:
         write_atomically(out_dir / names.RUN_YAML, run_yaml(job).encode())
         if job.data.skipped:
@@ -131,6 +136,7 @@ class Committer:
     plan: Plan
     fixed: Mapping[str, Any]
     resumed: Checkpoint | None
+    lineage: tuple[dict[str, Any], ...]
 
     def prepare(self, commit: Commit) -> Prepared:
         """What becomes `out/step-N`. WorkError where nothing changed, or a tensor is not finite: that is never saved.
@@ -152,10 +158,21 @@ class Committer:
 
         def write() -> None:
             commit_step(run, manifest, tensors=tensors, files=files, state=state)
-            if manifest.base is None:  # three times as large as the model
-                drop_old_states(run, keep=STATES_OF_MODELS)
+            self.drop_what_is_old(run)
 
         return Prepared(write=write, in_background=room)
+
+    def drop_what_is_old(self, run: Path) -> None:
+        """Only after a commit, so that what goes is never the newest. What cannot be deleted is no reason to stop training."""
+        options, began = self.job.options, [self.resumed.path] if self.resumed else []
+        began += [Path(self.job.parent)] if self.job.parent else []
+        try:
+            if (number := steps_kept(options)) is not None:
+                drop_old_steps(run, number, protected=began)
+            if (number := states_kept(options, of_models=self.job.base is None)) is not None:
+                drop_old_states(run, number)
+        except OSError as error:
+            console.warn(f"an old checkpoint could not be deleted: {error.strerror or error}: {error.filename}")
 
     def manifest(self, commit: Commit) -> Manifest:
         position = commit.position
@@ -172,6 +189,7 @@ class Committer:
             chat_template=template_hash(self.job.prompts),
             data=self.job.data.fingerprint,
             parent=str(self.resumed.path.resolve()) if self.resumed else self.job.parent,
+            lineage=self.lineage,
             versions=versions(),
         )
 
@@ -217,8 +235,17 @@ def what_may_not_change(job: Job) -> dict[str, Any]:
 
 def may_change(options: FitOptions) -> dict[str, Any]:
     """What a resumed run may set anew; kept beside the state, so that the lineage shows what was changed when."""
-    kept = ("max_steps", "epochs", "lr", "lr_schedule", "lr_warmup_steps", "weight_decay", "beta1", "beta2", "max_norm", "save_interval")
-    return {f"train.{name}": getattr(options.train, name) for name in kept}
+    length, rate = ("max_steps", "epochs", "patience"), ("lr", "lr_schedule", "lr_warmup_steps")
+    kept = (*length, *rate, "weight_decay", "beta1", "beta2", "max_norm", "save_interval")
+    return {**{f"train.{name}": getattr(options.train, name) for name in kept}, "eval.interval": options.eval.interval}
+
+
+def lineage_of(resumed: Checkpoint, options: FitOptions) -> tuple[dict[str, Any], ...]:
+    """What made the steps of a resumed run: all that made the one it goes on from, and this resuming, with what it set anew."""
+    before, now = resumed.training_values().get("changeable", {}), may_change(options)
+    changed = {name: [before[name], now[name]] for name in now if name in before and before[name] != now[name]}
+    earlier, step = (resumed.manifest.lineage, resumed.manifest.step) if resumed.manifest else ((), 0)
+    return (*earlier, {"event": "resumed", "from": str(resumed.path.resolve()), "step": step, "changed": changed})
 
 
 def refuse_another_run(resumed: Checkpoint, fixed: Mapping[str, Any]) -> None:
@@ -257,13 +284,32 @@ def open_run(options: FitOptions, needed_bytes: int) -> RunDirectory:
 
 
 def check_run(options: FitOptions, reads: Sequence[Path] = ()) -> None:
-    """What can be refused about the directory, before rows are read. Writes nothing. `reads`: what training begins with."""
+    """What can be refused about the directory and what stays in it, before rows are read. Writes nothing.
+
+    `reads`: what training begins with.
+    """
+    steps_kept(options)
+    states_kept(options, of_models=False)
+    if options.train.patience and (not options.eval.interval or (options.eval.data is None and not options.eval.fraction)):
+        hint = "set --eval.interval, and --eval.fraction or --eval.data"
+        raise UserError("nothing is validated on the way, so it would wait for ever", where="--train.patience", hint=hint)
     inside = [path for path in reads if Path(options.out_dir).resolve() in (path.resolve(), *path.resolve().parents)]
     if options.overwrite and inside:
         hint = "--out_dir another directory"
         raise UserError(f"--overwrite would delete {inside[0]}, from which training begins", where=options.out_dir, hint=hint)
     if is_first_process():
         prepare_run_directory(options.out_dir, resume=options.resume, overwrite=options.overwrite, dry_run=True)
+
+
+def steps_kept(options: FitOptions) -> int | None:
+    """How many of the newest steps stay; None: all. (The best one always does, so `best` asks for nothing more.)"""
+    return kept_number(options.train.keep, "--train.keep", ("best", "last"))
+
+
+def states_kept(options: FitOptions, *, of_models: bool) -> int | None:
+    """How many of the newest training states stay; None: all. Those of whole models are three times as large as the models."""
+    default = str(STATES_OF_MODELS) if of_models else "all"
+    return kept_number(options.train.keep_states or default, "--train.keep_states")
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,197 @@
+"""Going on: what may be set anew and where it is recorded, what is refused, and early stopping (YARDSTICK R04, N14, R01)."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from talkers import make_talker
+from test_saving import weights_of, words
+
+from litlora.__main__ import main
+from litlora.checkpoint import names
+from litlora.checkpoint.manifest import read_manifest
+from litlora.checkpoint.resolve import list_steps
+from litlora.train import loop
+from litlora.train.metrics import read
+
+Talker = tuple[Path, Path]
+
+
+@pytest.fixture
+def talker(tmp_path: Path) -> Talker:
+    """(base, rows), which a test may change."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"Name a colour, {n}.", "output": "blue" * (n % 4 + 1)}) + "\n" for n in range(24)))
+    return make_talker(tmp_path / "base"), rows
+
+
+def resumed(out: Path, more: str = "") -> int:
+    return main(["finetune", "lora", "--resume", "--out_dir", str(out), *more.split()])
+
+
+def lineage_of(step: Path) -> list[dict[str, Any]]:
+    return list(read_manifest(step).lineage)
+
+
+# ---- what may change -------------------------------------------------------------------------------------------------
+
+
+def test_what_a_resumed_run_sets_anew_is_said_and_recorded_in_every_later_step(
+    talker: Talker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """R04: rate, schedule and length may change. The record goes on through a second resuming, and into a run begun from a step."""
+    out, more = tmp_path / "out", tmp_path / "more"
+    assert main(words(talker, out, more="--train.max_steps 4")) == 0
+    assert lineage_of(out / "step-4") == []
+    capsys.readouterr()
+    assert resumed(out, "--train.lr 2e-3 --train.lr_schedule linear --train.max_steps 8") == 0
+    said = capsys.readouterr().err
+    assert "train.lr: 0.001 until now, 0.002 from here on" in said and "train.max_steps: 4 until now, 8 from here on" in said
+    first = {
+        "event": "resumed",
+        "from": str(out / "step-4"),
+        "step": 4,
+        "changed": {"train.max_steps": [4, 8], "train.lr": [0.001, 0.002], "train.lr_schedule": ["cosine", "linear"]},
+    }
+    assert lineage_of(out / "step-4") == [] and lineage_of(out / "step-8") == [first]
+    assert resumed(out, "--train.max_steps 12") == 0
+    second = {"event": "resumed", "from": str(out / "step-8"), "step": 8, "changed": {"train.max_steps": [8, 12]}}
+    assert lineage_of(out / "step-12") == [first, second]
+    start = words((out / "step-12", talker[1]), more, more="--train.max_steps 2")
+    assert main(start) == 0
+    assert lineage_of(more / "step-2") == [first, second]
+    assert read_manifest(more / "step-2").parent == str(out / "step-12")
+
+
+def test_a_resuming_that_changes_nothing_is_recorded_as_that(talker: Talker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(words(talker, out)) == 0
+    shutil.rmtree(out / "step-12")
+    capsys.readouterr()
+    assert resumed(out) == 0
+    assert "until now" not in capsys.readouterr().err
+    assert lineage_of(out / "step-12") == [{"event": "resumed", "from": str(out / "step-8"), "step": 8, "changed": {}}]
+
+
+# ---- what may not ----------------------------------------------------------------------------------------------------
+
+
+def another_row(base: Path, rows: Path) -> None:
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([lines[0].replace("colour", "color"), *lines[1:]]) + "\n")
+
+
+def another_template(base: Path, rows: Path) -> None:
+    path = base / names.TOKENIZER_CONFIG
+    path.write_text(path.read_text().replace("{{ message.content }}", "{{ message.content }} "))
+
+
+def another_token(base: Path, rows: Path) -> None:
+    path = base / names.TOKENIZER
+    values = json.loads(path.read_text())
+    values["added_tokens"][-1]["content"] = "<|fin|>"
+    path.write_text(json.dumps(values))
+
+
+def another_base(base: Path, rows: Path) -> None:
+    make_talker(base.parent / "other", seed=1)
+    shutil.copy(base.parent / "other" / names.WEIGHTS, base / names.WEIGHTS)
+
+
+REFUSED: dict[str, tuple[Callable[[Path, Path], None] | None, str, str]] = {
+    "rank": (None, "--lora.r 8", "lora.r: 4 then, 8 now"),
+    "targets": (None, "--lora.target_modules q_proj", "lora.target_modules"),
+    "seed": (None, "--seed 5", "seed: 1234 then, 5 now"),
+    "batch": (None, "--train.global_batch_size 3", "train.global_batch_size: 2 then, 3 now"),
+    "rows": (another_row, "", "data: "),
+    "template": (another_template, "", "chat template: "),
+    "tokenizer": (another_token, "", "tokenizer: "),
+    "base": (another_base, "", "base: xxh3:"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_another_run_is_refused_with_the_difference(talker: Talker, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """R04: exit code 2, both values shown, and nothing in the directory is touched."""
+    change, more, shown = REFUSED[case]
+    out = tmp_path / "out"
+    assert main(words(talker, out, more="--train.max_steps 2")) == 0
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    if change:
+        change(*talker)
+    capsys.readouterr()
+    assert resumed(out, f"{more} --train.max_steps 4") == 2
+    said = capsys.readouterr().err
+    assert "cannot be resumed" in said and shown in said and said.count("error:") == 1
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
+
+
+# ---- early stopping --------------------------------------------------------------------------------------------------
+
+
+def losses_from(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
+    """Validation finds these, by how many updates were made."""
+    step = 0
+
+    def found(fabric: Any, model: Any, *more: Any) -> tuple[float, int]:
+        return losses[step], 10
+
+    def stepped(*args: Any, **more: Any) -> Any:
+        nonlocal step
+        step = round(step_of(args[2])) + 1
+        return train_step(*args, **more)
+
+    train_step = loop.train_step
+    monkeypatch.setattr(loop, "evaluate", found)
+    monkeypatch.setattr(loop, "train_step", stepped)
+
+
+def step_of(optimizer: Any) -> float:
+    """How many updates an optimizer has made: its own state says."""
+    return max((float(state["step"]) for state in optimizer.optimizer.state.values()), default=0.0)
+
+
+LOSSES = {0: 9.0, 1: 3.0, 2: 2.0, 3: 2.5, 4: 1.5, 5: 1.5, 6: 1.6, 7: 1.7, 8: 1.0, 9: 2.0, 10: 2.0, 11: 2.0, 12: 2.0}
+PATIENT = "--train.patience 3 --eval.interval 1 --train.save_interval 5"
+
+
+def test_training_stops_where_patience_is_at_its_end(
+    talker: Talker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The third validation that is not below the lowest: step 7, which is committed though none was due. An equal loss is no lower one."""
+    losses_from(monkeypatch, LOSSES)
+    assert main(words(talker, tmp_path / "out", more=PATIENT)) == 0
+    said = capsys.readouterr()
+    assert "stopped: 3 validations brought no loss below 1.5000" in said.err
+    assert said.out == f"{tmp_path / 'out' / 'step-7'}\n"
+    assert [step.number for step in list_steps(tmp_path / "out")] == [5, 7]
+    assert resumed(tmp_path / "out") == 0  # it is over, and stays so
+    assert [step.number for step in list_steps(tmp_path / "out")] == [5, 7]
+    assert resumed(tmp_path / "out", "--train.patience 4") == 0  # unless more patience is asked for
+    assert [step.number for step in list_steps(tmp_path / "out")] == [5, 7, 10, 12]
+    assert lineage_of(tmp_path / "out" / "step-12")[-1]["changed"] == {"train.patience": [3, 4]}
+
+
+def test_a_resumed_run_has_as_much_patience_left_as_the_uninterrupted_one(
+    talker: Talker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R01: stopped at step 5, one validation after the lowest loss. Mutation: keeping the lowest loss but not how long ago it was."""
+    losses_from(monkeypatch, LOSSES)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(words(talker, whole, more=PATIENT)) == 0
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "step-7")
+    assert resumed(broken) == 0
+    assert [step.number for step in list_steps(broken)] == [5, 7]
+    assert weights_of(broken / "step-7") == weights_of(whole / "step-7")
+    assert [row["step"] for row in read(broken / names.METRICS)] == [row["step"] for row in read(whole / names.METRICS)]
+
+
+@pytest.mark.parametrize("more", ["--eval.interval 0", "--eval.fraction 0"])
+def test_patience_without_validation_is_refused(talker: Talker, tmp_path: Path, more: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(talker, tmp_path / "out", more=f"{PATIENT} {more}")) == 2
+    assert "--train.patience" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
