@@ -68,6 +68,9 @@ class Conversation:
     def prefill(self, prompt: Sequence[int]) -> Tensor:  # (V,)
         """Logits after the prompt, of which only what is not held already is computed."""
         self.reused = common_beginning(self.held, prompt[:-1])  # the last token is always computed: its logits are wanted
+        if self.model.config.rope.changes_between(len(self.held), len(prompt)):
+            self.reused = 0
+        self.cache.reach = len(prompt)
         del self.held[self.reused :]
         self.cache.rewind(self.reused)
         device = self.model.lm_head.weight.device
@@ -82,6 +85,8 @@ class Conversation:
     @torch.inference_mode()
     def step(self, token: Tensor, token_id: int) -> Tensor:  # () -> (V,)
         """Logits after one more token."""
+        if self.model.config.rope.changes_between(len(self.held), len(self.held) + 1):
+            return self.prefill([*self.held, token_id])
         reserve(self.cache, len(self.held) + 1, self.context)
         logits: Tensor = self.model(token.view(1, 1), cache=self.cache)[0, 0]
         self.held.append(token_id)
@@ -124,6 +129,15 @@ def generate_batch(
     """
     context = model.config.max_position_embeddings
     answers = [Answer(prompt, sampling, tokenizer, frozenset(stop_ids), context, continues=continues) for prompt in prompts]
+    if model.config.rope.depends_on_length:  # and so on each row's own: side by side they could not have one
+        for count, answer in enumerate(answers, 1):
+            for token_id in Conversation(model, tokenizer, stop_ids).tokens(answer, 0):
+                answer.push(token_id)
+                if answer.finish_reason:
+                    break
+            if done is not None:
+                done(count)
+        return answers
     by_length = sorted(answers, key=lambda answer: answer.prompt_tokens)
     for start in range(0, len(answers), rows):
         answer_side_by_side(model, tokenizer.size, by_length[start : start + rows])

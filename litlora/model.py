@@ -10,6 +10,9 @@ size, V vocabulary, R rank, P learnt positions, N graded tokens.
 Names. Parameters carry Hugging Face's Llama names, so a Llama-like checkpoint loads as it is. An adapter adds names
 below its host (`...q_proj.adapter.lora_A`, `...layers.3.inserted.mlp.up_proj.weight`) and never changes one.
 
+Families. What tells one from another is a field of the Config: which norms, where; how q, k and v come; what turns; what is
+scaled or capped. Nothing here knows a family's name.
+
 Arithmetic. Norms, rotary tables and losses are computed in at least fp32 whatever the weights' dtype; everything else
 in the dtype of the embedding's output. Weights that are trained may be kept wider, and are rounded where they are used.
 """
@@ -17,10 +20,10 @@ in the dtype of the embedding's output. Weights that are trained may be kept wid
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn as nn
@@ -28,14 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from litlora.config import SILENT, Config, Rope
+from litlora.config import Config, Rope, rotary_steps
 from litlora.errors import UserError
 
 IGNORE = -100  # a target that is not graded
 
 
 class GPT(nn.Module):
-    """A Llama-like decoder: token ids in, logits or a loss out. `config` says its shape and arithmetic."""
+    """A decoder: token ids in, logits or a loss out. `config` says its shape and arithmetic."""
 
     checkpoint: Any = None  # the Checkpoint it was loaded from, whose tokenizer goes with it
     plain: Any = None  # what it was before anything was added to it (methods/attach.py puts it back)
@@ -44,7 +47,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config)
         self.tie()
 
     @staticmethod
@@ -105,11 +108,14 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm(config, config.hidden_size)
+        self.scale = config.embedding_multiplier
         self.dtype: torch.dtype | None = None  # what is computed in; None: the embedding's own
 
     def forward(self, tokens: Tensor, context: "Context") -> Tensor:  # (B, T) -> (B, T, C)
         x: Tensor = self.embed_tokens(tokens).to(self.dtype)
+        if self.scale != 1:
+            x = x * float(torch.tensor(self.scale, dtype=x.dtype))  # as it was trained: rounded
         for block in self.layers:
             x = block(x, context)
         return x
@@ -119,8 +125,7 @@ class Trunk(nn.Module):
 class Context:
     """What every block of one forward pass needs besides x."""
 
-    cos: Tensor  # (1 or B, 1, T, D) fp32
-    sin: Tensor  # (1 or B, 1, T, D) fp32, its first half negated
+    turns: "dict[Rope | None, Turn]"  # one for each rope of the model
     segments: tuple[int, ...] | None
     cache: "KVCache | None"
     ragged: Tensor | None  # (B, T) int64, positions where the rows of a cache differ in length; None: they do not
@@ -145,7 +150,10 @@ class Context:
                 positions = ragged = starts[:, None] + torch.arange(T, device=device)  # (B, T)
             else:
                 positions = torch.arange(cache.lengths[0], cache.lengths[0] + T, device=device)
-        return Context(*rotary_table(positions, config.rope, config.head_dim), segments, cache, ragged)
+        length = T if cache is None else max(cache.reach, max(cache.lengths) + T)
+        ropes = {config.rope_of(layer) for layer in range(config.num_hidden_layers)} - {None}
+        turns = {rope: turn_of(positions, rope, config.head_dim, segments, length) for rope in ropes if rope is not None}
+        return Context(cast("dict[Rope | None, Turn]", turns), segments, cache, ragged)
 
     def mask(self, q: Tensor, S: int, window: int | None) -> Tensor:
         """(T, S) or, ragged, (B, 1, T, S): 0 where a query may look, -inf elsewhere; the last query is the last key."""
@@ -159,52 +167,69 @@ class Context:
 
 
 class Block(nn.Module):
+    """x + attention(x), then x + MLP(x), with norms where the family has them; parallel: x + attention(x) + MLP(x)."""
+
     inserted: "Block | None"  # LLaMA-Pro: the block that follows this one
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norms, self.parallel, self.scale = config.norms, config.parallel_residual, config.residual_multiplier
+        self.silent = config.silent
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        for name in self.norms.names:
+            self.register_module(name, norm(config, config.hidden_size))
         self.register_module("inserted", None)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + self.self_attn(self.input_layernorm(x), context)
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        seen = self.normed(self.norms.before_attention, x)
+        y = self.normed(self.norms.after_attention, self.self_attn(seen, context))
+        if self.parallel:
+            x = x + (y + self.mlp(seen if self.norms.before_mlp is None else self.normed(self.norms.before_mlp, x)))
+        else:
+            x = torch.add(x, y, alpha=self.scale)
+            y = self.normed(self.norms.after_mlp, self.mlp(self.normed(self.norms.before_mlp, x)))
+            x = torch.add(x, y, alpha=self.scale)
         return x if self.inserted is None else self.inserted(x, context)
+
+    def normed(self, name: str | None, x: Tensor) -> Tensor:
+        return x if name is None else cast(nn.Module, self._modules[name])(x)
 
 
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    q_norm: "RMSNorm | None"
-    k_norm: "RMSNorm | None"
+    qkv_proj: "Linear"  # instead of the three
+    q_norm: "nn.Module | None"
+    k_norm: "nn.Module | None"
     prompt: "Adapter | None"  # what it makes of (q, y), before o_proj
     adapter: "Adapter | None"
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.head_dim, self.window = D, config.window(layer)
-        self.q_proj = Linear(C, H * D, config.attention_bias)
-        self.k_proj = Linear(C, K * D, config.attention_bias)
-        self.v_proj = Linear(C, K * D, config.attention_bias)
+        self.heads, self.kv_heads, self.head_dim, self.qkv, self.qk_norm = H, K, D, config.qkv, config.qk_norm
+        self.window, self.rope = config.window(layer), config.rope_of(layer)
+        if config.qkv == "apart":
+            self.q_proj = Linear(C, H * D, config.attention_bias)
+            self.k_proj = Linear(C, K * D, config.attention_bias)
+            self.v_proj = Linear(C, K * D, config.attention_bias)
+        else:
+            self.qkv_proj = Linear(C, (H + 2 * K) * D, config.attention_bias)
         self.o_proj = Linear(H * D, C, config.attention_out_bias)
-        self.register_module("q_norm", RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None)
-        self.register_module("k_norm", RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None)
+        widths = {None: None, "head": (D, D), "width": (H * D, K * D)}[config.qk_norm]
+        self.register_module("q_norm", norm(config, widths[0]) if widths else None)
+        self.register_module("k_norm", norm(config, widths[1]) if widths else None)
+        self.product: Product = functools.partial(F.scaled_dot_product_attention, scale=config.attention_scale, enable_gqa=True)
+        if config.attn_logit_softcapping is not None:
+            self.product = functools.partial(capped_attention, scale=config.attention_scale, cap=config.attn_logit_softcapping)
         self.register_module("prompt", None)
         self.register_module("adapter", None)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:  # (B, T, C) -> (B, T, C)
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.transpose(1, 2), context)  # (B, H, T, D)
-        k = rotate(k.transpose(1, 2), context)  # (B, K, T, D)
+        q, k, v = (side.transpose(1, 2) for side in self.project(x))  # (B, H, T, D), (B, K, T, D) twice
+        if self.rope is not None:
+            q, k = rotate(q, context.turns[self.rope]), rotate(k, context.turns[self.rope])
         if context.cache is not None:
             k, v = context.cache.extend(self, k, v, context.ragged)  # (B, K, S, D)
         y = self.attention(q, k, v, context)  # (B, T, H, D)
@@ -212,49 +237,100 @@ class Attention(nn.Module):
             y = self.prompt(self, q, y)
         return adapted(self, x, self.o_proj(y.flatten(2)))
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, C) -> (B, T, H, D), (B, T, K, D) twice
+        """q, k and v, normed where the family does that, not yet turned."""
+        if self.qkv == "apart":
+            q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        elif self.qkv == "stacked":
+            qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 K, D)
+            q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), 2)
+        else:
+            qkv = self.qkv_proj(x).unflatten(-1, (self.kv_heads, -1, self.head_dim))  # (B, T, K, H / K + 2, D)
+            q, k, v = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
+        if self.q_norm is None or self.k_norm is None:
+            return q, k, v
+        if self.qk_norm == "head":
+            return self.q_norm(q), self.k_norm(k), v
+        return self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k), v
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # -> (B, T, H, D)
         if context.segments is None or len(context.segments) == 1:
-            return attend(q, k, v, self.window, context).transpose(1, 2)
+            return attend(q, k, v, self.window, context, self.product).transpose(1, 2)
         samples = zip(*(x.split(context.segments, 2) for x in (q, k, v)), strict=True)
-        return torch.cat([attend(q, k, v, self.window, context).transpose(1, 2) for q, k, v in samples], 1)
+        return torch.cat([attend(q, k, v, self.window, context, self.product).transpose(1, 2) for q, k, v in samples], 1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, context: Context) -> Tensor:
+Product = Callable[..., Tensor]  # as F.scaled_dot_product_attention: of q, k, v and a mask, or is_causal
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, context: Context, product: Product) -> Tensor:
     """Softmax attention of q (B, H, T, D) over k, v (B, K, S, D), whose last T are the queries' own; (B, H, T, D).
 
     A mask is made only where the kernel's own causal order does not do, and never one of T x T for a long T.
     """
     T, S = q.size(2), k.size(2)
     if context.ragged is not None:
-        return F.scaled_dot_product_attention(q, k, v, context.mask(q, S, window), enable_gqa=True)
+        return product(q, k, v, context.mask(q, S, window))
     if window is not None and T + window - 1 < S:  # what the first query does not see, none does
         first = S - (T + window - 1)
-        return attend(q, k[:, :, first:], v[:, :, first:], window, context)
+        return attend(q, k[:, :, first:], v[:, :, first:], window, context, product)
     if T == 1 or (T == S and (window is None or window >= T)):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+        return product(q, k, v, is_causal=T > 1)
     if window is not None and window < T:  # a window's worth of queries at a time
         ends = range(S - T + window, S + window, window)
-        parts = q.split(window, 2)
-        return torch.cat([attend(part, k[:, :, :end], v[:, :, :end], window, context) for part, end in zip(parts, ends, strict=True)], 2)
-    return F.scaled_dot_product_attention(q, k, v, context.mask(q, S, window), enable_gqa=True)
+        parts = zip(q.split(window, 2), ends, strict=True)
+        return torch.cat([attend(part, k[:, :, :end], v[:, :, :end], window, context, product) for part, end in parts], 2)
+    return product(q, k, v, context.mask(q, S, window))
+
+
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False, scale: float, cap: float
+) -> Tensor:
+    """A Product whose scores are c tanh(score / c) (Gemma 2: arXiv:2408.00118, section 2); they exist as a whole, which no kernel needs."""
+    q, (T, S) = q.unflatten(1, (k.size(1), -1)), (q.size(2), k.size(2))  # (B, K, H / K, T, D)
+    scores = cap * torch.tanh(q @ k[:, :, None].transpose(-2, -1) * (scale / cap))  # (B, K, H / K, T, S)
+    if mask is not None:
+        scores = scores + (mask if mask.dim() == 2 else mask.unsqueeze(1))
+    elif is_causal:
+        scores = scores.masked_fill(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1), -math.inf)
+    return (scores.softmax(-1, torch.float32).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+    """SwiGLU or another gated unit (Shazeer 2020, arXiv:2002.05202), or a plain one."""
 
     adapter: "Adapter | None"
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        C, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.kind, self.act = config.mlp, ACTIVATIONS[config.hidden_act]
+        if config.mlp == "fused":
+            self.gate_up_proj = Linear(C, 2 * inner, bias)
+        else:
+            if config.mlp == "gated":
+                self.gate_proj = Linear(C, inner, bias)
+            self.up_proj = Linear(C, inner, bias)
+        self.down_proj = Linear(inner, C, bias)
         self.register_module("adapter", None)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, intermediate) both
-        gated = Gated.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
+        if self.kind == "plain":
+            return adapted(self, x, self.down_proj(self.act(self.up_proj(x))))
+        gate, up = self.gate_up_proj(x).chunk(2, -1) if self.kind == "fused" else (self.gate_proj(x), self.up_proj(x))
+        if self.act is not F.silu:
+            gated = self.act(gate) * up
+        else:  # (B, T, intermediate)
+            gated = Gated.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
         return adapted(self, x, self.down_proj(gated))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 class Linear(nn.Linear):
@@ -271,106 +347,110 @@ class Linear(nn.Linear):
         return adapted(self, x, F.linear(x, self.weight.to(x.dtype), bias))
 
 
-class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019, arXiv:1910.07467, over the last dimension."""
+class Head(Linear):
+    """From the last hidden states to logits, scaled and capped as the family does."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, config.lm_head_bias)
+        self.scale, self.cap = config.logit_scale / config.logits_scaling, config.final_logit_softcapping
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., V)
+        logits = super().forward(x)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def norm(config: Config, size: int) -> nn.Module:
+    """A norm of the family's kind over the last dimension."""
+    if config.norm == "rms":
+        return RMSNorm(size, config.rms_norm_eps, config.norm_offset)
+    return LayerNorm(size, config.rms_norm_eps, elementwise_affine=config.norm_gain, bias=config.norm_bias)
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich 2019, arXiv:1910.07467, over the last dimension. `offset`: what is added to the gains as they are stored."""
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((size,), 1 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
+        dtype, weight = x.dtype, self.weight.to(x.dtype)
+        if self.offset:  # stored near 0: their sum has more digits than they
+            weight = self.offset + wider(self.weight)
+            x = x.to(weight.dtype)
         if x.is_cuda or not torch.is_grad_enabled():  # torch's own is fused on CUDA; elsewhere its backward pass is slow
-            return F.rms_norm(x, weight.shape, weight, self.eps)
+            return F.rms_norm(x, weight.shape, weight, self.eps).to(dtype)
         y: Tensor = Normed.apply(x, weight, self.eps)
-        return y
+        return y.to(dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Ba et al. 2016, arXiv:1607.06450, over the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if side is None else side.to(x.dtype) for side in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------
 
 
-def rotary_table(positions: Tensor, rope: Rope, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, (1 or B, 1, T, D), of the angle by which each position, (T,) or (B, T), turns q and k.
+class Turn(NamedTuple):
+    """By how much each position turns the first R dimensions of q and k: cos and sin of the angles, fp32."""
 
-    The first half of sin is negated: (left, right) turns into (left cos - right sin, right cos + left sin).
+    cos: Tensor  # (1 or B, 1, T, R)
+    sin: Tensor  # (1 or B, 1, T, R), that of the first of each pair negated
+    interleaved: bool  # a pair is (2i, 2i + 1); else (i, i + R/2)
+
+
+def turn_of(positions: Tensor, rope: Rope, head_dim: int, segments: Sequence[int] | None, length: int) -> Turn:
+    """The Turn of positions (T,) or (B, T) in a text of `length`, or in packed ones."""
+    if segments is None or not rope.depends_on_length:
+        return Turn(*rotary_table(positions, rope, head_dim, length), rope.interleaved)
+    tables = [rotary_table(part, rope, head_dim, len(part)) for part in positions.split(list(segments))]
+    return Turn(torch.cat([cos for cos, _ in tables], 2), torch.cat([sin for _, sin in tables], 2), rope.interleaved)
+
+
+def rotary_table(positions: Tensor, rope: Rope, head_dim: int, length: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin, (1 or B, 1, T, R), of the angle by which each position, (T,) or (B, T), turns R dimensions of q and k.
+
+    The sin of each pair's first is negated: (left, right) turns into (left cos - right sin, right cos + left sin).
 
     fp32 whatever the model's dtype: in bf16 position 257 would already be another one.
     """
-    frequencies, gain = rotary_frequencies(rope, head_dim, positions.device)
-    angles = (positions.float()[..., None] * frequencies).unsqueeze(-3)  # (1, T, D / 2) or (B, 1, T, D / 2)
+    frequencies, gain = rotary_frequencies(rope, head_dim, positions.device, length if rope.depends_on_length else 0)
+    angles = (positions.float()[..., None] * frequencies).unsqueeze(-3)  # (1, T, R / 2) or (B, 1, T, R / 2)
     if positions.dim() == 1:
         angles = angles.unsqueeze(0)
     cos, sin = angles.cos() * gain, angles.sin() * gain
+    if rope.interleaved:
+        return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 @functools.lru_cache(maxsize=64)
-def rotary_frequencies(rope: Rope, head_dim: int, device: torch.device) -> tuple[Tensor, float]:
-    """`rotary_steps` on a device: (D / 2,) fp32."""
-    steps, gain = rotary_steps(rope, head_dim)
+def rotary_frequencies(rope: Rope, head_dim: int, device: torch.device, length: int = 0) -> tuple[Tensor, float]:
+    """`rotary_steps` on a device: (R / 2,) fp32."""
+    steps, gain = rotary_steps(rope, head_dim, length)
     return torch.tensor(steps, dtype=torch.float32, device=device), gain
 
 
-def rotary_steps(rope: Rope, head_dim: int) -> tuple[list[float], float]:
-    """By what angle one position turns each of the D / 2 pairs of dimensions, and what cos and sin are multiplied by."""
-    steps = [rope.rope_theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    gain = 1.0
-    if rope.rope_type == "linear":
-        steps = [step / rope.factor for step in steps]
-    elif rope.rope_type == "llama3":
-        steps = [llama3_step(step, rope) for step in steps]
-    elif rope.rope_type == "yarn":
-        steps, gain = yarn_steps(steps, rope, head_dim), yarn_gain(rope)
-    return steps, gain
-
-
-def llama3_step(step: float, rope: Rope) -> float:
-    """Llama 3.1: dimensions that turn slowly are stretched by the whole factor, quick ones not at all."""
-    turns = rope.original_max_position_embeddings * step / (2 * math.pi)  # over the first context
-    share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    share = min(max(share, 0.0), 1.0)
-    return (1 - share) * step / rope.factor + share * step
-
-
-def yarn_steps(steps: list[float], rope: Rope, head_dim: int) -> list[float]:
-    """YaRN (arXiv:2309.00071, section 3.2): a ramp over dimensions from unstretched to stretched by the factor."""
-
-    def dimension(turns: float) -> float:  # the one that turns so often over the first context
-        return head_dim * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
-
-    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    width = high - low or 0.001
-    ramp = [min(max((i - low) / width, 0.0), 1.0) for i in range(len(steps))]
-    return [share * step / rope.factor + (1 - share) * step for step, share in zip(steps, ramp, strict=True)]
-
-
-def yarn_gain(rope: Rope) -> float:
-    """YaRN's attention temperature (section 3.4), which multiplies q and k each."""
-    if rope.attention_factor is not None:
-        return rope.attention_factor
-
-    def gain(mscale: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
-
-    if rope.mscale and rope.mscale_all_dim:
-        return gain(rope.mscale) / gain(rope.mscale_all_dim)
-    return gain(1.0)
-
-
-def rotate(x: Tensor, context: Context) -> Tensor:  # (B, n, T, D) -> same
-    """Turn each pair (x_i, x_{i + D/2}) by its position's angle."""
+def rotate(x: Tensor, turn: Turn) -> Tensor:  # (B, n, T, D) -> same
+    """Turn each pair by its position's angle; what lies beyond R stays as it is."""
+    if turn.cos.size(-1) < x.size(-1):
+        first, rest = x.tensor_split((turn.cos.size(-1),), -1)
+        return torch.cat((rotate(first, turn), rest), -1)
     if not torch.is_grad_enabled():
-        return turned(x, context.cos, context.sin, 1)
-    y: Tensor = Rotated.apply(x, context.cos, context.sin)
+        return turned(x, *turn, 1)
+    y: Tensor = Rotated.apply(x, *turn)
     return y
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
-    swapped = x.roll(x.size(-1) // 2, -1)
+def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, way: int) -> Tensor:
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else x.roll(x.size(-1) // 2, -1)
     return (x * cos).addcmul_(swapped, sin, value=way).to(x.dtype)  # in fp32, rounded once
 
 
@@ -383,6 +463,7 @@ class KVCache:
     def __init__(self, size: int, rows: int = 1) -> None:
         self.size = size
         self.lengths = [0] * rows
+        self.reach = 0  # tokens of the text that is being written to it in parts, where a rope depends on that
         self.held: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # per attention: (B, K, size, D) twice
 
     @property
@@ -530,15 +611,16 @@ class Rotated(torch.autograd.Function):
     """`turned`; the way back is to turn back, so it keeps the table alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return turned(x, cos, sin, 1)
+        ctx.interleaved = interleaved
+        return turned(x, cos, sin, interleaved, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return turned(grad, cos, sin, -1), None, None
+        return turned(grad, cos, sin, ctx.interleaved, -1), None, None, None
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -701,17 +783,14 @@ class Prompt(Adapter):
 
     def __init__(self, host: Attention, length: int) -> None:
         super().__init__()
-        weight = wider(host.q_proj.weight.detach()[:1, :1])
-        self.adaption_prompt = nn.Parameter(weight.new_empty(1, length, host.q_proj.in_features).normal_())  # (1, P, C)
+        weight = wider(host.o_proj.weight.detach()[:1, :1])
+        self.adaption_prompt = nn.Parameter(weight.new_empty(1, length, host.o_proj.out_features).normal_())  # (1, P, C)
         self.adaption_gate = nn.Parameter(weight.new_zeros(1))
 
     def forward(self, host: Attention, q: Tensor, y: Tensor) -> Tensor:  # -> (B, T, H, D)
-        prompt = self.adaption_prompt.to(q.dtype)
-        k, v = (linear(prompt).unflatten(-1, (-1, host.head_dim)) for linear in (host.k_proj, host.v_proj))  # (1, P, K, D)
-        if host.k_norm is not None:
-            k = host.k_norm(k)
-        k, v = (side.transpose(1, 2).expand(len(q), -1, -1, -1) for side in (k, v))  # (B, K, P, D)
-        seen = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)  # (B, T, H, D)
+        _, *prompt = host.project(self.adaption_prompt.to(q.dtype))  # (1, P, K, D) twice
+        k, v = (side.transpose(1, 2).expand(len(q), -1, -1, -1) for side in prompt)  # (B, K, P, D)
+        seen = host.product(q, k, v).transpose(1, 2)  # (B, T, H, D)
         return y + self.adaption_gate.to(y.dtype) * seen
 
 
@@ -756,8 +835,8 @@ def silent_copy(block: Block) -> Block:
             if slot in module._modules:
                 setattr(module, slot, None)
     for name, parameter in copied.named_parameters():
-        if name.split(".")[-2] in SILENT:
-            parameter.zero_()
+        if (value := block.silent.get(name.split(".")[-2])) is not None:
+            parameter.fill_(value)
     return copied
 
 
@@ -770,7 +849,7 @@ def init_weights(model: GPT, seed: int) -> None:
     depth = math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
-            parameter.fill_(1.0)
+            parameter.fill_(1.0 - model.config.norm_offset)
         elif name.endswith("bias"):
             parameter.zero_()
         else:

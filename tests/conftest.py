@@ -56,7 +56,9 @@ def stretched(kind: str, factor: float, original: int, **more: Any) -> dict[str,
     return {"rope_scaling": scaling, "max_position_embeddings": int(original * factor), "rope_theta": 200.0}
 
 
-# name -> the keys of its config.json that are not COMMON's
+SQUARE = {"hidden_size": 48, "head_dim": 12}  # where H * D can be nothing but C
+
+# name -> the keys of its config.json that are not COMMON's. On these every promise is tried.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_key_value_heads": 4},
     "llama3": {"model_type": "llama", **stretched("llama3", 4.0, 32, low_freq_factor=1.0, high_freq_factor=4.0)},
@@ -68,12 +70,77 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "qwen3": {"model_type": "qwen3", "attention_bias": True},
     "smollm": {"model_type": "llama", "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 7,
+        "sliding_window_pattern": 2,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "tie_word_embeddings": True,
+    },
+    "phi3": {"model_type": "phi3", "sliding_window": 7, "partial_rotary_factor": 2 / 3, "original_max_position_embeddings": 48},
+    "stablelm": {"model_type": "stablelm", **SQUARE, "partial_rotary_factor": 1 / 3, "use_qkv_bias": True, "use_parallel_residual": True},
 }
+
+# The other families that are supported: logits, gradients, cache, LLaMA-Pro, export; not every method on each.
+MORE: dict[str, dict[str, Any]] = {
+    "gemma": {"model_type": "gemma", "hidden_act": "gelu", "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "gemma2": {
+        "model_type": "gemma2",
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 7,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+    },
+    "longrope": {
+        "model_type": "phi3",
+        **SQUARE,
+        "partial_rotary_factor": 2 / 3,
+        "original_max_position_embeddings": 24,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.3, 1.6],
+            "long_factor": [1.2, 2.0, 3.5, 6.0],
+        },
+    },
+    "dynamic": {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 200.0},
+    "granite": {
+        "model_type": "granite",
+        "attention_bias": True,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.17,
+        "logits_scaling": 2.5,
+    },
+    "olmo": {"model_type": "olmo"},
+    "olmo2": {"model_type": "olmo2"},
+    "olmo3": {"model_type": "olmo3", "num_hidden_layers": 4, "sliding_window": 7, **stretched("yarn", 4.0, 32)},
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": 2, "tie_word_embeddings": True},
+    "stablelm_2": {"model_type": "stablelm", **SQUARE, "partial_rotary_factor": 1 / 3},
+    "cohere": {"model_type": "cohere", "logit_scale": 0.3, "tie_word_embeddings": True},
+    "cohere2": {
+        "model_type": "cohere2",
+        **SQUARE,
+        "num_hidden_layers": 4,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "tie_word_embeddings": True,
+    },
+    "glm": {"model_type": "glm", "partial_rotary_factor": 1 / 3, "attention_bias": True},
+    "glm4": {"model_type": "glm4", "partial_rotary_factor": 1 / 3, "attention_bias": True},
+}
+EVERY = FAMILIES | MORE
 
 
 def tiny_hf_config(family: str = "llama3", **changes: Any) -> dict[str, Any]:
     """A config.json for a tiny model of the family."""
-    return {**COMMON, **FAMILIES[family], **changes}
+    return {**COMMON, **EVERY[family], **changes}
 
 
 def tiny_config(family: str = "llama3", **changes: Any) -> Config:
@@ -93,7 +160,7 @@ def randomise(model: GPT, seed: int = 0) -> GPT:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("norm.weight"):
-            noise = 1 + 0.3 * noise
+            noise = 1 - model.config.norm_offset + 0.3 * noise
         elif name.endswith("magnitude"):
             noise = parameter.float().cpu() * (1 + 0.2 * noise)
         elif parameter.dim() == 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litlora import model as model_file
-from litlora.config import Rope
+from litlora.config import Rope, rotary_steps
 from litlora.errors import UserError
 from litlora.methods.attach import merge
 from litlora.model import (
@@ -29,7 +29,6 @@ from litlora.model import (
     SummedLoss,
     init_weights,
     rotary_frequencies,
-    rotary_steps,
     rotary_table,
 )
 
@@ -126,7 +125,7 @@ def test_the_rotary_table_stays_exact_in_a_bf16_model(family: str) -> None:
     far = [0, 257, 8191, 131_071]
     cos, sin = rotary_table(torch.tensor(far), rope, D)
     assert cos.dtype == sin.dtype == torch.float32
-    own = Context.of(random_tokens(1, 3), gpt.config, None, None)
+    own = Context.of(random_tokens(1, 3), gpt.config, None, None).turns[rope]
     assert own.cos.dtype == own.sin.dtype == torch.float32
     steps, gain = rotary_steps(rope, D)
     for row, position in enumerate(far):
@@ -428,7 +427,7 @@ def test_a_bf16_model_has_an_fp32_loss() -> None:
     [
         (lambda x, w: model_file.Normed.apply(x, w, 1e-5), [(2, 3, 6), (6,)]),
         (model_file.Gated.apply, [(2, 3, 5), (2, 3, 5)]),
-        (lambda x: model_file.Rotated.apply(x, torch.ones(1, 1, 3, 6), torch.full((1, 1, 3, 6), 0.5)), [(2, 4, 3, 6)]),
+        (lambda x: model_file.Rotated.apply(x, torch.ones(1, 1, 3, 6), torch.full((1, 1, 3, 6), 0.5), False), [(2, 4, 3, 6)]),
     ],
 )
 def test_a_written_out_derivative_is_the_derivative(apply: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> None:
@@ -439,7 +438,7 @@ def test_a_written_out_derivative_is_the_derivative(apply: Callable[..., Tensor]
     if len(inputs) == 1:
         angle = torch.rand(1, 1, 3, 3, dtype=torch.float64)
         cos, sin = torch.cat((angle.cos(),) * 2, -1), torch.cat((-angle.sin(), angle.sin()), -1)
-        assert torch.autograd.gradcheck(lambda x: model_file.Rotated.apply(x, cos, sin), inputs)
+        assert torch.autograd.gradcheck(lambda x: model_file.Rotated.apply(x, cos, sin, False), inputs)
         return
     assert torch.autograd.gradcheck(apply, inputs)
 
@@ -608,7 +607,7 @@ def test_fresh_weights_are_those_of_the_seed_and_of_the_right_size(family: str) 
     for (name, parameter), again in zip(gpt.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(parameter, again), name
         if name.endswith("norm.weight"):
-            assert (parameter == 1).all()
+            assert (parameter == 1 - gpt.config.norm_offset).all()
         elif name.endswith("bias"):
             assert (parameter == 0).all()
         else:

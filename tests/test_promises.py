@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, random_tokens, relative, tiny_config, tiny_gpt
+from conftest import EVERY, FAMILIES, random_tokens, relative, tiny_config, tiny_gpt
 from equations import Plain, spoken
 from torch import Tensor
 
@@ -86,7 +86,7 @@ def tied_matters(case: Case) -> bool:
 
 EVERYWHERE: Pairs = [(name, family) for name, case in CASES.items() for family in case.families]
 SOMEWHERE: Pairs = [pair for pair in EVERYWHERE if pair[1] == "qwen2" or (pair[1] == "smollm" and tied_matters(CASES[pair[0]]))]
-FIRST: Pairs = [*SOMEWHERE, *(("pro", family) for family in FAMILIES if ("pro", family) not in SOMEWHERE)]
+FIRST: Pairs = [*SOMEWHERE, *(("pro", family) for family in EVERY if ("pro", family) not in SOMEWHERE)]
 everywhere, somewhere, at_first = (pytest.mark.parametrize(("case", "family"), pairs) for pairs in (EVERYWHERE, SOMEWHERE, FIRST))
 either_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -515,7 +515,7 @@ def test_merged_equals_unmerged_or_is_refused_with_the_reason(case: str, family:
 
 
 EXPORTED: Pairs = [(name, "smollm") for name in ("scale-shift-some", "freeze-untied", "saved", "head-untied")]
-EXPORTED += [("pro", family) for family in FAMILIES]
+EXPORTED += [("pro", family) for family in EVERY]
 
 
 @pytest.mark.parametrize(("case", "family"), EXPORTED)

@@ -6,7 +6,7 @@ from torch import Tensor
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.weights import adapter_tensors, base_tensors, safe_open_checked
-from litlora.config import SILENT
+from litlora.config import Config
 from litlora.methods.tuning import EMBEDDING, BottleneckSlot, LoRASlot, PromptSlot, Slot, Tuning
 from litlora.peft import check_tensors, copied_base_tensor, scale
 
@@ -18,19 +18,19 @@ def movement(step: Checkpoint, before: Checkpoint) -> dict[str, float]:
     """By module or parameter, what changed as a share of what was there; 0 where nothing did. `before` is the base, or the model that
     a step of `full` started from.
 
-    A weight: ||W' - W|| / ||W||. Of a new block: against the one it is a copy of, its last projections against the zeros they began
-    as. A scale and shift: the root mean square of scale - 1. A bottleneck: ||scale up|| over the norm of the projection it
+    A weight: ||W' - W|| / ||W||. Of a new block: against the one it is a copy of, what writes last in it against what it
+    began as. A scale and shift: the root mean square of scale - 1. A bottleneck: ||scale up|| over the norm of the projection it
     stands beside. A learnt prompt: its gate.
     """
     base = base_tensors(before)
     if step.is_model:
-        return {name: relative(name, tensor, old(base, name)) for name, tensor in base_tensors(step).items()}
-    tuning, tensors = step.tuning(), adapter_tensors(step)
+        return {name: relative(name, tensor, old(base, name), step.config()) for name, tensor in base_tensors(step).items()}
+    tuning, tensors, config = step.tuning(), adapter_tensors(step), step.config()
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if copied_base_tensor(name) is None}
-    check_tensors(found, tuning.file_shapes(step.config()), step.adapter_file())
-    own = {name: tensors[stored] for stored, name in tuning.file_names(step.config()).items()}
+    check_tensors(found, tuning.file_shapes(config), step.adapter_file())
+    own = {name: tensors[stored] for stored, name in tuning.file_names(config).items()}
     moved = {slot: slot_movement(slot, kind, own, base) for slot, kind in tuning.slots.items()}
-    return moved | {name: relative(name, own[name], old(base, name)) for name in own if not in_slot(name, tuning)}
+    return moved | {name: relative(name, own[name], old(base, name), config) for name in own if not in_slot(name, tuning)}
 
 
 @torch.no_grad()
@@ -59,9 +59,9 @@ def old(base: dict[str, Tensor], name: str) -> Tensor:
     return base.get(name.replace(".inserted.", "."), base[EMBEDDING])
 
 
-def relative(name: str, new: Tensor, before: Tensor) -> float:
-    silent = ".inserted." in name and name.split(".")[-2] in SILENT
-    change = new.float() if silent else new.float() - before.float()
+def relative(name: str, new: Tensor, before: Tensor, config: Config) -> float:
+    silent = config.silent.get(name.split(".")[-2]) if ".inserted." in name else None
+    change = new.float() - (before.float() if silent is None else silent)
     return ratio(change.norm(), before.float().norm())
 
 

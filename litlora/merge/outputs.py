@@ -8,7 +8,7 @@ from pathlib import Path
 
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.config import SILENT, Config, merged_layers
+from litlora.config import Config, merged_layers
 from litlora.errors import UserError
 from litlora.families import expected_tensors, is_derived, tensor_name
 from litlora.merge.tensors import WIDTH
@@ -39,7 +39,8 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """One tensor of the new model: the base's (`source`) or zero, with `update` put on it, or the adapter's (`value`) in its place."""
+    """One tensor of the new model: the base's (`source`) or one number (`fill`), with `update` put on it; or the
+    adapter's (`value`)."""
 
     name: str  # in the files
     parameter: str  # the same with its full name
@@ -51,6 +52,7 @@ class Output:
     value: str | None = None
     update: LowRank | Rows | None = None
     in_new_layer: bool = False
+    fill: float | None = None  # of what a new block writes last: the number that lets nothing through
 
     @property
     def module(self) -> str:
@@ -68,7 +70,7 @@ class Output:
     @property
     def can_tell(self) -> bool:
         """Whether the model computes something else where this is another: a new block adds what its last projections let through."""
-        return self.is_changed or (self.in_new_layer and self.module.endswith(SILENT))
+        return self.is_changed or self.fill is not None
 
     @property
     def size(self) -> int:
@@ -155,7 +157,8 @@ def new_model(base: Checkpoint, config: Config, tuning: Tuning, *, dtype: str | 
         info = files[path][stored]
         own = parameter in homes
         in_new_layer = ".inserted." in parameter
-        copied = own or parameter == HEAD or (in_new_layer and not trained and not parameter.rpartition(".")[0].endswith(SILENT))
+        fill = config.silent.get(parameter.split(".")[-2]) if in_new_layer else None
+        copied = own or parameter == HEAD or (in_new_layer and not trained and fill is None)
         outputs[path].append(
             Output(
                 name=stored if own and not renamed else name,
@@ -168,6 +171,7 @@ def new_model(base: Checkpoint, config: Config, tuning: Tuning, *, dtype: str | 
                 value=trained_whole(parameter, tuning, after) if trained else None,
                 update=update_of(parameter, tuning),
                 in_new_layer=in_new_layer,
+                fill=fill,
             )
         )
     new_layers = tuple(number for number, (_, is_new) in enumerate(layers) if is_new)

@@ -140,7 +140,7 @@ def tells(output: Output, base: SafetensorsFile, adapter: SafetensorsFile) -> bo
     if value is None:
         return False
     if output.source is None:
-        return any(block.any() for block in blocks(adapter, value))
+        return any((block != (output.fill or 0.0)).any() for block in blocks(adapter, value))
     pairs = zip(blocks(adapter, value), blocks(base, output.source), strict=True)
     return not all(np.array_equal(mine, theirs) for mine, theirs in pairs)
 

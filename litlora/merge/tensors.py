@@ -37,7 +37,7 @@ class Moved:
 
     before: str = ""  # digest in the base, of what was there
     after: str = ""  # digest in the new model
-    differs: bool = False  # whether any byte is another one than in the base; of what is new there, than zero
+    differs: bool = False  # whether any byte is another one than in the base; of what is new there, than what it starts from
     weight: float = 0.0  # of W
     update: float = 0.0  # of W' - W, before rounding
     rounding: float = 0.0  # of cast(W') - W'
@@ -80,10 +80,11 @@ class Making:
     name: str  # in the new model
     shape: tuple[int, ...]
     base: SafetensorsFile
-    source: str | None  # the base's tensor it starts from; None: zero
+    source: str | None  # the base's tensor it starts from; None: `fill` everywhere
     adapter: SafetensorsFile | None
     value: str | None  # the adapter's tensor that stands in place of the base's
     update: Update | None
+    fill: float = 0.0
 
     @property
     def info(self) -> TensorInfo | None:
@@ -161,11 +162,11 @@ def move_unchanged(way: Journey, info: TensorInfo, space: Workspace) -> Moved:
 
 
 def read_base(way: Making, cut: Cut, space: Workspace) -> Bytes:
-    """The base's bytes of a cut; zeros of fp32 for a tensor that it does not have."""
+    """The base's bytes of a cut; in fp32 what fills a tensor that it does not have."""
     info = way.info
     if info is None:
         raw = space.raw[: 4 * cut.size]
-        raw[:] = 0
+        raw.view(np.float32)[:] = way.fill
         return raw
     raw = space.raw[: cut.size * WIDTH[info.dtype]]
     way.base.read_into(info.start + cut.start * WIDTH[info.dtype], raw.data)
@@ -199,10 +200,11 @@ def settle(way: Journey, raw: Bytes, weight: Floats, space: Workspace, moved: Mo
     dtype = way.info.dtype if way.info else "F32"
     stored, rounded = space.stored[: len(weight) * WIDTH[way.place.dtype]], space.rounded[: len(weight)]
     store(weight, way.place.dtype, stored, rounded)
+    if not moved.differs:  # one look at most where it does
+        other = dtype != way.place.dtype
+        moved.differs = bool((rounded != way.fill).any()) if way.source is None else other or not np.array_equal(raw, stored)
     rounded -= weight
     moved.rounding += squares(rounded)
-    if not moved.differs:  # one look at most where it does
-        moved.differs = bool(stored.any()) if way.source is None else dtype != way.place.dtype or not np.array_equal(raw, stored)
     return stored
 
 

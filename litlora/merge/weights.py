@@ -60,6 +60,7 @@ def move_in_turn(
             base=base,
             source=output.source,
             own=output.own,
+            fill=output.fill or 0.0,
             adapter=adapter,
             value=output.value,
             update=load_update(adapter, output.update),

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litlora.config import SILENT, Config, expanded_config
+from litlora.config import Config, expanded_config
 from litlora.errors import UserError
 from litlora.families import with_biases
 from litlora.methods.tuning import EMBEDDING, HEAD, BottleneckSlot, LoRASlot, PromptSlot, ScaleShiftSlot, Slot, Tuning
@@ -65,7 +65,7 @@ def attach(model: GPT, tuning: Tuning, *, seed: int, stored: Mapping[str, Tensor
         block = blocks(model)[layer]
         block.inserted = silent_copy(block)
         for name, parameter in list(block.inserted.named_parameters()):
-            silent = name.split(".")[-2] in SILENT
+            silent = name.split(".")[-2] in model.config.silent
             exact = parameter.detach() if silent else as_stored(f"model.layers.{layer}.{name}", parameter, stored)
             set_parameter(block.inserted, name, nn.Parameter(widened(exact)))
     for slot, kind in tuning.slots.items():

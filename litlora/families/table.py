@@ -1,0 +1,281 @@
+"""The families, one entry each: how a model type differs from Llama, and what its config.json means where it is silent.
+
+Defaults are those of the transformers package, which is the reference for all of these.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from litlora.config import Norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a model type differs from Llama, and what its config.json means where it is silent."""
+
+    architecture: str  # the class that transformers loads it with
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields of Config that are the same in the whole family
+    numbers: Mapping[str, float | None] = field(
+        default_factory=dict
+    )  # keys that it has and Llama has not, each a field: what they default to
+    refused: Mapping[str, tuple[Any, ...]] = field(
+        default_factory=dict
+    )  # keys of its own that ask for foreign arithmetic -> values that do not
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    max_position_embeddings: int = 2048
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    square: bool = False  # whether it can be nothing else
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    tied: bool = False
+    hidden_act: str = "silu"
+    act_key: str = "hidden_act"
+    eps: float = 1e-6
+    eps_key: str = "rms_norm_eps"
+    theta: float = 10_000.0
+    local_theta: float | None = None  # of sliding layers, where they turn by their own
+    local_theta_key: str = "rope_local_base_freq"
+    partial: float | None = None  # the share of each head that is turned; None: all, and config.json cannot ask for less
+    interleaved: bool = False  # whether the pairs that turn are neighbours
+    bias: Literal["none", "qkv", "asked", "asked_qkv"] = (
+        "none"  # on the attention's projections; asked: q, k, v and o if config.json says so
+    )
+    bias_key: str = "attention_bias"
+    biased: bool = False  # what it says where it is silent
+    mlp_bias: bool = False  # whether config.json may ask for one
+    window: Literal["none", "all", "upper", "pattern"] = "none"  # the layers that slide: from max_window_layers up; all but every n-th
+    sliding_window: int | None = 4096
+    pattern: int = 0  # that n
+    unrotated: Literal["none", "listed", "full"] = "none"  # NoPE layers: no_rope_layers, every n-th by default; or those that do not slide
+    parallel_key: str = ""  # of the residual stream
+    scaled_embedding: bool = False  # times sqrt(hidden_size)
+
+
+GEMMA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 8192,
+    "head_dim": 256,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tied": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "act_key": "hidden_activation",
+    "bias": "asked",
+    "scaled_embedding": True,
+}
+AROUND = Norms(after_attention="post_attention_layernorm", before_mlp="pre_feedforward_layernorm", after_mlp="post_feedforward_layernorm")
+AFTER = Norms(before_attention=None, after_attention="post_attention_layernorm", before_mlp=None, after_mlp="post_feedforward_layernorm")
+GLM: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 131_072,
+    "head_dim": 128,
+    "eos_token_id": (151329, 151336, 151338),
+    "pad_token_id": 151329,
+    "eps": 1.5625e-07,
+    "bias": "asked_qkv",
+    "biased": True,
+    "partial": 0.5,
+    "interleaved": True,
+}
+COHERE: dict[str, Any] = {
+    "max_position_embeddings": 8192,
+    "bos_token_id": 5,
+    "eos_token_id": 255001,
+    "pad_token_id": 0,
+    "tied": True,
+    "eps": 1e-5,
+    "eps_key": "layer_norm_eps",
+    "bias": "asked",
+    "interleaved": True,
+    "numbers": {"logit_scale": 0.0625},
+    "fixed": {"norm": "layer", "norms": Norms(before_mlp=None), "parallel_residual": True},
+}
+
+SUPPORTED: dict[str, Family] = {
+    "llama": Family(architecture="LlamaForCausalLM", bos_token_id=1, eos_token_id=2, bias="asked", mlp_bias=True),
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        num_key_value_heads=8,
+        max_position_embeddings=131_072,
+        bos_token_id=1,
+        eos_token_id=2,
+        window="all",
+    ),
+    "qwen2": Family(architecture="Qwen2ForCausalLM", num_key_value_heads=32, max_position_embeddings=32_768, bias="qkv", window="upper"),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        num_key_value_heads=32,
+        max_position_embeddings=32_768,
+        head_dim=128,
+        bias="asked",
+        fixed={"qk_norm": "head"},
+        window="upper",
+    ),
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        **GEMMA | {"num_key_value_heads": 16, "act_key": "hidden_act"},
+        fixed={"norm_offset": 1.0},
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        **GEMMA,
+        fixed={"norm_offset": 1.0, "norms": AROUND},
+        numbers={"query_pre_attn_scalar": 256.0, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        window="pattern",
+        pattern=2,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        **GEMMA | {"max_position_embeddings": 131_072},
+        fixed={"norm_offset": 1.0, "norms": AROUND, "qk_norm": "head"},
+        numbers={"query_pre_attn_scalar": 256.0, "final_logit_softcapping": None},
+        theta=1_000_000.0,
+        local_theta=10_000.0,
+        window="pattern",
+        pattern=6,
+    ),
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=32000,
+        pad_token_id=32000,
+        eps=1e-5,
+        fixed={"qkv": "stacked", "mlp": "fused"},
+        partial=1.0,
+        window="all",
+        sliding_window=None,
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        bos_token_id=1,
+        eos_token_id=2,
+        bias="asked",
+        mlp_bias=True,
+        numbers={"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0, "logits_scaling": 1.0},
+    ),
+    "olmo": Family(
+        architecture="OlmoForCausalLM",
+        eos_token_id=50279,
+        pad_token_id=1,
+        bias="asked",
+        eps=1e-5,
+        eps_key="",
+        fixed={"norm": "layer", "norm_gain": False},
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        eos_token_id=50279,
+        pad_token_id=1,
+        bias="asked",
+        eps=1e-5,
+        fixed={"norms": AFTER, "qk_norm": "width"},
+    ),
+    "olmo3": Family(
+        architecture="Olmo3ForCausalLM",
+        eos_token_id=50279,
+        pad_token_id=1,
+        bias="asked",
+        eps=1e-5,
+        fixed={"norms": AFTER, "qk_norm": "width"},
+        theta=500_000.0,
+        local_theta=500_000.0,
+        local_theta_key="",
+        window="pattern",
+        pattern=4,
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        num_key_value_heads=4,
+        max_position_embeddings=32_768,
+        bos_token_id=128000,
+        eos_token_id=128001,
+        pad_token_id=128004,
+        tied=True,
+        bias="asked",
+        mlp_bias=True,
+        theta=2_000_000.0,
+        unrotated="listed",
+        refused={"use_sliding_window": (None, False)},
+    ),
+    "stablelm": Family(
+        architecture="StableLmForCausalLM",
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+        square=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        eps=1e-5,
+        eps_key="layer_norm_eps",
+        bias="asked_qkv",
+        bias_key="use_qkv_bias",
+        partial=0.25,
+        fixed={"norm": "layer", "norm_bias": True},
+        parallel_key="use_parallel_residual",
+    ),
+    "cohere": Family(architecture="CohereForCausalLM", **COHERE, theta=500_000.0),
+    "cohere2": Family(architecture="Cohere2ForCausalLM", **COHERE, square=True, window="pattern", pattern=4, unrotated="full"),
+    "glm": Family(architecture="GlmForCausalLM", **GLM, fixed={"mlp": "fused"}),
+    "glm4": Family(
+        architecture="Glm4ForCausalLM",
+        **GLM,
+        fixed={"mlp": "fused", "norms": Norms(after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm")},
+    ),
+}
+
+ALSO_KNOWN_AS = "Llama 1 to 3, TinyLlama and SmolLM2 are llama; Qwen 2.5 is qwen2; Phi 4 is phi3"
+
+# What the names of activations mean here; gelu_new and gelu_fast write the same formula another way.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
+
+# Keys of relatives of these families, with the values that change nothing. transformers ignores most of them under model types
+# that do not have them; a config that carries one with another value was not written for the model type it names.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "compression_config": (None,),
+    "pretraining_tp": (None, 1),
+    "partial_rotary_factor": (None, 1),
+    "rotary_pct": (None, 1),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+    "is_causal": (None, True),
+    "use_bidirectional_attention": (None, False),
+    "use_mrope": (None, False),
+    "use_qk_norm": (None, False),
+    "qk_layernorm": (None, False),
+    "final_logit_softcapping": (None, 0),
+    "attn_logit_softcapping": (None, 0),
+    "logits_scaling": (None, 1),
+    "logit_scale": (None, 1),
+    "embedding_multiplier": (None, 1),
+    "residual_multiplier": (None, 1),
+    "attention_multiplier": (None,),
+    "query_pre_attn_scalar": (None,),
+    "scale_emb": (None, 1),
+    "scale_depth": (None,),
+    "dim_model_base": (None,),
+    "clip_qkv": (None,),
+    "attention_chunk_size": (None,),
+    "no_rope_layers": (None, []),
+    "num_experts": (None, 0, 1),
+    "num_local_experts": (None, 0, 1),
+    "n_routed_experts": (None, 0, 1),
+    "kv_lora_rank": (None,),
+    "per_layer_config": (None, {}),
+}
+
+ACTION = {
+    "quantization_config": "use the directory of the model before it was quantised",
+    "pretraining_tp": "set it to 1 in config.json: the weights are the same",
+}

@@ -1,0 +1,77 @@
+"""Names and shapes of the weights of a model, and of a checkpoint's tensors."""
+
+import re
+
+from litlora.config import Config
+
+
+def linear_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """Every Linear of the model by its module name, in the model's order: (out, in). The head is among them, tied or not."""
+    block = attention_shapes(config) | mlp_shapes(config)
+    layers = range(config.num_hidden_layers)
+    shapes = {f"model.layers.{i}.{name}": shape for i in layers for name, shape in block.items()}
+    return shapes | {"lm_head": (config.vocab_size, config.hidden_size)}
+
+
+def attention_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    C, D, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    if config.qkv == "apart":
+        shapes = {"q_proj": (H * D, C), "k_proj": (K * D, C), "v_proj": (K * D, C)}
+    else:
+        shapes = {"qkv_proj": ((H + 2 * K) * D, C)}
+    return {f"self_attn.{name}": shape for name, shape in (shapes | {"o_proj": (C, H * D)}).items()}
+
+
+def mlp_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    C, inner = config.hidden_size, config.intermediate_size
+    into = {
+        "gated": {"gate_proj": (inner, C), "up_proj": (inner, C)},
+        "fused": {"gate_up_proj": (2 * inner, C)},
+        "plain": {"up_proj": (inner, C)},
+    }
+    return {f"mlp.{name}": shape for name, shape in (into[config.mlp] | {"down_proj": (C, inner)}).items()}
+
+
+def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a base of this Config holds; no lm_head.weight where the embedding is the head."""
+    C = config.hidden_size
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, C)}
+    for name, (rows, columns) in linear_shapes(config).items():
+        if name == "lm_head":
+            continue
+        tensors[f"{name}.weight"] = (rows, columns)
+        if is_biased(name, config):
+            tensors[f"{name}.bias"] = (rows,)
+    for layer in (f"model.layers.{i}" for i in range(config.num_hidden_layers)):
+        for name in config.norms.names:
+            tensors |= norm_shapes(f"{layer}.{name}", C, config)
+        if config.qk_norm is not None:
+            D, whole = config.head_dim, config.qk_norm == "width"
+            tensors |= norm_shapes(f"{layer}.self_attn.q_norm", config.num_attention_heads * D if whole else D, config)
+            tensors |= norm_shapes(f"{layer}.self_attn.k_norm", config.num_key_value_heads * D if whole else D, config)
+    tensors |= norm_shapes("model.norm", C, config)
+    if not config.tie_word_embeddings:
+        tensors["lm_head.weight"] = (config.vocab_size, C)
+    return tensors | ({"lm_head.bias": (config.vocab_size,)} if config.lm_head_bias else {})
+
+
+def is_biased(linear: str, config: Config) -> bool:
+    kind, name = linear.split(".")[-2:]
+    if kind == "mlp":
+        return config.mlp_bias
+    return config.attention_out_bias if name == "o_proj" else config.attention_bias
+
+
+def norm_shapes(name: str, size: int, config: Config) -> dict[str, tuple[int, ...]]:
+    parts = [part for part, there in (("weight", config.norm_gain), ("bias", config.norm_bias)) if there]
+    return {f"{name}.{part}": (size,) for part in parts}
+
+
+def tensor_name(name: str) -> str:
+    """The parameter that a checkpoint's tensor belongs to: saved without its head, a model drops the `model.` in front."""
+    return f"model.{name}" if re.match(r"(layers|embed_tokens|norm)\.", name) else name
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor of a checkpoint holds nothing that was learnt: old Llamas carry their rotary frequencies along."""
+    return name.endswith(".rotary_emb.inv_freq")
