@@ -303,10 +303,10 @@ def test_special_tokens_are_not_shown_unless_asked_for(kinds: dict[str, Tokenize
 
 
 def test_a_directory_without_tokenizer_json_says_what_was_looked_for(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(b"")
+    (tmp_path / "merges.txt").write_bytes(b"")
     with pytest.raises(UserError, match="looked for tokenizer") as caught:
         Tokenizer(tmp_path)
-    assert "tokenizer.model" in caught.value.context[0]
+    assert "merges.txt" in caught.value.context[0]
     with pytest.raises(UserError, match="no tokenizer"):
         Tokenizer(tmp_path / "nowhere")
 

@@ -68,7 +68,7 @@ class Checkpoint:
 
     def tokenizer_dir(self) -> Path:
         """The directory whose tokenizer goes with it: its own, else its base's."""
-        return self.path if (self.path / names.TOKENIZER).exists() else self.base().path
+        return self.path if names.has_vocabulary(self.path) else self.base().path
 
     @property
     def method(self) -> str:

@@ -22,9 +22,11 @@ TOKENIZER_FILES = (
     CHAT_TEMPLATE,
     "added_tokens.json",
     "tokenizer.model",
+    "tokenizer.model.v3",
     "vocab.json",
     "merges.txt",
 )
+VOCABULARIES = (TOKENIZER, "tokenizer.model", "tokenizer.model.v3", "vocab.json")  # one of these makes a directory a tokenizer's
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "NOTICE", "USE_POLICY.md")
 README = "README.md"
 
@@ -73,6 +75,11 @@ DEMO_HELDOUT = ASSETS / "demo_data" / "heldout.jsonl"
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _ASIDE = re.compile(_STEP.pattern + r"\.torn(-[0-9]+)?")
 _TEMPORARY = re.compile(r"\.tmp-(.+)-([0-9]+)", re.DOTALL)
+
+
+def has_vocabulary(directory: Path) -> bool:
+    """Whether a tokenizer can be read from a directory."""
+    return any((directory / name).exists() for name in VOCABULARIES)
 
 
 def step_name(step: int) -> str:

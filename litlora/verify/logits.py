@@ -94,7 +94,7 @@ def probe_ids(adapter: Checkpoint, merged: Checkpoint) -> list[list[int]]:
     """Token ids to compute with: the probe texts, or, of a model without a tokenizer, ids spread over its vocabulary."""
     config = merged.config()
     context = min(64, config.max_position_embeddings)
-    if not (adapter.tokenizer_dir() / names.TOKENIZER).exists():
+    if not names.has_vocabulary(adapter.tokenizer_dir()):
         return [[(1 + 7919 * (i + probe)) % config.vocab_size for i in range(context)] for probe in range(4)]
     from litlora.checkpoint.files import open_tokenizer
 

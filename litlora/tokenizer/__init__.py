@@ -1,4 +1,4 @@
-"""Text to token ids and back, from a model directory's own `tokenizer.json`.
+"""Text to token ids and back, from a model directory's own `tokenizer.json`, or from what it has in its place (`vocabularies.py`).
 
 The arithmetic is the `tokenizers` package's. What is added here is what a trainer needs beside it: which ids begin and
 end a text, control strings that stay text when a user wrote them, and decoding token by token.
@@ -21,9 +21,9 @@ import tokenizers
 from tokenizers import AddedToken, normalizers
 
 from litlora.errors import UserError
+from litlora.tokenizer.vocabularies import SPACE, added_tokens, byte_letters, named_pieces, read_vocabulary
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # all that a tokenizer is read from
-SPACE = "\u2581"  # how SentencePiece writes a space
 BORDERS = ("<s>", "</s>", "<bos>", "<eos>", "<unk>", "<pad>")  # never said by a model, however a file flags them
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -39,33 +39,19 @@ class Tokenizer:
     """
 
     def __init__(self, directory: str | Path, model_dir: str | Path | None = None) -> None:
-        """Reads `directory`; raises UserError where it has no tokenizer.json or a damaged one.
+        """Reads `directory`; raises UserError where it has no vocabulary or a damaged one.
 
         `model_dir` is the whole model's directory, where it is another one: an adapter has a tokenizer and no config.json, and that
         and generation_config.json name end ids too.
         """
         self.directory = Path(directory)
         model_dir = self.directory if model_dir is None else Path(model_dir)
-        path = self.directory / "tokenizer.json"
-        if not path.is_file():
-            found = sorted(p.name for p in self.directory.iterdir())[:12] if self.directory.is_dir() else []
-            raise UserError(
-                "no tokenizer (looked for tokenizer.json)",
-                where=self.directory,
-                context=[f"found: {', '.join(found)}"] if found else ["there is no such directory"],
-                hint="copy tokenizer.json and tokenizer_config.json from the base model's repository",
-            )
-        raw = path.read_bytes()
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
-        except Exception as error:  # the package raises Exception itself
-            raise UserError(f"not a tokenizer that the tokenizers package reads: {error}", where=path) from error
         self._config = _read_json(self.directory / "tokenizer_config.json")
+        self.special_tokens = self._named_tokens()
+        self._tokenizer, raw = self._read_vocabulary()
         self._tokenizer.no_padding()  # some are published with the padding of their last use
         self._tokenizer.no_truncation()
-        self._add_missing_tokens()
 
-        self.special_tokens = self._named_tokens()
         self.bos_id = self._id_of_named("bos_token")
         models = [_read_json(model_dir / name) for name in ("generation_config.json", "config.json")]
         self._model_type = models[1].get("model_type")
@@ -80,21 +66,46 @@ class Tokenizer:
 
     # ---- reading the directory ---------------------------------------------------------------------------------------
 
-    def _add_missing_tokens(self) -> None:
-        """Tokens that tokenizer_config.json lists and tokenizer.json lacks get their ids (Qwen 3 as Qwen 2.5's vocabulary)."""
-        listed = self._config.get("added_tokens_decoder") or {}
-        for number, token in sorted((int(number), token) for number, token in listed.items()):
-            content = token["content"]
-            if self._tokenizer.token_to_id(content) is not None:
+    def _read_vocabulary(self) -> tuple[tokenizers.Tokenizer, bytes]:
+        """The vocabulary with all its added tokens, and bytes that stand for it."""
+        path = self.directory / "tokenizer.json"
+        self._of_pieces = False
+        if path.is_file():
+            raw = path.read_bytes()
+            try:
+                vocabulary = tokenizers.Tokenizer.from_buffer(raw)
+            except Exception as error:  # the package raises Exception itself
+                raise UserError(f"not a tokenizer that the tokenizers package reads: {error}", where=path) from error
+            self._add_tokens(vocabulary, only_missing=True)
+            return vocabulary, raw
+        other = read_vocabulary(self.directory, self._config)
+        if other is None:
+            found = sorted(p.name for p in self.directory.iterdir())[:12] if self.directory.is_dir() else []
+            raise UserError(
+                "no tokenizer (looked for tokenizer.json, tokenizer.model, vocab.json with merges.txt)",
+                where=self.directory,
+                context=[f"found: {', '.join(found)}"] if found else ["there is no such directory"],
+                hint="copy tokenizer.json and tokenizer_config.json from the base model's repository",
+            )
+        self._of_pieces = other.pre_tokenizer is None  # SentencePiece's
+        if not self.special_tokens:
+            self.special_tokens = named_pieces(self.directory)
+        self._add_tokens(other, only_missing=False)
+        named = [token for token in self.special_tokens.values() if other.token_to_id(token) is not None]
+        other.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in named])
+        return other, other.to_str().encode()
+
+    def _add_tokens(self, vocabulary: tokenizers.Tokenizer, *, only_missing: bool) -> None:
+        """Tokens that are listed beside the vocabulary get their ids (Qwen 3 has Qwen 2.5's vocabulary and more of them)."""
+        for number, token in added_tokens(self.directory, self._config, list(self.special_tokens.values())):
+            if only_missing and vocabulary.token_to_id(token.content) is not None:
                 continue
-            flags = {key: bool(token.get(key, False)) for key in ("lstrip", "rstrip", "single_word", "special", "normalized")}
-            self._tokenizer.add_tokens([AddedToken(content, **flags)])
-            if self._tokenizer.token_to_id(content) != number:
+            vocabulary.add_tokens([token])
+            if vocabulary.token_to_id(token.content) != number:
                 raise UserError(
-                    f"{content!r} has id {number} in tokenizer_config.json, but tokenizer.json leaves "
-                    f"{self._tokenizer.token_to_id(content)} for it",
+                    f"{token.content!r} has id {number} beside the vocabulary, which leaves {vocabulary.token_to_id(token.content)} for it",
                     where=self.directory,
-                    hint="take both files from the same release of the base model",
+                    hint="take all files of the tokenizer from the same release of the base model",
                 )
 
     def _named_tokens(self) -> dict[str, str]:
@@ -188,10 +199,11 @@ class Tokenizer:
         """What we put before the first word of a text ourselves: Llama 2's space, or nothing.
 
         Llama 2's file puts one after every control token as well; its tokenizer class, which is what transformers
-        serves the model with, does not (unless `legacy`). Both put one at the start.
+        serves the model with, does not (unless `legacy`), nor does SentencePiece. All put one at the start.
         """
         of_llama = str(self._config.get("tokenizer_class", "")).removesuffix("Fast") == "LlamaTokenizer"
-        if not of_llama or self._config.get("legacy", False) or self._model_type not in (None, "llama"):
+        at_start = self._of_pieces or (of_llama and self._model_type in (None, "llama"))
+        if not at_start or self._config.get("legacy", False):
             return ""
         shape = json.loads(self._tokenizer.normalizer.__getstate__()) if self._tokenizer.normalizer else {}
         steps = shape.get("normalizers", [])
@@ -365,15 +377,7 @@ def _flagged(token: AddedToken, content: str, *, special: bool) -> AddedToken:
     return AddedToken(content, special=special, single_word=False, **flags)
 
 
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the other 68 bytes get letters from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return letters | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_LETTERS = _byte_letters()
+_LETTERS = byte_letters()
 
 
 def _bytes_of(token: str) -> bytes:
