@@ -338,6 +338,34 @@ class Inspect:
 
 
 @dataclass(kw_only=True)
+class Combine(ComputeOptions):
+    """Make one checkpoint of several: between two steps, averages, weighted sums, soups, TIES, DARE."""
+
+    bare: ClassVar[tuple[str, ...]] = ("checkpoints",)
+    checkpoints: list[str] = option([], "steps, PEFT adapters or models, PATH or PATH:WEIGHT; a run means all its whole steps")
+    how: Literal["average", "interpolate", "ema", "weighted_sum", "greedy_soup", "ties", "dare", "dare_ties"] = option(
+        "average", "what is done with them; tutorials/combine.md says when to use which"
+    )
+    out_dir: str = option("combined", "where the result goes; it must not be there yet")
+    base_dir: str | None = option(None, "the base of the adapters, if it moved; of whole models, what their updates are relative to")
+    t: float | None = option(None, "interpolate: 0 is the first, 1 the second", unset="0.5", least=0, most=1)
+    decay: float | None = option(None, "ema: the share of what was before, at each step", unset="0.9", least=0, below=1)
+    density: float | None = option(
+        None, "ties, dare: the share of an update's numbers that is kept", unset="ties 0.2, dare 0.5", above=0, most=1
+    )
+    scale: float | None = option(None, "ties, dare: factor of the combined update", unset="1")
+    seed: int = option(1234, "of what dare drops")
+    rank: int | None = option(
+        None, "highest rank of a LoRA result, by SVD", unset="the sum of the ranks: exact but for ties and dare", least=1
+    )
+    whole: bool = option(False, "write a whole model, not an adapter: exact whatever the method")
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = option("keep", "of a whole result (keep: the base's, or the first model's)")
+    data: list[str] = option([], "greedy_soup: measure on these rows", unset="the validation rows of the run")
+    rows: RowsOptions = group(RowsOptions, "rows of your data")
+    max_samples: int | None = option(None, "greedy_soup: at most so many rows", least=1)
+
+
+@dataclass(kw_only=True)
 class Expand:
     """Insert blocks that add nothing yet into a model (LLaMA-Pro, Wu et al. 2024, arXiv:2401.02415)."""
 

@@ -129,7 +129,8 @@ def parse(kind: type[Options], words: Sequence[str], *, command: str) -> Options
 def as_pairs(
     words: Sequence[str], known: Mapping[str, Leaf], command: str, bare: Sequence[str] = ("checkpoint_dir",)
 ) -> Iterator[tuple[str, str | list[str]]]:
-    """The words as (name, value); the first bare words are the options `bare`, a list's values are gathered into one list."""
+    """The words as (name, value); the first bare words are the options `bare` (all of them where that is a list), a list's values are
+    gathered into one list."""
     lists: dict[str, list[str]] = {}
     rest = list(words)
     for name in bare:

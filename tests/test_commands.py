@@ -36,6 +36,7 @@ SMALL = {  # what is added to a documented command of this name, so that it is d
     "chat": "--max_new_tokens 4 --threads 1",
     "evaluate": "--max_samples 2 --max_new_tokens 4 --threads 1",
     "merge_lora": "--overwrite",
+    "combine": "",
     "inspect": "",
     "data": "",
     "list": "",

@@ -18,7 +18,7 @@ FLOORS = [
     {"methods", "prompts"},
     {"checkpoint", "data", "generation"},
     {"train", "merge", "vocabulary"},
-    {"verify"},
+    {"combine", "verify"},
     {"commands"},
     {"__init__", "__main__"},
 ]
@@ -35,9 +35,9 @@ TORCH_FREE = [
     "litlora.methods", "litlora.methods.tuning", "litlora.checkpoint", "litlora.checkpoint.names", "litlora.checkpoint.commit",
     "litlora.checkpoint.manifest", "litlora.checkpoint.resolve", "litlora.checkpoint.fingerprint", "litlora.checkpoint.checkpoint",
     "litlora.checkpoint.card", "litlora.checkpoint.run", "litlora.merge", "litlora.merge.effective", "litlora.merge.expand",
-    "litlora.vocabulary", "litlora.verify", "litlora.verify.weights", "litlora.commands.verify",
-    "litlora.commands", "litlora.commands.merge_lora", "litlora.commands.expand", "litlora.commands.extend_vocab",
-    "litlora.commands.generate", "litlora.commands.data",
+    "litlora.vocabulary", "litlora.combine", "litlora.combine.soup", "litlora.verify", "litlora.verify.weights", "litlora.commands.verify",
+    "litlora.commands", "litlora.commands.combine", "litlora.commands.merge_lora", "litlora.commands.expand",
+    "litlora.commands.extend_vocab", "litlora.commands.generate", "litlora.commands.data",
     "litlora.data.rows", "litlora.data.formats", "litlora.data.samples", "litlora.data.demo",
 ]  # fmt: skip
 

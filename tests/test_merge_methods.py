@@ -136,7 +136,7 @@ def exact(step: Path, base: Path) -> dict[str, tuple[np.ndarray, np.ndarray | fl
             errors[f"{module}.bias"] = 2.0**-23 * np.abs(scale) * (np.abs(bias) + np.abs(shift))
             continue
         assert isinstance(kind, LoRASlot)
-        a, b, factor = saved[f"{slot}.lora_A"], saved[f"{slot}.lora_B"], kind.alpha / kind.r
+        a, b, factor = saved[f"{slot}.lora_A"], saved[f"{slot}.lora_B"], kind.alpha / (kind.r**0.5 if kind.use_rslora else kind.r)
         result = weight + factor * b @ a
         error = (kind.r + 2) * 2.0**-24 * (np.abs(weight) + factor * np.abs(b) @ np.abs(a))
         if kind.use_dora:

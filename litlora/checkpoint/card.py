@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from litlora.checkpoint import names
@@ -16,7 +17,7 @@ def model_card(manifest: Manifest, directory: str = "", *, in_peft: bool = True,
     `in_peft`: whether PEFT loads it; `unmergeable`: why it cannot be merged, if it cannot.
     """
     here = directory or names.step_name(manifest.step)
-    sections = [_front_matter(manifest, in_peft), _what(manifest), _use_litlora(manifest, here)]
+    sections = [_front_matter(manifest, in_peft), _what(manifest, here), _use_litlora(manifest, here)]
     if manifest.base is None:
         sections.append(_use_transformers(here))
     else:
@@ -32,7 +33,7 @@ def _front_matter(manifest: Manifest, in_peft: bool) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _what(manifest: Manifest) -> str:
+def _what(manifest: Manifest, here: str) -> str:
     losses = [
         f"{name} {loss:.4f}"
         for name, loss in (("training loss", manifest.train_loss), ("validation loss", manifest.val_loss))
@@ -40,6 +41,8 @@ def _what(manifest: Manifest) -> str:
     ]
     facts = [f"step {manifest.step}", f"epoch {manifest.epoch:.2f}", *losses]
     lines = [f"# {names.step_name(manifest.step)}", "", ", ".join(facts) + "."]
+    if manifest.lineage and manifest.lineage[-1]["event"] == "combined":
+        lines = [f"# {Path(here).name}", "", *_parents(manifest.lineage[-1])]
     if manifest.base is not None:
         lines += ["", f"{_kind(manifest)}. It holds no base weights; its base is `{manifest.base.path}` ({manifest.base.model_type}),"]
         lines += [f"fingerprint `{manifest.base.fingerprint}`."]
@@ -48,6 +51,13 @@ def _what(manifest: Manifest) -> str:
     else:
         lines += ["", "A whole model in Hugging Face's layout."]
     return "\n".join(lines)
+
+
+def _parents(event: Mapping[str, Any]) -> list[str]:
+    """What it was combined of."""
+    values = "".join(f", {name} {value}" for name, value in event["options"].items())
+    lines = [f"Made by `litlora combine --how {event['how']}`{values} of", ""]
+    return lines + [f"* {parent['weight']:.6g} x `{parent['path']}`" for parent in event["parents"]]
 
 
 def _kind(manifest: Manifest) -> str:
@@ -87,7 +97,7 @@ def _use_vllm(manifest: Manifest, base: str, here: str) -> str:
     rank = _vllm_rank(manifest.options)
     if rank is None:
         return ""
-    name = names.step_name(manifest.step)
+    name = Path(here).name
     command = f"vllm serve {_typed(base)} --enable-lora --max-lora-rank {rank} --lora-modules {_typed(f'{name}={here}')}"
     return _block("vLLM", "sh", command)
 

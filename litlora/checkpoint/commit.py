@@ -30,12 +30,18 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def commit_step(
     run: Path, manifest: Manifest, *, tensors: Mapping[str, Tensors], files: Mapping[str, bytes], state: TrainingState | None = None
 ) -> Path:
-    """Write `run/step-N` (N is `manifest.step`) and return its path; when this returns, it is durable.
+    """Write `run/step-N` (N is `manifest.step`) and return its path; when this returns, it is durable. See `commit_checkpoint`."""
+    return commit_checkpoint(run / names.step_name(manifest.step), manifest, tensors=tensors, files=files, state=state)
+
+
+def commit_checkpoint(
+    final: Path, manifest: Manifest, *, tensors: Mapping[str, Tensors], files: Mapping[str, bytes], state: TrainingState | None = None
+) -> Path:
+    """Write the directory `final`, whatever its name, with its manifest; when this returns, it is durable.
 
     `tensors`: file name -> its tensors; `files`: file name -> bytes. Sizes and hashes are filled in here.
     WorkError (disk full and the like): nothing is left behind and earlier steps are untouched.
     """
-    final = run / names.step_name(manifest.step)
     everything = [*tensors.values(), state.tensors] if state else list(tensors.values())
     needed = sum(map(tensor_bytes, everything)) + sum(map(len, files.values())) + 2**16
     with commit_directory(final, needed_bytes=needed) as temporary:

@@ -39,6 +39,7 @@ COMMANDS: Commands = {
     "merge_lora": Command(
         "write a plain Hugging Face model with what was trained merged in", "litlora.commands.merge_lora", "merge_lora", "MergeLoRA"
     ),
+    "combine": Command("one checkpoint of several: averages, sums, soups, TIES, DARE", "litlora.commands.combine", "combine", "Combine"),
     "expand": Command("a deeper model that computes the same, for finetune pro", "litlora.commands.expand", "expand", "Expand"),
     "extend_vocab": Command(
         "a base whose tokenizer knows more tokens, for another language", "litlora.commands.extend_vocab", "extend_vocab", "ExtendVocab"

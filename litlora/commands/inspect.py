@@ -54,6 +54,7 @@ def where_from(checkpoint: Checkpoint) -> dict[str, Any]:
         record = checkpoint.manifest
         found |= {"options": record.options, "step": record.step, "epoch": record.epoch, "tokens": record.tokens}
         found |= {"train loss": record.train_loss, "val loss": record.val_loss, "parent": record.parent}
+        found |= {"lineage": [happened(event) for event in record.lineage]} if record.lineage else {}
         found |= {"resumable": has_state(checkpoint.path), "versions": record.versions}
     if not checkpoint.is_model:
         try:
@@ -64,6 +65,14 @@ def where_from(checkpoint: Checkpoint) -> dict[str, Any]:
         except UserError as error:
             found["base"] = f"not usable: {error}"
     return {key: value for key, value in found.items() if value is not None}
+
+
+def happened(event: dict[str, Any]) -> str:
+    """One event of a lineage in words."""
+    if event["event"] != "combined":
+        return ", ".join([event["event"], *(f"{name} {value}" for name, value in event.items() if name != "event")])
+    parents = ", ".join(f"{parent['path']} ({parent['weight']:.6g})" for parent in event["parents"])
+    return f"combined of {parents} by {event['how']}"
 
 
 def what_changed(checkpoint: Checkpoint) -> dict[str, Any]:
