@@ -1,4 +1,4 @@
-"""What the user sees on the way: header, warnings, one live line. Everything here goes to standard error; results are printed.
+"""What the user sees on the way: header, warnings, one live line. All of it goes to standard error; results (a table) are printed.
 
 On a terminal progress is one line that is redrawn; elsewhere, or with TERM=dumb, it is a `key=value` line now and then.
 NO_COLOR (https://no-color.org) is honoured.
@@ -7,9 +7,10 @@ NO_COLOR (https://no-color.org) is honoured.
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+MB = 10**6
 STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 
@@ -40,6 +41,42 @@ def header(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
         say(f"{style(f'{name:<{width}}', 'dim')}{value}")
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = (), bold: Collection[int] = ()) -> None:
+    """A result, on standard output: rich's table on a terminal, aligned text elsewhere and with NO_COLOR.
+
+    `right`: columns of numbers; `bold`: rows that stand out.
+    """
+    if sys.stdout.isatty() and os.environ.get("TERM", "") != "dumb" and not os.environ.get("NO_COLOR"):
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for number, word in enumerate(head):
+            table.add_column(word, justify="right" if number in right else "left", no_wrap=number < len(head) - 1)
+        for number, row in enumerate(rows):
+            table.add_row(*map(Text, row), style="bold" if number in bold else None)
+        Console(highlight=False).print(table)
+        return
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    for row in (head, *rows):
+        padded = (f"{word:>{width}}" if n in right else f"{word:<{width}}" for n, (word, width) in enumerate(zip(row, widths, strict=True)))
+        print("  ".join(padded).rstrip())
+
+
+def printable(text: str) -> str:
+    """`text` without what would command a terminal: it may come from a file of somebody else's."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def amount(size: int) -> str:
+    """Bytes as people read them: 812 bytes, 3.1 kB, 12.6 MB, 16.1 GB."""
+    for unit, word in ((10**9, "GB"), (MB, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {word}"
+    return f"{size} bytes"
 
 
 class Progress:

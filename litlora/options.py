@@ -334,6 +334,7 @@ class Inspect:
 
     checkpoint_dir: str | None = option(None, "a model, a step, a run or a PEFT adapter", unset="the run in out, else the demo base")
     base_dir: str | None = option(None, "where a step's base is now, if it moved")
+    check: bool = option(False, "read every byte, however large (without: files of up to 1 GB; of larger ones names, sizes and headers)")
     json: bool = option(False, "print one JSON object")
 
 
@@ -436,9 +437,10 @@ class ListSteps:
     """The checkpoints of a run in a table: losses, size, state, note; the best one is marked."""
 
     checkpoint_dir: str | None = option(None, "the run", unset="out")
-    sort: Literal["step", "val_loss", "train_loss", "size"] = option("step", "in which order")
+    sort: Literal["step", "val_loss", "train_loss", "tokens", "size"] = option("step", "in which order")
     tag: str | None = option(None, "those with this tag only (a word of the note that begins with #)")
-    json: bool = option(False, "print a JSON list")
+    check: bool = option(False, "read every byte, however large the run is (without: runs of up to 1 GB; of larger ones the sizes)")
+    json: bool = option(False, "print one JSON object")
 
 
 @dataclass(kw_only=True)

@@ -14,24 +14,27 @@ from litlora.errors import UserError
 def find_base(adapter: Checkpoint) -> Checkpoint:
     """The base of a step or a PEFT adapter: `base_dir` if the user gave one, else where it was, else the same way from here."""
     record = adapter.manifest.base if adapter.manifest else None
-    name = record.path if record else recorded_name(adapter)
-    if adapter.base_dir is not None:
-        base = _as_model(resolve(adapter.base_dir))
-        if record:
-            check_fingerprint(base, record, adapter.path)
-        return base
-    places = list(_places(adapter.path, name, record))
-    likely = [path for path in places if kind_of(path)] or [path for path in places if os.path.isabs(name)]
-    found = [_as_model(resolve(path)) if path != names.DEMO_BASE else demo_base() for path in likely]
+    found = likely_bases(adapter)
     if not found:
-        raise _missing(adapter, name)
-    if record is None:
+        raise _missing(adapter, record.path if record else recorded_name(adapter))
+    if record is None or adapter.looks_only:
         return found[0]
     for base in found:
         if base.fingerprint() == record.fingerprint:
             return base
     check_fingerprint(found[0], record, adapter.path)
     raise AssertionError("the first base was just seen to differ")
+
+
+def likely_bases(adapter: Checkpoint) -> list[Checkpoint]:
+    """The models that are where its base should be, most likely first; whether their weights are the right ones nobody looked."""
+    if adapter.base_dir is not None:
+        return [_as_model(resolve(adapter.base_dir))]
+    record = adapter.manifest.base if adapter.manifest else None
+    name = record.path if record else recorded_name(adapter)
+    places = list(_places(adapter.path, name, record))
+    likely = [path for path in places if kind_of(path)] or [path for path in places if os.path.isabs(name)]
+    return [_as_model(resolve(path)) if path != names.DEMO_BASE else demo_base() for path in likely]
 
 
 def recorded_name(adapter: Checkpoint) -> str:

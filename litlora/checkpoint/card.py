@@ -71,7 +71,7 @@ def _kind(manifest: Manifest) -> str:
 
 
 def _use_litlora(manifest: Manifest, here: str) -> str:
-    return _block("litlora", "sh", f"litlora chat {_typed(here)}\nlitlora generate {_typed(here)} --prompt 'Hello'")
+    return _block("litlora", "sh", f"litlora chat {typed(here)}\nlitlora generate {typed(here)} --prompt 'Hello'")
 
 
 def _use_peft(base: str, here: str) -> str:
@@ -93,31 +93,41 @@ model = AutoModelForCausalLM.from_pretrained({here!r})"""
 
 
 def _use_vllm(manifest: Manifest, base: str, here: str) -> str:
-    """Nothing where vLLM cannot: it has neither DoRA nor modules trained whole, and takes certain ranks only."""
-    rank = _vllm_rank(manifest.options)
-    if rank is None:
-        return ""
-    name = Path(here).name
-    command = f"vllm serve {_typed(base)} --enable-lora --max-lora-rank {rank} --lora-modules {_typed(f'{name}={here}')}"
-    return _block("vLLM", "sh", command)
+    """Nothing where vLLM cannot."""
+    return "" if why_not_vllm(manifest.options) else _block("vLLM", "sh", vllm_command(manifest.options, base, here))
 
 
-def _vllm_rank(options: Mapping[str, Any]) -> int | None:
-    if options.get("use_dora") or options.get("modules_to_save") or not isinstance(options.get("r"), int):
-        return None
+def vllm_command(options: Mapping[str, Any], base: str, here: str) -> str:
+    """Serves the adapter at `here`, trained with LoRA's `options`; only where `why_not_vllm` is empty."""
+    rank = next(rank for rank in VLLM_RANKS if rank >= _stored_rank(options))
+    return f"vllm serve {typed(base)} --enable-lora --max-lora-rank {rank} --lora-modules {typed(f'{Path(here).name}={here}')}"
+
+
+def why_not_vllm(options: Mapping[str, Any]) -> str:
+    """Why vLLM cannot serve an adapter that was trained with these options; empty where it can."""
+    if not isinstance(options.get("r"), int):
+        return "vLLM serves LoRA alone"
+    if options.get("use_dora"):
+        return "vLLM has no DoRA"
+    if options.get("modules_to_save"):
+        return "vLLM does not load modules that were trained whole"
+    rank = _stored_rank(options)
+    return "" if rank <= VLLM_RANKS[-1] else f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this one is {rank}"
+
+
+def _stored_rank(options: Mapping[str, Any]) -> int:
     largest = max([options["r"], *(int(word.rpartition("=")[2]) for word in options.get("rank_pattern", []))])
-    stored = 2 * largest if options.get("init") == "pissa" else largest
-    return next((rank for rank in VLLM_RANKS if rank >= stored), None)
+    return 2 * largest if options.get("init") == "pissa" else largest
 
 
 def _merge(here: str) -> str:
-    return _block("Merge into a plain model", "sh", f"litlora merge_lora {_typed(here)}") + f"\n\nThe result is in `{here}/{names.MERGED}`."
+    return _block("Merge into a plain model", "sh", f"litlora merge_lora {typed(here)}") + f"\n\nThe result is in `{here}/{names.MERGED}`."
 
 
 def _block(title: str, language: str, code: str) -> str:
     return f"## {title}\n\n```{language}\n{code}\n```"
 
 
-def _typed(path: str) -> str:
+def typed(path: str) -> str:
     """As one word of a shell; a path that begins with a dash is not an option."""
     return shlex.quote(f"./{path}" if path.startswith("-") else path)

@@ -34,6 +34,7 @@ class Checkpoint:
     why: str = ""  # how it was chosen, for the user; empty where the path itself was given
     manifest: Manifest | None = None  # of a step
     base_dir: Path | None = None  # where the user says that the base is now
+    looks_only: bool = False  # described and never computed with: its base is not read to compare fingerprints
 
     @property
     def is_model(self) -> bool:

@@ -54,6 +54,12 @@ def fingerprint(shards: Mapping[str, Path], *, use_cache: bool = True) -> str:
     return combine(tensor_digests(shards, use_cache=use_cache))
 
 
+def is_remembered(shards: Mapping[str, Path]) -> bool:
+    """Whether their fingerprint is known without reading them: they are as they were when they were last read."""
+    remembered = _remembered()
+    return all(_key(file) in remembered for file in set(shards.values()))
+
+
 def tensor_digests(shards: Mapping[str, Path], *, use_cache: bool = True) -> dict[str, str]:
     """Tensor name -> its digest."""
     files = sorted(set(shards.values()))

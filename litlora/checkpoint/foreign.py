@@ -15,10 +15,16 @@ from litlora.checkpoint.commit import is_alive
 class Foreign:
     """Something that no command loads as it is."""
 
-    kind: str  # litgpt, litgpt adapter, pickled, pickled adapter, temporary, aside, file
+    kind: str  # litgpt, litgpt adapter, pickled, pickled adapter, gguf, temporary, aside, file
     what: str  # in words
     why: str  # why it is not loaded
-    hint: str = ""  # what to do with it
+    command: str = ""  # what makes something of it
+    advice: str = ""  # where there is no such command
+    is_weights: bool = True  # False: a file of which nothing is known but that it is one
+
+    @property
+    def hint(self) -> str:
+        return self.command or self.advice
 
 
 def recognise(path: Path) -> Foreign | None:
@@ -31,7 +37,7 @@ def recognise(path: Path) -> Foreign | None:
         return _temporary(path, owner)
     if names.is_aside(path):
         why = "its files were not what they had been when a resumed run came to write its number again"
-        return Foreign(kind="aside", what="a torn step that was set aside", why=why, hint="nothing reads it: delete it when you like")
+        return Foreign(kind="aside", what="a torn step that was set aside", why=why, advice="nothing reads it: delete it when you like")
     found = {entry.name for entry in path.iterdir() if entry.is_file()}
     if names.LITGPT_WEIGHTS in found:
         lacking = "" if names.LITGPT_CONFIG in found else f", without the {names.LITGPT_CONFIG} that belongs to it"
@@ -40,8 +46,11 @@ def recognise(path: Path) -> Foreign | None:
         return _pickled(path, "litgpt adapter", "an adapter of LitGPT", adapter, "peft")
     if names.ADAPTER_CONFIG in found and names.PICKLED_ADAPTER in found:
         return _pickled(path, "pickled adapter", "a PEFT adapter whose weights are pickled", names.PICKLED_ADAPTER, "peft")
-    pickles = sorted(name for name in found if name.endswith(names.PICKLES) and name not in names.TRAINER_FILES)
-    if pickles and not any(name.endswith(names.SAFETENSORS) for name in found):
+    if any(name.endswith(names.SAFETENSORS) for name in found):
+        return None
+    if gguf := next((name for name in sorted(found) if name.endswith(names.GGUF)), None):
+        return _gguf(path / gguf, "gguf")
+    if pickles := sorted(name for name in found if name.endswith(names.PICKLES) and name not in names.TRAINER_FILES):
         more = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
         return _pickled(path, "pickled", "a directory of pickled weights", f"{pickles[0]}{more}", "hf")
     return None
@@ -53,25 +62,31 @@ def convert_hint(path: Path, target: str = "hf") -> str:
 
 
 def _pickled(path: Path, kind: str, what: str, file: str, target: str) -> Foreign:
-    return Foreign(kind=kind, what=what, why=f"{file} can run code when it is read, and is not", hint=convert_hint(path, target))
+    return Foreign(kind=kind, what=what, why=f"{file} can run code when it is read, and is not", command=convert_hint(path, target))
+
+
+def _gguf(file: Path, kind: str) -> Foreign:
+    why = "litlora writes this format and does not read it"
+    return Foreign(kind=kind, what="a model for llama.cpp (GGUF)", why=why, command=f"llama-cli -m {shlex.quote(str(file))}")
 
 
 def _temporary(path: Path, owner: int) -> Foreign:
     if is_alive(owner):
-        return Foreign(kind="temporary", what="a directory that is being written", why=f"process {owner} has not finished it", hint="wait")
+        return Foreign(
+            kind="temporary", what="a directory that is being written", why=f"process {owner} has not finished it", advice="wait"
+        )
     hint = "the next command that writes here removes it"
-    return Foreign(kind="temporary", what="what a process left half-written", why=f"process {owner} died before it was done", hint=hint)
+    return Foreign(kind="temporary", what="what a process left half-written", why=f"process {owner} died before it was done", advice=hint)
 
 
 def _file(path: Path) -> Foreign:
     parent = shlex.quote(str(path.parent))
     if path.name.endswith(names.PICKLES):
         why = "it can run code when it is read, and is not"
-        return Foreign(kind="file", what="a file of pickled weights", why=why, hint=convert_hint(path.parent))
+        return Foreign(kind="file", what="a file of pickled weights", why=why, command=convert_hint(path.parent))
     if path.suffix == names.GGUF:
-        why = "litlora writes this format and does not read it"
-        return Foreign(kind="file", what="a model for llama.cpp (GGUF)", why=why, hint=f"llama-cli -m {shlex.quote(str(path))}")
+        return _gguf(path, "file")
     if path.suffix == names.SAFETENSORS:
         why = "a checkpoint is a directory: weights without their config are numbers without a meaning"
-        return Foreign(kind="file", what="a safetensors file", why=why, hint=f"litlora inspect {parent}")
-    return Foreign(kind="file", what="a file", why="a checkpoint is a directory", hint=f"litlora inspect {parent}")
+        return Foreign(kind="file", what="a safetensors file", why=why, command=f"litlora inspect {parent}")
+    return Foreign(kind="file", what="a file", why="a checkpoint is a directory", command=f"litlora inspect {parent}", is_weights=False)

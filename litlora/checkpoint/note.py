@@ -28,4 +28,5 @@ def first_line(note: str) -> str:
 
 def tags_of(note: str) -> list[str]:
     """`release` of `#release`; a heading's # stands alone and is none."""
-    return list(dict.fromkeys(re.findall(r"(?<!\S)#([\w./-]+)", note)))
+    found = (word.rstrip("./-") for word in re.findall(r"(?<!\S)#([\w./-]+)", note))  # "#release." at a sentence's end
+    return [word for word in dict.fromkeys(found) if word]

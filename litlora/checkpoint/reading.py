@@ -15,6 +15,7 @@ from litlora.errors import UserError
 
 JSON_LIMIT = 64 * 2**20  # bytes; an index of a thousand shards has about one million
 CHUNK = 2**20
+READ_UNASKED = 10**9  # bytes: a second or so. More is read where a command says that it does, or is asked to with --check
 
 
 def file_in(directory: Path, name: str) -> Path:
@@ -98,6 +99,11 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
     """The JSON object in `directory/name`, a file that passes `file_in`."""
     path = file_in(directory, name)
     return parse_json(read_bytes(path), path)
+
+
+def size_of(directory: Path) -> int:
+    """Bytes of all files in a directory and below."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def sha256(path: Path) -> str:

@@ -63,7 +63,7 @@ def _resolve(path: str | Path | None, base_dir: Path | None) -> Checkpoint:
         return Checkpoint(path, "step", manifest=whole_manifest(path), base_dir=base_dir)
     if kind:
         return Checkpoint(path, kind, base_dir=base_dir)
-    raise nothing_here(path)
+    raise _nothing_here(path)
 
 
 def names_step_of_run(path: Path) -> bool:
@@ -255,7 +255,7 @@ def _no_directory(path: Path) -> UserError:
     return UserError("there is no such directory", where=path, hint=hint)
 
 
-def nothing_here(path: Path) -> UserError:
+def _nothing_here(path: Path) -> UserError:
     """What to say of a directory that is no model, checkpoint or run: what is there, what is missing, what was perhaps meant."""
     found = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
     shown = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "") if found else "nothing"

@@ -1,67 +1,79 @@
 """`litlora list RUN`: its checkpoints in a table, the best one marked, torn ones named."""
 
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from litlora.checkpoint import names
+from litlora.checkpoint.history import leftovers
 from litlora.checkpoint.note import first_line, read_note, tags_of
-from litlora.checkpoint.resolve import Step, kind_of, list_steps
-from litlora.console import style, warn
+from litlora.checkpoint.reading import READ_UNASKED, size_of
+from litlora.checkpoint.resolve import Step, best_of, kind_of, list_step_paths, list_steps, looked_at, why_taken
+from litlora.console import MB, amount, count, print_table, printable, say
 from litlora.errors import UserError
 from litlora.options import ListSteps
 
-MB = 10**6
-
 
 def list_run(options: ListSteps) -> None:
-    """One row per step. Reads every byte of them: what it calls whole is whole."""
+    """One row per step. What it calls whole was read to the last byte; of a run that is large for that, sizes are compared only."""
     run = Path(options.checkpoint_dir or names.RUN)
-    if not run.is_dir() or kind_of(run) != "run":
-        raise UserError("is no run: it holds no step-N directories", where=run, hint="give the directory that holds the steps")
-    steps = list_steps(run)
-    rows = [row_of(step) for step in steps]
-    best = best_of(rows)
-    for row in rows:
-        row["best"] = row is best
-    rows = [row for row in rows if options.tag is None or options.tag.lstrip("#") in row["tags"]]
+    with looked_at(run):
+        found = listed(run, check=options.check)
+    rows = [row for row in found["steps"] if options.tag is None or options.tag.lstrip("#") in row["tags"]]
     rows.sort(key=lambda row: sort_key(row, options.sort))
     if options.json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print(json.dumps(found | {"steps": rows}, indent=2, ensure_ascii=False))
         return
-    print(table(rows))
-    for step in steps:
-        for fault in (*step.faults, *step.state_faults):
-            warn(f"{step.path}: {fault}")
+    if rows:
+        bold = [number for number, row in enumerate(rows) if row["best"]]
+        print_table(HEAD, [cells(row) for row in rows], right=range(1, 7), bold=bold)
+    else:
+        say("no checkpoint" + (f" has the tag {options.tag}" if options.tag and found["steps"] else ""))
+    tell(found)
 
 
-def row_of(step: Step) -> dict[str, Any]:
+def listed(run: Path, *, check: bool = False) -> dict[str, Any]:
+    """What is known of a run's steps, and what else of ours lies in it. UserError where it is no run."""
+    if not run.is_dir() or kind_of(run) != "run":
+        inside = names.step_number(run) is not None and run.is_dir()
+        hint = f"litlora list {shlex.quote(str(run.parent))}" if inside else "give the directory that holds the steps"
+        raise UserError("is no run: it holds no step-N directories", where=run, hint=hint)
+    sizes = {path: size_of(path) for path in list_step_paths(run)}
+    hashed = check or sum(sizes.values()) <= READ_UNASKED
+    steps = list_steps(run, hashed=hashed)
+    best, last = best_of(steps), max((step for step in steps if step.is_whole), key=lambda step: step.number, default=None)
+    return {
+        "run": str(run),
+        "read": hashed,  # whether every byte was; if not, the sizes were compared, and no step is said to be whole
+        "best": str(best.path) if best else None,
+        "why": why_taken(best, run, len(steps)) if best else None,
+        "last": str(last.path) if last else None,
+        "steps": [row_of(step, sizes.get(step.path, 0)) | {"best": step is best} for step in steps],
+        "leftovers": [{"path": str(path), "kind": one.kind, "what": one.what, "hint": one.hint} for path, one in leftovers(run)],
+    }
+
+
+def row_of(step: Step, size: int) -> dict[str, Any]:
     """What is known of one step; None where it is not."""
     manifest, note = step.manifest, read_note(step.path)
     return {
         "step": step.number,
         "path": str(step.path),
-        "whole": step.is_whole,
+        "whole": False if step.faults else True if step.hashed else None,
         "resumable": step.is_resumable,
+        "faults": [*step.faults, *step.state_faults],
         "method": manifest.method if manifest else None,
         "epoch": manifest.epoch if manifest else None,
         "tokens": manifest.tokens if manifest else None,
         "train_loss": manifest.train_loss if manifest else None,
         "val_loss": manifest.val_loss if manifest else None,
-        "bytes": sum(path.stat().st_size for path in step.path.rglob("*") if path.is_file()),
+        "bytes": size,
         "merged": (step.path / names.MERGED).is_dir(),
         "note": first_line(note),
         "tags": tags_of(note),
     }
-
-
-def best_of(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row that `--checkpoint_dir RUN` means: of the whole ones the lowest validation loss, else the newest."""
-    whole = [row for row in rows if row["whole"]]
-    measured = [row for row in whole if row["val_loss"] is not None]
-    if measured:
-        return min(measured, key=lambda row: (row["val_loss"], -row["step"]))
-    return max(whole, key=lambda row: row["step"], default=None)
 
 
 def sort_key(row: dict[str, Any], key: str) -> tuple[bool, float, int]:
@@ -69,26 +81,24 @@ def sort_key(row: dict[str, Any], key: str) -> tuple[bool, float, int]:
     return value is None, float(value) if value is not None else 0.0, row["step"]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return "no checkpoint"
-    cells = [("", "step", "epoch", "train loss", "val loss", "MB", "state", "note")]
-    cells += [
-        (
-            "*" if row["best"] else "",
-            str(row["step"]),
-            "" if row["epoch"] is None else f"{row['epoch']:.2f}",
-            loss(row["train_loss"]),
-            loss(row["val_loss"]),
-            f"{row['bytes'] / MB:.1f}",
-            state(row),
-            row["note"],
-        )
-        for row in rows
-    ]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]) - 1)]
-    lines = ["  ".join([*map(str.rjust, row, widths), row[-1]]).rstrip() for row in cells]  # the last column, the note, as it is
-    return "\n".join([style(lines[0], "dim"), *lines[1:]])
+# ---- for a person ----------------------------------------------------------------------------------------------------
+
+HEAD = ("", "step", "epoch", "tokens", "train", "val", "MB", "state", "note")
+
+
+def cells(row: dict[str, Any]) -> Sequence[str]:
+    words = [*row["faults"][:1], row["note"]]
+    return (
+        "*" if row["best"] else "",
+        str(row["step"]),
+        "" if row["epoch"] is None else f"{row['epoch']:.2f}",
+        "" if row["tokens"] is None else count(row["tokens"]),
+        loss(row["train_loss"]),
+        loss(row["val_loss"]),
+        f"{row['bytes'] / MB:.1f}",
+        state(row),
+        printable(" · ".join(word for word in words if word)),
+    )
 
 
 def loss(value: float | None) -> str:
@@ -96,6 +106,17 @@ def loss(value: float | None) -> str:
 
 
 def state(row: dict[str, Any]) -> str:
-    if not row["whole"]:
-        return "torn"
-    return ", ".join(word for word, is_so in (("resumable", row["resumable"]), ("merged", row["merged"])) if is_so)
+    """`whole` is said of what was read to the last byte, and of nothing else."""
+    word = {True: "whole", False: "torn", None: "unread"}[row["whole"]]
+    return ", ".join([word, *(name for name in ("resumable", "merged") if row[name])])
+
+
+def tell(found: dict[str, Any]) -> None:
+    """Below the table: which step the run's path means, what was not looked at, and what is no step."""
+    if found["best"]:
+        say(printable(f"* {found['best']}: {found['why']}"))
+    if not found["read"]:
+        size = amount(sum(row["bytes"] for row in found["steps"]))
+        say(f"unread: {size} in this run, so sizes were compared and contents were not; --check reads every byte")
+    for one in found["leftovers"]:
+        say(printable(f"{one['path']}: {one['what']}; {one['hint']}"))
