@@ -1,6 +1,7 @@
 """`litlora inspect`: what a path is, where it comes from, and how far its training moved each module, against the weights themselves."""
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -182,6 +183,18 @@ def test_whether_the_base_is_there_and_the_same_is_said(runs: dict[str, Path], t
         moved.rename(runs["base"])
 
 
+def test_an_adapter_that_does_not_fit_its_own_description_is_good_for_nothing(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """YARDSTICK A01: the rank it names is not the rank that is stored. Nothing is offered that would be refused."""
+    adapter = shutil.copytree(runs["peft"], tmp_path / "adapter")
+    config = json.loads((adapter / names.ADAPTER_CONFIG).read_text())
+    assert "vLLM" in commands(inspected(adapter, capsys))
+    (adapter / names.ADAPTER_CONFIG).write_text(json.dumps({**config, "r": 4}))
+    found = inspected(adapter, capsys)
+    assert found["faults"] and not found["can"] and "use it" in reasons(found) and found["moved"] is None
+
+
 def test_what_is_large_is_read_only_where_that_is_asked_for(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +285,9 @@ def test_a_run_says_what_it_is_how_far_it_came_and_how_it_ended(
     with (run / names.METRICS).open("a") as metrics:
         metrics.write("3,1,nan\n")
     assert inspected(run, capsys)["run"]["ended"] == "failed"
+    (run / names.METRICS).write_text("step,val_loss\n0,1.0\n1,3.0\n2,2.0\n3,2.5\n4,2.0\n5,\n")
+    (run / names.RUN_YAML).write_text("train:\n  max_steps: 9\n  patience: 2\n")
+    assert inspected(run, capsys)["run"]["how"] == "after 2 steps: 2 validations brought no new lowest loss"
     (run / names.RUN_YAML).write_text("train: [\n")
     (run / names.METRICS).unlink()
     found = inspected(run, capsys)
@@ -335,6 +351,7 @@ def test_a_directory_of_somebody_else_cannot_command_the_terminal(
 
 JSON = st.recursive(
     st.none()
+    | st.sampled_from([math.nan, math.inf])
     | st.booleans()
     | st.integers()
     | st.floats()
@@ -401,6 +418,33 @@ def test_no_manifest_makes_inspect_or_list_fail(
     except UnicodeEncodeError:
         return
     said(step, capsys)
+    shutil.rmtree(run)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    settings_text=st.text(max_size=40)
+    | JSON.map(json.dumps)
+    | st.builds("train:\n  {}: {}\n".format, st.sampled_from(["max_steps", "patience"]), JSON),
+    metrics=st.text(max_size=40) | st.builds("step,loss,val_loss\n{},{},{}\n".format, JSON, JSON, JSON) | st.just("step\n" + "x" * 200_000),
+    lock=st.text(max_size=5) | st.integers().map(str),
+)
+def test_nothing_that_lies_in_a_run_makes_inspect_or_list_fail(
+    runs: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+    settings_text: str,
+    metrics: str,
+    lock: str,
+) -> None:
+    """YARDSTICK Z01."""
+    run = tmp_path_factory.mktemp("fuzz")
+    shutil.copytree(runs["series"], run / "step-3")
+    for name, text in ((names.RUN_YAML, settings_text), (names.METRICS, metrics), (names.LOCK, lock)):
+        (run / name).write_text(text, encoding="utf-8", errors="replace")
+    for word in ("inspect", "list"):
+        assert main([word, str(run), "--json", "--debug"]) == main([word, str(run), "--debug"]) == 0
+    capsys.readouterr()
     shutil.rmtree(run)
 
 

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,23 @@ def options_of(run: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def last_row(run: Path) -> dict[str, str]:
-    """Of its metrics.csv: column -> what stands there."""
-    rows = list(csv.DictReader(io.StringIO(_text(run / names.METRICS).replace("\0", ""))))
-    return {key: value for key, value in rows[-1].items() if isinstance(key, str) and isinstance(value, str)} if rows else {}
+def metrics_of(run: Path) -> list[dict[str, str]]:
+    """The rows of its metrics.csv: column -> what stands there."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(_text(run / names.METRICS).replace("\0", ""))))
+    except csv.Error:  # a field that never ends
+        return []
+    return [{key: value for key, value in row.items() if isinstance(key, str) and isinstance(value, str)} for row in rows]
+
+
+def validations_waited(rows: Sequence[Mapping[str, str]]) -> int:
+    """How many of the last validations brought no new lowest loss. What was measured before the first step does not count."""
+    lowest, waited = math.inf, 0
+    for row in rows:
+        loss = _number(row.get("val_loss"))
+        if loss is not None and row.get("step") != "0":
+            lowest, waited = (loss, 0) if loss < lowest else (lowest, waited + 1)
+    return waited
 
 
 def how_it_ended(run: Path, step: int, epoch: float) -> tuple[str, str]:
@@ -50,13 +63,15 @@ def how_it_ended(run: Path, step: int, epoch: float) -> tuple[str, str]:
     trainer = _text(run / names.LOCK).strip()
     if trainer.isascii() and trainer.isdecimal() and len(trainer) < 12 and is_alive(int(trainer)):
         return "running", f"process {trainer} is training"
-    row = last_row(run)
-    loss = _number(row.get("loss"))
+    rows = metrics_of(run)
+    loss = _number(rows[-1].get("loss")) if rows else None
     if loss is not None and not math.isfinite(loss):
-        return "failed", f"the loss was {loss} at step {row.get('step')}"
+        return "failed", f"the loss was {loss} at step {rows[-1].get('step')}"
     train = options_of(run).get("train")
     planned = train if isinstance(train, Mapping) else {}
-    steps, epochs = _number(planned.get("max_steps")), _number(planned.get("epochs"))
+    steps, epochs, patience = (_number(planned.get(name)) for name in ("max_steps", "epochs", "patience"))
+    if patience and validations_waited(rows) >= patience:
+        return "finished", f"after {step} steps: {patience:.0f} validations brought no new lowest loss"
     if steps is not None:
         return ("finished", f"all {steps:.0f} steps") if step >= steps else ("stopped", f"after {step} of {steps:.0f} steps")
     if epochs is not None:

@@ -24,7 +24,7 @@ def list_run(options: ListSteps) -> None:
     rows = [row for row in found["steps"] if options.tag is None or options.tag.lstrip("#") in row["tags"]]
     rows.sort(key=lambda row: sort_key(row, options.sort))
     if options.json:
-        print(json.dumps(found | {"steps": rows}, indent=2, ensure_ascii=False))
+        print(json.dumps(found | {"steps": rows}, indent=2))  # ASCII: a path may hold what is no text
         return
     if rows:
         bold = [number for number, row in enumerate(rows) if row["best"]]

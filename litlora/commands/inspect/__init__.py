@@ -4,9 +4,10 @@
 """
 
 import json
-import sys
+import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from litlora.checkpoint import names
 from litlora.checkpoint.resolve import looked_at, resolve
@@ -22,8 +23,7 @@ def inspect(options: Inspect) -> None:
     with looked_at(path or names.RUN):
         found = look(path, Path(options.base_dir) if options.base_dir is not None else None, check=options.check)
     if options.json:
-        json.dump(asdict(found), sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
-        print()
+        print(json.dumps(finite(asdict(found)), indent=2, allow_nan=False))
     elif found.kind != "unknown":
         print("\n".join(page(found)))
     if found.kind == "unknown":
@@ -33,3 +33,12 @@ def inspect(options: Inspect) -> None:
     unmoved = [name for name, far in (found.moved or {}).items() if far == 0]
     if unmoved:
         warn(f"{', '.join(unmoved[:3])}{f' and {len(unmoved) - 3} more' if len(unmoved) > 3 else ''}: as it was before training")
+
+
+def finite(value: Any) -> Any:
+    """As JSON has it: a number that is none (NaN, infinite) is null."""
+    if isinstance(value, dict):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

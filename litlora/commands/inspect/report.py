@@ -23,7 +23,7 @@ from litlora.checkpoint.resolve import (
     why_taken,
 )
 from litlora.commands.inspect.uses import uses_of, uses_of_run, whole_hint
-from litlora.commands.inspect.weights import base_of, counted, model_of, told, what_moved
+from litlora.commands.inspect.weights import base_of, check_shapes, counted, model_of, told, what_moved
 from litlora.errors import UserError
 from litlora.methods.tuning import why_unmergeable
 
@@ -167,6 +167,7 @@ def of_adapter(checkpoint: Checkpoint, *, check: bool, manifest: Manifest | None
         if has_base:
             found.model = model_of(checkpoint.base(), check=check)
             tuning = checkpoint.tuning()
+            check_shapes(checkpoint, tuning)
             why_not = why_unmergeable(tuning, checkpoint.config())
             found.adapter |= {"merges": not why_not, "why_not": why_not or None, "new_after": list(tuning.inserted)}
     except UserError as error:

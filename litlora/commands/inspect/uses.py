@@ -49,7 +49,7 @@ def uses_of_model(checkpoint: Checkpoint, found: "Report") -> tuple[Can, Cannot]
 
 def uses_of_adapter(checkpoint: Checkpoint, found: "Report") -> tuple[Can, Cannot]:
     here, moved = typed(str(checkpoint.path)), base_option(checkpoint)
-    if found.adapter is None or found.model is None:
+    if found.adapter is None or found.model is None or found.faults:
         lost = found.base["why"] if found.base else None
         can = [use("give its base", f"litlora inspect {here} --base_dir DIR")] if lost else []
         return can, [why_not("use it", lost or (found.faults[0] if found.faults else "its files do not fit together"))]

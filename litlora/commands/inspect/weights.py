@@ -16,6 +16,8 @@ from litlora.checkpoint.resolve import resolve
 from litlora.console import amount
 from litlora.errors import UserError
 from litlora.families import expected_tensors
+from litlora.methods.tuning import Tuning
+from litlora.peft import check_tensors, copied_base_tensor
 from litlora.safetensors_file import SafetensorsFile
 
 
@@ -89,6 +91,13 @@ def base_of(adapter: Checkpoint, *, check: bool) -> tuple[Checkpoint, dict[str, 
 def told(error: UserError, known: Path | None = None) -> str:
     """All of it in one line, but for the hint, and for the path that is `known`."""
     return "; ".join([error.what if error.where == str(known) else str(error), *error.context])
+
+
+def check_shapes(adapter: Checkpoint, tuning: Tuning) -> None:
+    """UserError listing what its file lacks, or has too much of, for what it says that it does to its base."""
+    with SafetensorsFile(adapter.adapter_file()) as file:
+        found = {name: info.shape for name, info in file.tensors.items() if copied_base_tensor(name) is None}
+    check_tensors(found, tuning.file_shapes(adapter.config()), adapter.adapter_file())
 
 
 # ---- what changed ----------------------------------------------------------------------------------------------------
