@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from litlora.commands.inspect.report import Report
-from litlora.config import SILENT
 from litlora.console import amount, count, printable
 
 WIDTH = 12  # of the names of lines
@@ -186,7 +185,7 @@ def rows(few: Mapping[str, float] | None, *groups: Mapping[str, list[float]]) ->
 
 
 def by_kind(moved: Mapping[str, float]) -> dict[str, list[float]]:
-    """`self_attn.q_proj`: the last words of the modules' names; what a new block writes to the stream is apart, it began as zero."""
+    """`self_attn.q_proj`: the last words of the modules' names."""
     kinds: dict[str, list[float]] = {}
     for name, far in moved.items():
         words = [
@@ -201,7 +200,7 @@ def by_layer(moved: Mapping[str, float]) -> dict[str, list[float]]:
     of_layer: dict[int, list[float]] = {}
     for name, far in moved.items():
         parts = name.split(".")
-        if parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdecimal() and not is_silent(name):
+        if parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdecimal():
             of_layer.setdefault(int(parts[2]), []).append(far)
     if not of_layer:
         return {}
@@ -211,8 +210,3 @@ def by_layer(moved: Mapping[str, float]) -> dict[str, list[float]]:
         first = layer // size * size
         found.setdefault(f"layer {layer}" if size == 1 else f"layers {first}-{first + size - 1}", []).extend(of_layer[layer])
     return found
-
-
-def is_silent(name: str) -> bool:
-    """Whether it is a weight of a new block that began as zero: its share is of what its copy had, and beside the others' says little."""
-    return ".inserted." in name and name.split(".")[-2] in SILENT
