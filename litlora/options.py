@@ -418,6 +418,22 @@ class ValidateData:
 
 
 @dataclass(kw_only=True)
+class Convert:
+    """Write a model or an adapter in another format: whole or not at all, and compared with its source tensor by tensor."""
+
+    checkpoint_dir: str | None = option(
+        None, "a model, step, run or adapter; also with pickled weights (.bin, .pth), or of LitGPT", unset="the run in out"
+    )
+    to: Literal["hf", "peft", "litlora", "gguf"] | None = option(
+        None, "hf, peft: for others' tools; litlora: a step that knows its base; gguf: for llama.cpp", unset="must be given"
+    )
+    out_dir: str | None = option(None, "where the result goes: a new directory", unset="must be given")
+    dtype: Literal["keep", "f32", "f16", "bf16", "q8_0"] = option("keep", "what matrices are stored as (q8_0: gguf alone)")
+    base_dir: str | None = option(None, "where an adapter's base is, if it moved or the adapter does not say")
+    max_shard_size: float = option(5.0, "hf: gigabytes a file of weights may have; 0: one file", least=0)
+
+
+@dataclass(kw_only=True)
 class Verify:
     """Look at a checkpoint again, byte for byte: hashes, its base, and of a merged model every number, its logits and its loss.
 

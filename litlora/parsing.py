@@ -250,14 +250,14 @@ def help_text(known: Iterable[Leaf], kind: type, command: str) -> str:
 
 def values_of(kind: Any) -> str:
     """What a value looks like, for help and for messages: N, X, TEXT, {auto,fp32} ..."""
+    kind = next((part for part in typing.get_args(kind) if type(None) in typing.get_args(kind)), kind)  # `X | None` is an X
     if kind is bool:
         return ""
     if typing.get_origin(kind) is typing.Literal:
         return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
     if typing.get_origin(kind) is list:
         return "TEXT ..."
-    plain = [part for part in typing.get_args(kind) or (kind,) if part is not type(None)]
-    return {int: "N", float: "X", str: "TEXT"}[plain[0]]
+    return {int: "N", float: "X", str: "TEXT"}[kind]
 
 
 def wrong_value(leaf: Leaf, value: str) -> str:

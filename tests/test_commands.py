@@ -37,6 +37,7 @@ SMALL = {  # what is added to a documented command of this name, so that it is d
     "evaluate": "--max_samples 2 --max_new_tokens 4 --threads 1",
     "merge_lora": "--overwrite",
     "combine": "",
+    "convert": "",
     "inspect": "",
     "data": "",
     "list": "",

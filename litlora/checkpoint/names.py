@@ -35,11 +35,16 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OWN_ADAPTER_WEIGHTS = "litlora_adapter.safetensors"  # of a method that PEFT does not know
 
-# ---- other formats: known by their names, never read here
+# ---- other formats: known by their names; `convert` alone reads them
+PICKLED_WEIGHTS = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 LITGPT_WEIGHTS = "lit_model.pth"
-LITGPT_ADAPTERS = ("lit_model.pth.lora", "lit_model.pth.adapter", "lit_model.pth.adapter_v2")
+LITGPT_LORA = "lit_model.pth.lora"
+LITGPT_ADAPTERS = (LITGPT_LORA, "lit_model.pth.adapter", "lit_model.pth.adapter_v2")
 LITGPT_CONFIG = "model_config.yaml"
+LITGPT_HYPERPARAMETERS = "hyperparameters.yaml"
 PICKLED_ADAPTER = "adapter_model.bin"
+PICKLED_ADAPTERS = (PICKLED_ADAPTER, "adapter_model.pth", "adapter_model.pt")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", *LITGPT_ADAPTERS)  # how the names of files end that run code when they are read
 TRAINER_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")  # of transformers: no weights
 GGUF = ".gguf"
@@ -54,6 +59,7 @@ MERGED = "merged"
 MERGE_REPORT = "merge_report.json"
 EXTEND_REPORT = "extend_vocab_report.json"
 COMBINE_REPORT = "combine_report.json"
+CONVERT_REPORT = "convert_report.json"
 UNCOVERED = frozenset({MANIFEST, TRAINING_STATE, TRAINING_STATE_META, NOTE})  # what a manifest does not hash
 
 # ---- ours, in a run
@@ -92,6 +98,16 @@ def step_number(path: str | Path) -> int | None:
     """200 for `out/step-200`, None for a name that is no step's."""
     found = _STEP.fullmatch(Path(path).name)
     return int(found[1]) if found else None
+
+
+def shard_name(number: int, count: int) -> str:
+    """Of `count` files of weights the one of `number`, from 1 on, as Hugging Face calls it; a single one has the plain name."""
+    return WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def gguf_name(what: str, dtype: str) -> str:
+    """`model-f16.gguf`, `adapter-f32.gguf`."""
+    return f"{what}-{dtype}{GGUF}"
 
 
 def aside_name(name: str, count: int) -> str:

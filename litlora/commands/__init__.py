@@ -44,6 +44,9 @@ COMMANDS: Commands = {
     "extend_vocab": Command(
         "a base whose tokenizer knows more tokens, for another language", "litlora.commands.extend_vocab", "extend_vocab", "ExtendVocab"
     ),
+    "convert": Command(
+        "a model or an adapter in another format: hf, peft, litlora, gguf", "litlora.commands.convert", "convert", "Convert"
+    ),
     "generate": Command("answer one prompt, or many", "litlora.commands.generate", "generate", "Generate"),
     "chat": Command("talk to a model in the terminal", "litlora.commands.chat", "chat", "Chat"),
     "inspect": Command("what a path is, and what its training changed", "litlora.commands.inspect", "inspect", "Inspect"),

@@ -1,0 +1,74 @@
+"""`litlora convert`: a model or an adapter in another format. Says what it read, what became of it, and what to type next."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from litlora.console import Progress, header, say
+from litlora.errors import UserError
+from litlora.options import Convert
+
+BIG = 256 * 2**20  # bytes of a model from which on a progress line is worth it
+MB = 10**6
+ASKED = {"hf": "a Hugging Face directory", "peft": "a PEFT adapter", "litlora": "a step of litlora", "gguf": "GGUF, for llama.cpp"}
+
+
+def convert(options: Convert) -> None:
+    """Convert what `options` names; the result's path goes to standard output. UserError, WorkError: nothing was written."""
+    from litlora.convert import Adapter, check, open_source
+    from litlora.convert import convert as write
+
+    to = options.to
+    if to is None:
+        raise UserError("into which format?", where="--to", hint="--to hf, peft, litlora or gguf")
+    if options.out_dir is None:
+        raise UserError("where is the result to go?", where="--out_dir", hint="--out_dir a directory that does not exist yet")
+    out_dir = Path(options.out_dir)
+    source = open_source(options.checkpoint_dir, to=to, base_dir=options.base_dir)
+    check(source, to, out_dir, options.dtype)
+    size = sum(part.size for part in source.tensors.values())
+    chosen = f" ({source.checkpoint.why})" if source.checkpoint is not None and source.checkpoint.why else ""
+    header(
+        [
+            ("source", f"{source.path}{chosen}, {source.kind}: {len(source.tensors)} tensors, {size / MB:,.1f} MB"),
+            ("result", f"{out_dir}, {ASKED[to]}"),
+        ]
+    )
+    bar = Progress(round(size / MB), "MB", quiet=size < BIG)
+    done = 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        bar.update(round(done / MB))
+
+    report = write(source, to, out_dir, dtype=options.dtype, max_shard_size=options.max_shard_size, progress=progress)
+    bar.close()
+    tell(report)
+    for line in what_next(to, out_dir, report, is_adapter=isinstance(source, Adapter)):
+        say(line)
+    print(out_dir)
+
+
+def tell(report: dict[str, Any]) -> None:
+    """The proof, and what was left out, in a few lines."""
+    proof, renamed, dropped = report["proof"], report["renamed"], report["dropped"]
+    rounded = f", {proof['rounded_once']} rounded once" if proof["rounded_once"] else ""
+    say(f"read again from the disk: {proof['tensors']} tensors, {proof['equal']} equal to the source's{rounded}")
+    if renamed:
+        say(f"{len(renamed)} tensors have another name than there")
+    for why in dict.fromkeys(dropped.values()):
+        left = [name for name, reason in dropped.items() if reason == why]
+        say(f"left out: {', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''} ({why})")
+
+
+def what_next(to: str, out_dir: Path, report: dict[str, Any], *, is_adapter: bool) -> list[str]:
+    """Commands that work with the result."""
+    place = shlex.quote(str(out_dir))
+    if to == "gguf":
+        file = shlex.quote(str(out_dir / report["files"][0]))
+        return [f"next: llama-cli -m BASE.gguf --lora {file}" if is_adapter else f"next: llama-cli -m {file}"]
+    if to == "peft":
+        return [f"next: PeftModel.from_pretrained(base, {str(out_dir)!r}), or litlora chat {place}"]
+    more = f"litlora merge_lora {place}" if to == "litlora" else f"vllm serve {place}"
+    return [f"next: litlora chat {place}", f"      or {more}"]
