@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from extensions.benchmarks import checkpoint_c8
 from extensions.benchmarks.artefacts import SHAPES, flops_per_token, linears, random_samples
 from extensions.benchmarks.job import IGNORE, Job, Sample
 from extensions.benchmarks.measure import percentile, run, table, write_results
@@ -64,6 +65,16 @@ def test_the_start_benchmarks_start_and_their_gate_passes(tmp_path: Path) -> Non
     assert {"import torch", "litlora generate"} <= set(results["C6"]["seconds"])
     assert results["C6"]["gate"]["passed"]
     assert "litlora generate" in results["C6"]["gate"]["answers"]
+
+
+def test_the_checkpoint_benchmark_counts_every_byte_and_leaves_the_first_step_out() -> None:
+    """C8: medians over all runs of a line; bytes against adapter and moments, three times the adapter's file."""
+    files = {"adapter_model.safetensors": 100, "training_state.safetensors": 200, "litlora.json": 3}
+    result = {"steps": [9.0, 2.0, 2.0], "stood": [0.5, 1.5, 1.0], "files": files}
+    shown = checkpoint_c8.shown({"litlora": [result], "trainer": [{"failed": "exit code 1: no such thing"}]})
+    row = [cell.strip() for cell in shown.splitlines()[2].strip("|").split("|")]
+    assert row == ["litlora", "2.000", "1.000", "1.500", "0.50", "0.00", "+1.00%"]
+    assert "trainer: exit code 1" in shown
 
 
 def test_the_gate_sees_a_tool_that_does_not_update(tmp_path: Path) -> None:

@@ -250,6 +250,23 @@ def test_free_memory_is_a_number_of_bytes_that_can_be_had() -> None:
     assert 2**20 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def test_what_a_container_may_take_counts_and_pages_of_files_do_not(tmp_path: Path) -> None:
+    """Mutations: the machine's memory alone; counting the cache as taken, so that a full one would end copying for ever."""
+    system, container = tmp_path / "meminfo", tmp_path / "cgroup"
+    system.write_text("MemTotal:       64000000 kB\nMemAvailable:   32000000 kB\n")
+    container.mkdir()
+    assert saving.free_memory(system, container) == 32_000_000 * 1024
+    (container / "memory.max").write_text("1000000\n")
+    (container / "memory.current").write_text("900000\n")
+    (container / "memory.stat").write_text("anon 100000\nfile 800000\nactive_file 300000\ninactive_file 400000\nshmem 100000\n")
+    assert saving.free_memory(system, container) == 800_000
+    (container / "memory.current").write_text("1800000\n")
+    assert saving.free_memory(system, container) == 0
+    (container / "memory.max").write_text("max\n")
+    assert saving.free_memory(system, container) == 32_000_000 * 1024
+    assert saving.free_memory(tmp_path / "none", container) > 2**20
+
+
 # ---- killed in the middle --------------------------------------------------------------------------------------------
 
 IN_COMMIT = """

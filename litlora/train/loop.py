@@ -99,6 +99,7 @@ def fit(run: Run, start: Position) -> Position:
                 saver.finish()  # raises
             if result.graded == 0:  # nothing to learn from: no update, and the count of updates stands still
                 position = replace(position, epoch=window.epoch, window=window.number + 1)
+                run.signals.commit |= result.commit  # at the next step, then
                 progress.line(f"warning: window {window.number} of epoch {window.epoch} grades no token; skipped")
                 continue
             tokens = sum(len(run.samples[index].tokens) for index in window.indices)

@@ -129,9 +129,11 @@ class Saver:
         return bool(waiting)
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take without harm, roughly: what the system and its container have left."""
-    system, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+def free_memory(system: Path = Path("/proc/meminfo"), container: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may still take without harm, roughly: what Linux and its container (cgroup v2) have left.
+
+    Elsewhere a quarter of what the machine has.
+    """
     if not system.exists():
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
     free = 1024 * numbers(system.read_text())["MemAvailable:"]
