@@ -315,7 +315,7 @@ def test_the_line_of_parents_is_followed_as_far_as_it_goes(
     assert [(one["how"], one["exists"]) for one in found["lineage"]] == [("trained on from", False)]
     assert main(["inspect", str(run / "step-4")]) == 0
     text = capsys.readouterr().out
-    assert "combined: how average" in text and "path a, weight 0.5" in text and "(not there any more)" in text
+    assert "combined of a (0.5): how average" in text and "(not there any more)" in text
 
 
 # ---- for a person ----------------------------------------------------------------------------------------------------

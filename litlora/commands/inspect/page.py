@@ -139,13 +139,16 @@ def lineage_lines(found: Report) -> Iterator[str]:
         losses = f", validation loss {one['val_loss']:.4f}" if one.get("val_loss") is not None else ""
         known = f" (step {one['step']} of {one['method']}{losses})" if "step" in one else "" if one["exists"] else " (not there any more)"
         texts.append(f"{one['how']} {one['path']}{known}")
-    for event in found.events:
-        texts.append(
-            f"{event['event']}: {options_text({name: value for name, value in event.items() if name not in ('event', 'parents')})}"
-        )
-        parents = event.get("parents")
-        texts += [f"  of {options_text(one)}" for one in parents if isinstance(one, dict)] if isinstance(parents, list) else []
+    texts += map(happened, found.events)
     yield from block("lineage", texts)
+
+
+def happened(event: Mapping[str, Any]) -> str:
+    """One event of a manifest's lineage; whoever wrote it may have meant nothing by it."""
+    parents = event.get("parents")
+    of = [f"{one.get('path')} ({one.get('weight')})" for one in parents if isinstance(one, dict)] if isinstance(parents, list) else []
+    rest = options_text({name: value for name, value in event.items() if name not in ("event", "parents")})
+    return f"{event['event']}{' of ' * bool(of)}{', '.join(of)}: {rest}".removesuffix(": ")
 
 
 def sizes_text(sizes: Mapping[str, int]) -> str:
