@@ -449,6 +449,19 @@ class Verify:
 
 
 @dataclass(kw_only=True)
+class Diff:
+    """How two checkpoints differ: settings, tensors, how far each module is apart, and whether two updates point the same way."""
+
+    bare: ClassVar[tuple[str, ...]] = ("checkpoint_dir", "other_dir")
+    checkpoint_dir: str | None = option(None, "A: a model, a step, a run or a PEFT adapter", unset="must be given")
+    other_dir: str | None = option(None, "B: another one, of any kind", unset="must be given")
+    base_dir: str | None = option(None, "where their base is now, if it moved")
+    plot: str | None = option(None, "also draw the map into this file (.png, .svg, .pdf)", unset="no picture")
+    exit_code: bool = option(False, "exit code 1 where they differ (without: 0 either way)")
+    json: bool = option(False, "print one JSON object")
+
+
+@dataclass(kw_only=True)
 class ListSteps:
     """The checkpoints of a run in a table: losses, size, state, note; the best one is marked."""
 

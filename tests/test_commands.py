@@ -43,6 +43,7 @@ SMALL = {  # what is added to a documented command of this name, so that it is d
     "list": "",
     "note": "",
     "verify": "",
+    "diff": "",
 }
 ROWS = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("one", "two", "three", "four", "five", "six", "seven", "eight")]
 

@@ -38,7 +38,7 @@ TORCH_FREE = [
     "litlora.vocabulary", "litlora.combine", "litlora.combine.soup", "litlora.verify", "litlora.verify.weights", "litlora.commands.verify",
     "litlora.convert", "litlora.convert.sources", "litlora.convert.hf", "litlora.convert.adapters", "litlora.convert.gguf_model",
     "litlora.convert.gguf_adapter", "litlora.commands.convert",
-    "litlora.commands", "litlora.commands.combine", "litlora.commands.merge_lora", "litlora.commands.expand",
+    "litlora.commands", "litlora.commands.diff", "litlora.commands.combine", "litlora.commands.merge_lora", "litlora.commands.expand",
     "litlora.commands.extend_vocab", "litlora.commands.generate", "litlora.commands.data",
     "litlora.commands.inspect", "litlora.commands.list", "litlora.commands.note",
     "litlora.data.rows", "litlora.data.formats", "litlora.data.samples", "litlora.data.demo",

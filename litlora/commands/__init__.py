@@ -51,6 +51,7 @@ COMMANDS: Commands = {
     "chat": Command("talk to a model in the terminal", "litlora.commands.chat", "chat", "Chat"),
     "inspect": Command("what a path is, and what its training changed", "litlora.commands.inspect", "inspect", "Inspect"),
     "verify": Command("is it whole, is its base the same, does it compute what it should", "litlora.commands.verify", "verify", "Verify"),
+    "diff": Command("how two checkpoints differ, module by module", "litlora.commands.diff", "diff", "Diff"),
     "list": Command("a run's checkpoints in a table", "litlora.commands.list", "list_run", "ListSteps"),
     "note": Command("write a note about a checkpoint", "litlora.commands.note", "note", "WriteNote"),
     "evaluate": Command("loss, perplexity and exact match on rows", "litlora.commands.evaluate", "evaluate", "Evaluate"),
