@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from litlora.config import Config
-from litlora.families import config_from_hf
+from litlora.families import config_from_hf, stored_name
 from litlora.model import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,6 +132,17 @@ MORE: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "tie_word_embeddings": True,
     },
+    "phi": {"model_type": "phi", **SQUARE, "partial_rotary_factor": 1 / 3},
+    "pythia": {"model_type": "gpt_neox", **SQUARE, "hidden_act": "gelu", "rotary_pct": 1 / 3, "num_key_value_heads": 4},
+    "pythia_serial": {
+        "model_type": "gpt_neox",
+        **SQUARE,
+        "hidden_act": "gelu_fast",
+        "rotary_pct": 1 / 3,
+        "num_key_value_heads": 4,
+        "use_parallel_residual": False,
+        "attention_bias": False,
+    },
     "glm": {"model_type": "glm", "partial_rotary_factor": 1 / 3, "attention_bias": True},
     "glm4": {"model_type": "glm4", "partial_rotary_factor": 1 / 3, "attention_bias": True},
 }
@@ -180,8 +191,14 @@ def transformers_model(family: str, weights_of: GPT | None = None, **changes: An
     config = AutoConfig.for_model(**tiny_hf_config(family, **changes), attn_implementation="eager")
     model = AutoModelForCausalLM.from_config(config).eval()
     if weights_of is not None:
-        model.load_state_dict(weights_of.state_dict(), strict=True)
+        model.load_state_dict(state_of(weights_of), strict=True)
     return model
+
+
+def state_of(model: GPT) -> dict[str, torch.Tensor]:
+    """Its parameters under the names that transformers has for them in memory, where gpt_neox has a new one for its head."""
+    state = {stored_name(name, model.config): tensor for name, tensor in model.state_dict().items()}
+    return {name.replace("embed_out", "lm_head"): tensor for name, tensor in state.items()}
 
 
 def random_tokens(rows: int, length: int, seed: int = 0, vocab_size: int = COMMON["vocab_size"]) -> torch.Tensor:  # (B, T)

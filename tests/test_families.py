@@ -210,7 +210,7 @@ def test_a_first_context_beside_the_rope_wins_over_the_one_within(tmp_path: Path
 # ---- refusing --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder", ["gpt2", "pythia"])
+@pytest.mark.parametrize("folder", ["gpt2"])
 def test_another_family_is_refused_with_the_list_of_ours(folder: str) -> None:
     path = shared_data(f"tokenizers/{folder}") / "config.json"
     config = json.loads(path.read_text())

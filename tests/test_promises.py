@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EVERY, FAMILIES, random_tokens, relative, tiny_config, tiny_gpt
+from conftest import EVERY, FAMILIES, random_tokens, relative, state_of, tiny_config, tiny_gpt
 from equations import Plain, spoken
 from torch import Tensor
 
@@ -526,7 +526,7 @@ def test_a_merged_model_is_one_that_transformers_computes_alike(case: str, famil
     model, *_ = fresh(case, family)
     merged = merge(learnt(model))
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_to_hf(merged.config), attn_implementation="eager")).eval()
-    theirs.load_state_dict(merged.state_dict(), strict=True)
+    theirs.load_state_dict(state_of(merged), strict=True)
     with torch.no_grad():
         expected = theirs(random_tokens(2, 13, seed=2)).logits
     assert (logits(merged) - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())

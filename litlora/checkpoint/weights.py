@@ -19,8 +19,9 @@ from litlora.checkpoint import names
 from litlora.checkpoint.base import check_fingerprint
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import Tensors
+from litlora.config import Config
 from litlora.errors import UserError
-from litlora.families import expected_tensors, is_derived, tensor_name
+from litlora.families import expected_tensors, is_derived, stored_name, tensor_name
 from litlora.methods.attach import add
 from litlora.methods.tuning import EMBEDDING, HEAD
 from litlora.model import GPT
@@ -86,7 +87,7 @@ def base_tensors(base: Checkpoint) -> dict[str, Tensor]:
     config = base.config()
     expected = expected_tensors(config)
     stored = mapped(base.shards())
-    tensors = {tensor_name(name): tensor for name, tensor in stored.items() if not is_derived(name)}
+    tensors = {tensor_name(name, config): tensor for name, tensor in stored.items() if not is_derived(name)}
     if len(tensors) < sum(not is_derived(name) for name in stored):
         raise UserError("a tensor is there twice, with and without the prefix model.", where=base.path)
     if config.tie_word_embeddings and HEAD in tensors:
@@ -116,6 +117,11 @@ def check_same_base(adapter: Checkpoint, base: Checkpoint) -> None:
         raise UserError("is a whole model; only adapters can be added", where=adapter.path)
     if adapter.manifest and adapter.manifest.base:
         check_fingerprint(base, adapter.manifest.base, adapter.path)
+
+
+def as_files_name(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """A whole model's parameters under the names of its family."""
+    return {stored_name(name, config): tensor for name, tensor in tensors.items()}
 
 
 def raw_tensors(tensors: Mapping[str, Tensor], *, copy: bool = False) -> Tensors:

@@ -17,7 +17,7 @@ from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.files import as_json, model_files, open_tokenizer, serving_files
 from litlora.checkpoint.manifest import Manifest
 from litlora.checkpoint.resolve import demo_base, resolve
-from litlora.checkpoint.weights import adapter_tensors, base_tensors, load_base
+from litlora.checkpoint.weights import adapter_tensors, as_files_name, base_tensors, load_base
 from litlora.config import Config, merged_layers
 from litlora.data.samples import IGNORE, DataSet
 from litlora.errors import UserError, WorkError
@@ -127,7 +127,7 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
 
     def contents(model: GPT) -> Mapping[str, Mapping[str, torch.Tensor]]:
         if work.is_full:
-            return {names.WEIGHTS: as_stored(trainable(model), dtypes)}
+            return {names.WEIGHTS: as_files_name(as_stored(trainable(model), dtypes), model.config)}
         file = names.ADAPTER_WEIGHTS if tuning.in_peft else names.OWN_ADAPTER_WEIGHTS
         return {file: tuned_state(model, tuning, config)}
 

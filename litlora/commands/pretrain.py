@@ -16,7 +16,7 @@ from litlora.checkpoint.files import as_json, open_tokenizer, serving_files
 from litlora.checkpoint.manifest import Manifest
 from litlora.checkpoint.reading import read_bytes
 from litlora.checkpoint.resolve import resolve
-from litlora.checkpoint.weights import base_tensors, load_base, raw_tensors
+from litlora.checkpoint.weights import as_files_name, base_tensors, load_base, raw_tensors
 from litlora.commands.finetune import Work, job_of, with_rate
 from litlora.config import Config, Rope
 from litlora.data.samples import DataSet, texts_of
@@ -127,7 +127,7 @@ def model_job(options: Pretrain, prompts: Prompts, data: DataSet) -> Job:
         model.load_state_dict(load_base(step).state_dict(), strict=True)
 
     def contents(model: GPT) -> Mapping[str, Mapping[str, torch.Tensor]]:
-        return {names.WEIGHTS: own_tensors(model)}
+        return {names.WEIGHTS: as_files_name(own_tensors(model), model.config)}
 
     def card(manifest: Manifest) -> str:
         return model_card(manifest, str(Path(options.out_dir) / names.step_name(manifest.step)))
@@ -209,5 +209,5 @@ def export(step: Checkpoint, finished: Path, options: Pretrain, job: Job) -> Pat
     with commit_directory(finished) as temporary:
         for name, content in files.items():
             (temporary / name).write_bytes(content)
-        write_safetensors(temporary / names.WEIGHTS, raw_tensors(tensors), {"format": "pt"})
+        write_safetensors(temporary / names.WEIGHTS, raw_tensors(as_files_name(tensors, step.config())), {"format": "pt"})
     return finished

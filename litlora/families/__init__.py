@@ -29,7 +29,7 @@ from litlora.families.reading import (
 )
 from litlora.families.rope import ropes, ropes_to_hf
 from litlora.families.table import SUPPORTED, Family
-from litlora.families.tensors import expected_tensors, is_derived, linear_shapes, tensor_name
+from litlora.families.tensors import expected_tensors, is_derived, linear_shapes, stored_name, tensor_name
 
 __all__ = [
     "LLAMA_PRO_LAYERS",
@@ -40,6 +40,7 @@ __all__ = [
     "expected_tensors",
     "is_derived",
     "linear_shapes",
+    "stored_name",
     "tensor_name",
     "with_biases",
 ]
@@ -96,18 +97,19 @@ def arithmetic(reader: Reader, family: Family, hidden: int) -> dict[str, Any]:
     asked = family.bias in ("asked", "asked_qkv") and reader.flag(family.bias_key, family.biased)
     fields: dict[str, Any] = {
         **family.fixed,
-        "attention_bias": asked or family.bias == "qkv",
-        "attention_out_bias": asked and family.bias == "asked",
-        "mlp_bias": family.mlp_bias and reader.flag("mlp_bias"),
+        "attention_bias": asked or family.bias in ("qkv", "all"),
+        "attention_out_bias": (asked and family.bias == "asked") or family.bias == "all",
     }
+    if family.mlp_bias:
+        fields["mlp_bias"] = reader.flag("mlp_bias")
     for key, default in family.numbers.items():
         fields[key] = reader.number(key, default) if default is not None or reader.values.get(key) is not None else None
         if key in reader.values and reader.values[key] is None and key.endswith("softcapping"):
             fields[key] = None
     if family.scaled_embedding:
         fields["embedding_multiplier"] = math.sqrt(hidden)
-    if family.parallel_key and reader.flag(family.parallel_key):
-        fields |= {"parallel_residual": True, "norms": replace(fields.get("norms", Config.norms), before_mlp=None)}
+    if family.parallel_key and reader.flag(family.parallel_key, family.parallel):
+        fields |= {"parallel_residual": True, "norms": family.parallel_norms}
     return fields
 
 
@@ -162,7 +164,7 @@ def layers_to_hf(config: Config, family: Family) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     if family.window != "none":
         keys["sliding_window"] = config.sliding_window
-    if family.window in ("upper", "pattern"):
+    if family.window in ("upper", "pattern") or family.unrotated == "listed":  # there transformers writes it too
         keys["layer_types"] = types
     if family.window == "upper":
         first = types.index("sliding_attention") if "sliding_attention" in types else config.num_hidden_layers

@@ -83,7 +83,11 @@ def supported_family(reader: Reader) -> tuple[str, Family]:
 
 
 def refuse_foreign_arithmetic(reader: Reader, model_type: str, family: Family) -> None:
-    own = {*family.numbers, "no_rope_layers" if family.unrotated == "listed" else "", "partial_rotary_factor" if family.partial else ""}
+    own = {
+        *family.numbers,
+        "no_rope_layers" if family.unrotated == "listed" else "",
+        *(["partial_rotary_factor", family.partial_key] if family.partial else []),
+    }
     for key, neutral in ({key: values for key, values in NEUTRAL.items() if key not in own} | dict(family.refused)).items():
         if key in reader.values and reader.values[key] not in neutral:
             supported = next((value for value in neutral if value is not None), "to leave it out")

@@ -37,8 +37,8 @@ def ropes(reader: Reader, family: Family, context: int, head_dim: int) -> tuple[
 
 def rope(reader: Reader, inner: Reader, family: Family, context: int, head_dim: int) -> Rope:
     """One of them; `inner` reads its own object."""
-    theta = inner.number("rope_theta", reader.number("rope_theta", family.theta))
-    share = inner.number("partial_rotary_factor", reader.number("partial_rotary_factor", family.partial or 1.0))
+    theta = inner.number("rope_theta", reader.number(family.theta_key, family.theta))
+    share = inner.number("partial_rotary_factor", reader.number(family.partial_key, family.partial or 1.0))
     if family.partial is None and share != 1.0:
         raise inner.refusal("partial_rotary_factor", "rotating a part of each head is not supported in this family")
     plain = Rope(rope_theta=theta, partial_rotary_factor=share, interleaved=family.interleaved)
@@ -107,7 +107,8 @@ def ropes_to_hf(config: Config, family: Family) -> dict[str, Any]:
     scaling = stretch_to_hf(one)
     original = {"original_max_position_embeddings": one.original_max_position_embeddings} if one.rope_type == "longrope" else {}
     parameters: dict[str, Any] = {"rope_theta": one.rope_theta, **share, **(scaling or {"rope_type": "default"})}
-    old = {"rope_theta": one.rope_theta, "rope_scaling": scaling, **share, **original}
+    beside = {family.partial_key: one.partial_rotary_factor} if family.partial else {}
+    old = {family.theta_key: one.rope_theta, "rope_scaling": scaling, **beside, **original}
     if config.local_rope is not None:
         local = config.local_rope
         own = {"rope_theta": local.rope_theta, **(stretch_to_hf(local) or {"rope_type": "default"})}

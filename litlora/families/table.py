@@ -19,6 +19,7 @@ class Family:
     numbers: Mapping[str, float | None] = field(
         default_factory=dict
     )  # keys that it has and Llama has not, each a field: what they default to
+    names: Mapping[str, str] = field(default_factory=dict)  # of modules: ours -> what checkpoints call them, in this order
     refused: Mapping[str, tuple[Any, ...]] = field(
         default_factory=dict
     )  # keys of its own that ask for foreign arithmetic -> values that do not
@@ -37,9 +38,11 @@ class Family:
     theta: float = 10_000.0
     local_theta: float | None = None  # of sliding layers, where they turn by their own
     local_theta_key: str = "rope_local_base_freq"
+    theta_key: str = "rope_theta"
+    partial_key: str = "partial_rotary_factor"
     partial: float | None = None  # the share of each head that is turned; None: all, and config.json cannot ask for less
     interleaved: bool = False  # whether the pairs that turn are neighbours
-    bias: Literal["none", "qkv", "asked", "asked_qkv"] = (
+    bias: Literal["none", "qkv", "all", "asked", "asked_qkv"] = (
         "none"  # on the attention's projections; asked: q, k, v and o if config.json says so
     )
     bias_key: str = "attention_bias"
@@ -50,6 +53,8 @@ class Family:
     pattern: int = 0  # that n
     unrotated: Literal["none", "listed", "full"] = "none"  # NoPE layers: no_rope_layers, every n-th by default; or those that do not slide
     parallel_key: str = ""  # of the residual stream
+    parallel: bool = False  # what it says where it is silent
+    parallel_norms: Norms = Norms(before_mlp=None)  # of a parallel block
     scaled_embedding: bool = False  # times sqrt(hidden_size)
 
 
@@ -218,6 +223,61 @@ SUPPORTED: dict[str, Family] = {
     ),
     "cohere": Family(architecture="CohereForCausalLM", **COHERE, theta=500_000.0),
     "cohere2": Family(architecture="Cohere2ForCausalLM", **COHERE, square=True, window="pattern", pattern=4, unrotated="full"),
+    "phi": Family(
+        architecture="PhiForCausalLM",
+        square=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        hidden_act="gelu_new",
+        eps=1e-5,
+        eps_key="layer_norm_eps",
+        bias="all",
+        partial=0.5,
+        fixed={
+            "norm": "layer",
+            "norm_bias": True,
+            "norms": Norms(before_mlp=None),
+            "parallel_residual": True,
+            "mlp": "plain",
+            "mlp_bias": True,
+            "lm_head_bias": True,
+        },
+        names={
+            "self_attn.o_proj": "self_attn.dense",
+            "mlp.up_proj": "mlp.fc1",
+            "mlp.down_proj": "mlp.fc2",
+            "model.norm": "model.final_layernorm",
+        },
+    ),
+    "gpt_neox": Family(
+        architecture="GPTNeoXForCausalLM",
+        square=True,
+        bos_token_id=0,
+        eos_token_id=2,
+        hidden_act="gelu",
+        eps=1e-5,
+        eps_key="layer_norm_eps",
+        bias="asked",
+        biased=True,
+        partial=0.25,
+        partial_key="rotary_pct",
+        theta_key="rotary_emb_base",
+        fixed={"norm": "layer", "norm_bias": True, "qkv": "grouped", "mlp": "plain", "mlp_bias": True},
+        parallel_key="use_parallel_residual",
+        parallel=True,
+        parallel_norms=Norms(),
+        names={
+            "model.embed_tokens": "gpt_neox.embed_in",
+            "model.layers": "gpt_neox.layers",
+            "model.norm": "gpt_neox.final_layer_norm",
+            "lm_head": "embed_out",
+            "self_attn.qkv_proj": "attention.query_key_value",
+            "self_attn.o_proj": "attention.dense",
+            "self_attn": "attention",
+            "mlp.up_proj": "mlp.dense_h_to_4h",
+            "mlp.down_proj": "mlp.dense_4h_to_h",
+        },
+    ),
     "glm": Family(architecture="GlmForCausalLM", **GLM, fixed={"mlp": "fused"}),
     "glm4": Family(
         architecture="Glm4ForCausalLM",

@@ -3,6 +3,7 @@
 import re
 
 from litlora.config import Config
+from litlora.families.table import SUPPORTED
 
 
 def linear_shapes(config: Config) -> dict[str, tuple[int, int]]:
@@ -67,11 +68,24 @@ def norm_shapes(name: str, size: int, config: Config) -> dict[str, tuple[int, ..
     return {f"{name}.{part}": (size,) for part in parts}
 
 
-def tensor_name(name: str) -> str:
-    """The parameter that a checkpoint's tensor belongs to: saved without its head, a model drops the `model.` in front."""
+def tensor_name(name: str, config: Config | None = None) -> str:
+    """The parameter (or module) that a checkpoint's tensor belongs to: saved without its head, a model drops the `model.` in front.
+
+    `config` for the families whose names are not Llama's (`Family.names`).
+    """
+    table = {} if config is None else SUPPORTED[config.model_type].names
+    for ours, stored in table.items():
+        name = f".{name}.".replace(f".{stored}.", f".{ours}.").strip(".")
     return f"model.{name}" if re.match(r"(layers|embed_tokens|norm)\.", name) else name
 
 
+def stored_name(name: str, config: Config) -> str:
+    """The inverse: what a parameter or module is called in a checkpoint of its family, and by its users."""
+    for ours, stored in SUPPORTED[config.model_type].names.items():
+        name = f".{name}.".replace(f".{ours}.", f".{stored}.").strip(".")
+    return name
+
+
 def is_derived(name: str) -> bool:
-    """Whether a tensor of a checkpoint holds nothing that was learnt: old Llamas carry their rotary frequencies along."""
-    return name.endswith(".rotary_emb.inv_freq")
+    """Whether a tensor of a checkpoint holds nothing that was learnt: old models carry their rotary frequencies and masks along."""
+    return name.endswith((".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"))

@@ -10,7 +10,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.config import Config, merged_layers
 from litlora.errors import UserError
-from litlora.families import expected_tensors, is_derived, tensor_name
+from litlora.families import expected_tensors, is_derived, stored_name, tensor_name
 from litlora.merge.tensors import WIDTH
 from litlora.methods.tuning import EMBEDDING, HEAD, LoRASlot, ScaleShiftSlot, Tuning, merged_config, merged_name
 from litlora.peft import scale
@@ -119,9 +119,9 @@ def base_files(base: Checkpoint, config: Config) -> dict[Path, dict[str, TensorI
     found: dict[str, tuple[int, ...]] = {}
     for tensors in files.values():
         for name, info in tensors.items():
-            if tensor_name(name) in found:
+            if tensor_name(name, config) in found:
                 raise UserError(f"the tensor {name} is there twice", where=base.path)
-            found[tensor_name(name)] = info.shape
+            found[tensor_name(name, config)] = info.shape
     expected = expected_tensors(config)
     extra = [name for name in found.keys() - expected.keys() if not is_derived(name)]
     if config.tie_word_embeddings:
@@ -145,7 +145,7 @@ def new_model(base: Checkpoint, config: Config, tuning: Tuning, *, dtype: str | 
     """
     files = base_files(base, config)
     after, layers = merged_config(tuning, config), merged_layers(config, tuning.inserted)
-    homes = {tensor_name(name): (path, name) for path, tensors in files.items() for name in tensors}
+    homes = {tensor_name(name, config): (path, name) for path, tensors in files.items() for name in tensors}
     places = {layer: number for number, layer in enumerate(layers)}
     shapes = expected_tensors(after)
     origins = {merged_name(parameter, places): parameter for parameter in homes}  # name in the new model: in that with the tuning on it
@@ -161,15 +161,15 @@ def new_model(base: Checkpoint, config: Config, tuning: Tuning, *, dtype: str | 
         copied = own or parameter == HEAD or (in_new_layer and not trained and fill is None)
         outputs[path].append(
             Output(
-                name=stored if own and not renamed else name,
+                name=stored if own and not renamed else stored_name(name, after),
                 parameter=name,
                 shape=shapes.get(name, info.shape),
                 dtype=stored_dtype(dtype, stored, info),
                 source=stored if copied else None,
                 source_dtype=info.dtype if copied else "",
                 own=own,
-                value=trained_whole(parameter, tuning, after) if trained else None,
-                update=update_of(parameter, tuning),
+                value=trained_whole(parameter, tuning, config, after) if trained else None,
+                update=update_of(parameter, tuning, config),
                 in_new_layer=in_new_layer,
                 fill=fill,
             )
@@ -205,22 +205,22 @@ def relative_in_base(parameter: str, homes: Mapping[str, tuple[Path, str]]) -> s
     return next(name for name in nearest if name in homes)
 
 
-def trained_whole(parameter: str, tuning: Tuning, after: Config) -> str | None:
+def trained_whole(parameter: str, tuning: Tuning, config: Config, after: Config) -> str | None:
     """The adapter's tensor that stands in place of the base's."""
     if parameter == HEAD and after.tie_word_embeddings:
         parameter = EMBEDDING  # a file may hold the shared matrix twice
-    return tuning.file_name(parameter) if parameter in tuning.whole or ".inserted." in parameter else None
+    return tuning.file_name(parameter, config) if parameter in tuning.whole or ".inserted." in parameter else None
 
 
-def update_of(parameter: str, tuning: Tuning) -> LowRank | Rows | None:
+def update_of(parameter: str, tuning: Tuning, config: Config) -> LowRank | Rows | None:
     """What the adapter on a parameter's module makes of it."""
     module, _, kind = parameter.rpartition(".")
     held = tuning.slots.get(f"{module}.adapter")
     if isinstance(held, LoRASlot) and kind == "weight":
-        a, b, magnitude = (tuning.file_name(f"{module}.adapter.{part}") for part in ("lora_A", "lora_B", "magnitude"))
+        a, b, magnitude = (tuning.file_name(f"{module}.adapter.{part}", config) for part in ("lora_A", "lora_B", "magnitude"))
         return LowRank(a=a, b=b, magnitude=magnitude if held.use_dora else None, factor=scale(held.alpha, held.r, held.use_rslora))
     if isinstance(held, ScaleShiftSlot):
-        of, by = (tuning.file_name(f"{module}.adapter.{part}") for part in ("scale", "shift"))
+        of, by = (tuning.file_name(f"{module}.adapter.{part}", config) for part in ("scale", "shift"))
         return Rows(scale=of, shift=by if kind == "bias" else None)
     return None
 
@@ -242,7 +242,7 @@ def check_dtypes(model: NewModel) -> None:
 
 def check_shared_head(model: NewModel) -> None:
     """A base whose head is the embedding may hold a copy of it; one that differs would make two models of it, by who reads it."""
-    homes = {tensor_name(name): (path, name) for path, tensors in model.files.items() for name in tensors}
+    homes = {tensor_name(name, model.base_config): (path, name) for path, tensors in model.files.items() for name in tensors}
     if not model.base_config.tie_word_embeddings or HEAD not in homes:
         return
     (first, embedding), (second, head) = homes[EMBEDDING], homes[HEAD]

@@ -12,7 +12,7 @@ from typing import Any
 
 from litlora.config import Config
 from litlora.errors import UserError
-from litlora.families import expected_tensors, linear_shapes
+from litlora.families import expected_tensors, linear_shapes, stored_name, tensor_name
 from litlora.methods.tuning import (
     HEAD,
     BottleneckSlot,
@@ -47,8 +47,8 @@ def lora(options: LoRAOptions, config: Config) -> Tuning:
     described = described_lora(options, config)
     if options.init != "default" and options.use_dora:
         raise UserError(f"init {options.init} is not for DoRA", where="use_dora", hint="leave one of the two out")
-    odd = [r for name in targets(described, list(linear_shapes(config))) if (r := rank_and_alpha(described, name)[0]) % 2]
-    shapes = linear_shapes(config)
+    shapes = {stored_name(name, config): shape for name, shape in linear_shapes(config).items()}
+    odd = [r for name in targets(described, list(shapes)) if (r := rank_and_alpha(described, name)[0]) % 2]
     narrow = [name for name in targets(described, list(shapes)) if rank_and_alpha(described, name)[0] > min(shapes[name])]
     if options.init == "pissa" and narrow:
         what = f"init pissa cannot take more components than {narrow[0]} has: {min(shapes[narrow[0]])}"
@@ -69,7 +69,7 @@ def lora_config(options: LoRAOptions, config: Config, base_model_name_or_path: s
 
 def described_lora(options: LoRAOptions, config: Config) -> AdapterConfig:
     """PEFT's description of what `options` mean for a base. UserError where a word of them means nothing there."""
-    linears, modules = list(linear_shapes(config)), modules_of([*expected_tensors(config), HEAD])
+    linears, modules = linear_names(config), module_names(config)
     tied = separated(config, options.untie).tie_word_embeddings
     described = adapter_config(options, linears, module_names=modules, tied=tied)
     for option, table in (("rank_pattern", described.rank_pattern), ("alpha_pattern", described.alpha_pattern)):
@@ -85,18 +85,18 @@ def described_lora(options: LoRAOptions, config: Config) -> AdapterConfig:
 
 def from_peft(described: AdapterConfig, config: Config, *, untied: bool | None = None) -> Tuning:
     """What an adapter_config.json means for a base. `untied` None: as PEFT does, who separates a shared head unless told otherwise."""
-    modules = modules_of([*expected_tensors(config), HEAD])
-    saved = modules_ending(described.modules_to_save, modules)
+    modules = module_names(config)
+    saved = [tensor_name(name, config) for name in modules_ending(described.modules_to_save, modules)]
     lost = [word for word in described.modules_to_save if not modules_ending([word], modules)]
     if lost:
         raise UserError(f"the base has no module named {', '.join(lost)}", where="modules_to_save")
-    chosen = targets(described, list(linear_shapes(config)))
+    meant = {tensor_name(name, config): name for name in targets(described, linear_names(config))}  # ours: as the file has it
     if untied is None:
         shared = any(is_named(name, word) for name in saved for word in ("embed_tokens", "lm_head"))
-        untied = config.tie_word_embeddings and (("lm_head" in chosen) or (shared and not described.ensure_weight_tying))
+        untied = config.tie_word_embeddings and (("lm_head" in meant) or (shared and not described.ensure_weight_tying))
     slots: dict[str, LoRASlot] = {}
-    for module in chosen:
-        r, alpha = rank_and_alpha(described, module)
+    for module, name in meant.items():
+        r, alpha = rank_and_alpha(described, name)
         slots[f"{module}.adapter"] = LoRASlot(
             r=r, alpha=alpha, dropout=described.dropout, use_dora=described.use_dora, use_rslora=described.use_rslora
         )
@@ -116,7 +116,7 @@ def adapter(options: AdapterOptions, config: Config) -> Tuning:
     if options.kind == "prompt":
         slots = {f"{host}.prompt": PromptSlot(length=options.length) for host in attentions}
     elif options.kind == "scale_shift":
-        chosen = named_or_matched(options.target_modules, list(linear_shapes(config)))
+        chosen = [tensor_name(name, config) for name in named_or_matched(options.target_modules, linear_names(config))]
         inside = [name for name in chosen if layer_number(name, ()) in (None, *layers)]
         slots = {f"{name}.adapter": ScaleShiftSlot() for name in inside}
         if options.norms:
@@ -173,12 +173,14 @@ def freeze(options: FreezeOptions, config: Config) -> Tuning:
     """The chosen modules of the chosen layers, and the extra ones outside them."""
     config = separated(config, options.untie)
     layers = layers_meant(options.layers, config.num_hidden_layers, "layers")
-    modules = modules_of([*expected_tensors(config), HEAD])
-    outside = [name for name in modules if name != "model" and not name.startswith("model.layers")]
+    modules = module_names(config)
+    within = {name for name in modules if tensor_name(name, config).startswith("model.layers")}
+    outside = [name for name in modules if name not in within and not any(other.startswith(f"{name}.layers") for other in modules)]
     inside = [name for name in modules if layer_number(f"{name}.", ()) in layers]
     named = modules_named([word for word in options.modules if word != "all"], inside, "modules") if layers else []
     chosen = inside if "all" in options.modules else named
-    whole = whole_parameters([*chosen, *modules_named(options.extra_modules, outside, "extra_modules")], config)
+    extra = modules_named(options.extra_modules, outside, "extra_modules")
+    whole = whole_parameters([tensor_name(name, config) for name in (*chosen, *extra)], config)
     if not whole:
         raise UserError("nothing is left to learn: no layer and no extra module is named", where="layers", hint="last:2, for example")
     return Tuning(whole=whole, untied=options.untie)
@@ -189,11 +191,21 @@ def full(options: FullOptions, config: Config) -> Tuning:
     return Tuning(whole=tuple(expected_tensors(separated(config, options.untie))), untied=options.untie)
 
 
+def linear_names(config: Config) -> list[str]:
+    """The Linears as the family calls them: words, patterns and PEFT's files mean these names."""
+    return [stored_name(name, config) for name in linear_shapes(config)]
+
+
+def module_names(config: Config) -> list[str]:
+    """The same of every module that has parameters; the head among them, tied or not."""
+    return modules_of([stored_name(name, config) for name in (*expected_tensors(config), HEAD)])
+
+
 def saved_whole(options: AdapterOptions | ProOptions, config: Config, *, also: Sequence[str] = ()) -> tuple[tuple[str, ...], bool]:
     """The parameters that `modules_to_save` (and `also`) mean, and whether the head is separated."""
     config = separated(config, options.untie)
-    modules = modules_of([*expected_tensors(config), HEAD])
-    return whole_parameters([*modules_named(options.modules_to_save, modules, "modules_to_save"), *also], config), options.untie
+    saved = [tensor_name(name, config) for name in modules_named(options.modules_to_save, module_names(config), "modules_to_save")]
+    return whole_parameters([*saved, *also], config), options.untie
 
 
 def separated(config: Config, untie: bool) -> Config:

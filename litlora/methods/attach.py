@@ -18,7 +18,7 @@ from torch import Tensor
 
 from litlora.config import Config, expanded_config
 from litlora.errors import UserError
-from litlora.families import with_biases
+from litlora.families import tensor_name, with_biases
 from litlora.methods.tuning import EMBEDDING, HEAD, BottleneckSlot, LoRASlot, PromptSlot, ScaleShiftSlot, Slot, Tuning
 from litlora.model import (
     GPT,
@@ -225,6 +225,7 @@ def by_parameter(model: GPT, tuning: Tuning, tensors: Mapping[str, Tensor], wher
 def is_copy_of_base(model: GPT, name: str, tensor: Tensor, where: str | Path) -> bool:
     """Whether a tensor repeats the base's, as PEFT's files do when the head has LoRA. One that differs is refused."""
     copied = copied_base_tensor(name)
+    copied = tensor_name(copied, model.config) if copied else None
     host = linears(model).get(copied.removesuffix(".weight")) if copied else None
     if host is None:
         return False

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from litlora.config import Config, expanded_config
 from litlora.errors import UserError
-from litlora.families import expected_tensors, linear_shapes, with_biases
+from litlora.families import expected_tensors, linear_shapes, stored_name, with_biases
 from litlora.peft import to_peft_name
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -118,13 +118,14 @@ class Tuning:
 
     def file_names(self, config: Config) -> dict[str, str]:
         """The tensors of its file: the name there -> the parameter. PEFT has a shared matrix twice, under both its names."""
-        names = {self.file_name(name): name for name in self.parameters(config)}
+        names = {self.file_name(name, config): name for name in self.parameters(config)}
         if self.in_peft and EMBEDDING in self.whole and self.carrying(config).tie_word_embeddings:
-            names[to_peft_name(HEAD)] = EMBEDDING
+            names[to_peft_name(stored_name(HEAD, config))] = EMBEDDING
         return names
 
-    def file_name(self, parameter: str) -> str:
-        return to_peft_name(parameter) if self.in_peft else parameter
+    def file_name(self, parameter: str, config: Config) -> str:
+        """Whatever is for PEFT carries the names of the family; our own files the model's."""
+        return to_peft_name(stored_name(parameter, config)) if self.in_peft else parameter
 
     def file_shapes(self, config: Config) -> Shapes:
         """The same with shapes: what must be in the file, and nothing else."""

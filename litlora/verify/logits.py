@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.errors import WorkError
+from litlora.families import tensor_name
+from litlora.methods.tuning import EMBEDDING, HEAD
 from litlora.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -65,7 +67,8 @@ def compare_logits(adapter: Checkpoint, merged: Checkpoint) -> dict[str, Any]:
 def rounded_to(model: Checkpoint) -> str:
     """The dtype of its weights, by that of its head."""
     shards = model.shards()
-    head = next(name for name in ("lm_head.weight", "model.embed_tokens.weight", "embed_tokens.weight") if name in shards)
+    ours = {tensor_name(name, model.config()): name for name in shards}
+    head = ours.get(HEAD) or ours[EMBEDDING]
     with SafetensorsFile(shards[head]) as file:
         return file.tensors[head].dtype if file.tensors[head].dtype in BOUNDS else "BF16"
 

@@ -55,7 +55,7 @@ def compare_weights(adapter: Checkpoint, merged: Checkpoint) -> Proof:
     proof = Proof()
     with ExitStack() as stack:
         files = {path: stack.enter_context(SafetensorsFile(path)) for path in sorted(set(merged.shards().values()))}
-        stored = {tensor_name(name): (files[path], name) for name, path in merged.shards().items()}
+        stored = {tensor_name(name, merged.config()): (files[path], name) for name, path in merged.shards().items()}
         model = stack.enter_context(Effective(adapter, dtype=converted_to(merged, stored)))
         proof.tensors, proof.size = len(stored), size_explained(model.model)
         with SafetensorsFile(adapter.adapter_file()) as file:

@@ -46,9 +46,9 @@ def find_weights(base: Checkpoint, tokens: int) -> Weights:
         with SafetensorsFile(path) as file:
             files[path] = file.tensors
         for name, info in files[path].items():
-            if families.tensor_name(name) not in (EMBEDDING, HEAD):
+            if families.tensor_name(name, config) not in (EMBEDDING, HEAD):
                 continue
-            found[families.tensor_name(name)] = name
+            found[families.tensor_name(name, config)] = name
             if info.shape != shape:
                 raise UserError(
                     f"{name} has the shape {info.shape}; {names.CONFIG} says {shape}", where=path, hint="download the base again"
