@@ -136,6 +136,68 @@ def test_a_published_config_means_what_transformers_says(folder: str) -> None:
     assert config_from_hf(config, directory) == meaning(AutoConfig.from_pretrained(directory))
 
 
+@pytest.mark.parametrize("folder", ["gemma-config", "phi-3", "pythia"])
+def test_a_published_config_means_the_same_with_every_default_written_out(folder: str) -> None:
+    """Must catch: gelu of the first Gemmas taken as it is written; a window of Phi 3, or the share of Pythia's heads that turns, lost."""
+    directory = shared_data(f"tokenizers/{folder}")
+    ours = config_from_hf(json.loads((directory / "config.json").read_text()), directory)
+    assert ours == config_from_hf(AutoConfig.from_pretrained(directory).to_dict(), directory)
+    seen = (ours.hidden_act, ours.sliding_window, ours.rope.partial_rotary_factor, ours.qkv, ours.norm_offset)
+    assert (
+        seen
+        == {
+            "gemma-config": ("gelu_pytorch_tanh", None, 1.0, "apart", 1.0),
+            "phi-3": ("silu", 2047, 1.0, "stacked", 0.0),
+            "pythia": ("gelu", None, 0.25, "grouped", 0.0),
+        }[folder]
+    )
+
+
+GEMMA_3 = {  # as published for the model of 270 million
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "_sliding_window_pattern": 6,
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 18,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": 512,
+    "use_bidirectional_attention": False,
+    "vocab_size": 262144,
+}
+
+
+def test_a_real_adapter_of_a_gemma_fits_its_modules() -> None:
+    """N02: made by others for the Gemma 3 of 270 million. Its tensors are exactly those that its config means on that model."""
+    from safetensors import safe_open
+
+    from litlora.methods import from_peft
+    from litlora.peft import adapter_config_from_peft
+
+    directory = shared_data("adapters/gemma3-270m-lora")
+    config = config_from_hf(GEMMA_3, WHERE)
+    assert config.local_rope == Rope(rope_theta=10000.0)
+    assert config.rope == Rope(rope_theta=1000000.0)
+    described = adapter_config_from_peft(json.loads((directory / "adapter_config.json").read_text()), directory)
+    with safe_open(directory / "adapter_model.safetensors", "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert from_peft(described, config).file_shapes(config) == found
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_config_saved_by_transformers_means_the_same_to_both(case: str, tmp_path: Path) -> None:
     """Must catch: `i > max_window_layers`, a window used although use_sliding_window is false, K defaulting to H everywhere."""
@@ -264,6 +326,38 @@ def test_what_litlora_cannot_compute_is_refused_by_its_key(model_type: str, key:
     with pytest.raises(UserError) as refused:
         config_from_hf({"model_type": model_type, **SIZES, key: value}, WHERE)
     assert refused.value.where.startswith(f"{WHERE}: {key}")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "value"),
+    [
+        ("gemma3_text", "attn_logit_softcapping", 50.0),
+        ("gemma3_text", "use_bidirectional_attention", True),
+        ("gemma2", "hidden_act", "relu"),
+        ("phi3", "partial_rotary_factor", 0.01),
+        ("phi3", "rope_scaling", {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}),
+        ("granite", "embedding_multiplier", "12"),
+        ("olmo", "clip_qkv", 8.0),
+        ("smollm3", "no_rope_layers", [1, 0]),
+        ("smollm3", "use_sliding_window", True),
+        ("stablelm", "qk_layernorm", True),
+        ("stablelm", "head_dim", 8),
+        ("cohere", "use_qk_norm", True),
+        ("phi", "qk_layernorm", True),
+        ("glm4", "n_routed_experts", 8),
+    ],
+)
+def test_what_a_family_cannot_be_is_refused_by_its_key(model_type: str, key: str, value: Any) -> None:
+    config = {"model_type": model_type, **SIZES, "hidden_size": 72, key: value}
+    with pytest.raises(UserError) as refused:
+        config_from_hf(config, WHERE)
+    assert refused.value.where.startswith(f"{WHERE}: {key}")
+
+
+def test_a_model_of_text_and_images_is_refused_for_what_it_is() -> None:
+    with pytest.raises(UserError, match="text and more") as refused:
+        config_from_hf({"model_type": "gemma3", "text_config": GEMMA_3, "vision_config": {}}, WHERE)
+    assert "gemma3_text" in refused.value.hint
 
 
 def test_a_sliding_layer_without_a_window_is_refused() -> None:

@@ -35,7 +35,7 @@ from litlora.methods import from_peft, lora_config, tuning_of
 from litlora.methods.attach import add, attach, load_tuned_state, tuned_state
 from litlora.methods.tuning import Tuning
 from litlora.model import GPT, IGNORE, DoRA, KVCache, Linear, LoRA
-from litlora.options import AdapterOptions, LoRAOptions
+from litlora.options import AdapterOptions, LoRAOptions, ProOptions
 from litlora.peft import adapter_config_from_peft, adapter_config_to_peft, prompt_from_peft, prompt_to_peft
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -151,6 +151,19 @@ def test_a_directory_of_transformers_works_as_it_is(family: str, tmp_path: Path)
             assert (model(tokens).logits - expected).abs().max() <= bound, place
     stored = {name for path in (tmp_path / "base").glob("*.safetensors") for name in load_file(path)}
     assert {name for path in (tmp_path / "merged").glob("*.safetensors") for name in load_file(path)} == stored
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2", "glm4"])
+def test_the_first_step_of_a_new_block_behind_a_norm_is_small(family: str) -> None:
+    """N07: what is zero is the norm's gain. Must catch: a zero projection there, which the norm makes as large as any."""
+    gpt, tokens = tiny_gpt(family), random_tokens(2, 20)
+    before = gpt(tokens).detach()
+    attach(gpt, tuning_of(ProOptions(n_insert=2), gpt.config), seed=1)
+    assert torch.equal(gpt(tokens), before)
+    optimizer = torch.optim.AdamW([parameter for parameter in gpt.parameters() if parameter.requires_grad], lr=2e-4)
+    gpt(tokens, some_graded(tokens)).backward()
+    optimizer.step()
+    assert 0 < relative(gpt(tokens), before) < 0.05
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])

@@ -75,6 +75,9 @@ def supported_family(reader: Reader) -> tuple[str, Family]:
     names = ", ".join(SUPPORTED)
     if not isinstance(model_type, str):
         raise reader.refusal("model_type", "missing, so this is no model's config.json", f"supported: {names}")
+    if model_type not in SUPPORTED and isinstance(reader.values.get("text_config"), Mapping):
+        why = f"{model_type!r} is a model of text and more (it has a text_config); only models of text alone are supported"
+        raise reader.refusal("model_type", why, f"its text model saved by itself, if its model type is one of: {names}")
     if model_type not in SUPPORTED:
         guess = did_you_mean(model_type, SUPPORTED)
         hint = f"supported: {names} ({ALSO_KNOWN_AS})"
