@@ -25,13 +25,12 @@ from litlora.combine.parents import Parent, differences
 from litlora.combine.recipe import Recipe
 from litlora.config import Config
 from litlora.errors import UserError, WorkError
-from litlora.families import expected_tensors, linear_shapes, tensor_name
+from litlora.families import expected_tensors, linear_shapes, stored_name, tensor_name
 from litlora.merge.tensors import read_float32
-from litlora.methods import from_peft, lora_config
-from litlora.methods.tuning import EMBEDDING, HEAD, BottleneckSlot, LoRASlot, ScaleShiftSlot, Tuning
+from litlora.methods import from_peft, linear_names, lora_config, module_names
+from litlora.methods.tuning import EMBEDDING, BottleneckSlot, LoRASlot, ScaleShiftSlot, Tuning
 from litlora.options import AdapterOptions, LoRAOptions
 from litlora.peft import adapter_config_to_peft, prompt_from_peft, scale
-from litlora.peft.targets import modules_of
 from litlora.peft.targets import shortened as short_names
 from litlora.safetensors_file import SafetensorsFile
 
@@ -209,7 +208,7 @@ def start_of(name: str, base: Checkpoint, shape: tuple[int, ...]) -> Array:
     fill = base.config().silent.get(module.rpartition(".")[2]) if ".inserted." in name else None
     if fill is not None:
         return np.full(shape, fill, np.float32)
-    homes = {tensor_name(stored): (stored, path) for stored, path in base.shards().items()}
+    homes = {tensor_name(stored, base.config()): (stored, path) for stored, path in base.shards().items()}
     plain = name.replace(".inserted.", ".")
     stored, path = homes[plain] if plain in homes else homes[EMBEDDING]
     with SafetensorsFile(path) as file:
@@ -276,20 +275,19 @@ def described(tuning: Tuning, parents: tuple[Parent, ...], recipe: Recipe, kind:
 
 def lora_options(tuning: Tuning, config: Config) -> LoRAOptions:
     """The options that mean a tuning of LoRA, as `litlora finetune lora` would be given them."""
-    slots = {slot.removesuffix(".adapter"): kind for slot, kind in tuning.slots.items() if isinstance(kind, LoRASlot)}
+    slots = {stored_name(slot.removesuffix(".adapter"), config): kind for slot, kind in tuning.slots.items() if isinstance(kind, LoRASlot)}
     kinds = list(slots.values())
     r, alpha = Counter(kind.r for kind in kinds).most_common(1)[0][0], Counter(kind.alpha for kind in kinds).most_common(1)[0][0]
-    modules = modules_of([*expected_tensors(config), HEAD])
-    saved = [name.rpartition(".")[0] for name in tuning.whole]
+    saved = [stored_name(name.rpartition(".")[0], config) for name in tuning.whole]
     return LoRAOptions(
         r=r,
         alpha=alpha,
-        target_modules=short_names(list(slots), list(linear_shapes(config))),
+        target_modules=short_names(list(slots), linear_names(config)),
         rank_pattern=patterns({name: kind.r for name, kind in slots.items()}, r),
         alpha_pattern=patterns({name: kind.alpha for name, kind in slots.items()}, alpha),
         use_dora=kinds[0].use_dora,
         use_rslora=kinds[0].use_rslora,
-        modules_to_save=short_names(list(dict.fromkeys(saved)), modules) if saved else [],
+        modules_to_save=short_names(list(dict.fromkeys(saved)), module_names(config)) if saved else [],
         untie=tuning.untied,
     )
 

@@ -20,6 +20,7 @@ from litlora.combine.parents import Parent
 from litlora.combine.recipe import Recipe
 from litlora.config import Config
 from litlora.errors import UserError, WorkError
+from litlora.families import stored_name
 from litlora.merge.directory import config_bytes, copy_files
 from litlora.merge.effective import Effective
 from litlora.merge.outputs import Output
@@ -63,7 +64,10 @@ def model_blend_of(parents: Sequence[Parent], recipe: Recipe, *, base: Checkpoin
         for checkpoint in [*(parent.checkpoint for parent in parents[1:]), *([base] if base else [])]:
             with Effective(checkpoint) as other:
                 check_shape(first, other)
-        outputs = {name: replace(output, name=name, dtype=word or output.dtype) for name, output in first.outputs.items()}
+        outputs = {
+            name: replace(output, name=stored_name(name, first.config), dtype=word or output.dtype)
+            for name, output in first.outputs.items()
+        }
     return ModelBlend(parents=parents, recipe=recipe, base=base, outputs=outputs, dtype=word)
 
 
@@ -97,7 +101,7 @@ def write_model(blend: ModelBlend, directory: Path, progress: Callable[[int], No
             with SafetensorsFile(home) as old, new_file(tuple(outputs), old, directory / home.name) as (sink, places):
                 for output in outputs:
                     start = places[output.name].start
-                    for block in combined(blend, output.name, sources, base):
+                    for block in combined(blend, output.parameter, sources, base):
                         raw = as_stored(block, output)
                         write_at(sink, raw, start)
                         start += len(raw)
