@@ -59,11 +59,20 @@ def main() -> int:
         for name in lines:
             found[name].append(one(name, base, args))
             print(name, found[name][-1].get("failed") or f"stood still {median(found[name][-1]['stood']):.3f} s", file=sys.stderr)
-    about = {"machine": machine(args.threads), "versions": versions(), "arguments": {key: str(value) for key, value in vars(args).items()}}
-    text = f"# C8: one checkpoint, {args.base or args.shape}, a checkpoint every {args.every} steps of 4 samples\n\n{shown(found)}"
+    about = {
+        "machine": machine(args.threads),
+        "versions": versions(),
+        "arguments": {key: plain(value) for key, value in vars(args).items()},
+    }
+    text = f"# C8: one checkpoint, {base.name if args.base else args.shape}, a checkpoint every {args.every} steps of 4 samples\n\n{shown(found)}"
     print(write_results(args.out, "c8", {**about, "lines": found}, text))
     print(text)
     return int(any("failed" in result for results in found.values() for result in results))
+
+
+def plain(value: Any) -> Any:
+    """Of a place its last word: where it lies on this machine is nobody's business."""
+    return value.name if isinstance(value, Path) else value
 
 
 def one(name: str, base: Path, args: argparse.Namespace) -> dict[str, Any]:
