@@ -44,7 +44,8 @@ def model_to_gguf(
     name = names.gguf_name("model", dtype if dtype != "keep" else config_word(tensors))
     with commit_directory(out_dir, needed_bytes=file_bytes(tensors) + 2**25) as directory:
         path = directory / name
-        digest = next(iter(make_report(model, "gguf", {})["from"]["files"].values()))["sha256"]
+        report = make_report(model, "gguf", {}, dtype=dtype, files=[name])
+        digest = next(iter(report["from"]["files"].values()))["sha256"]
 
         def metadata(writer: Any) -> None:
             add_general(writer, model.path, "model", digest)
@@ -54,7 +55,7 @@ def model_to_gguf(
             add_tokens(writer, table)
 
         write_gguf(path, arch, metadata, tensors, progress)
-        report = make_report(model, "gguf", read_again(path, tensors), dtype=dtype, files=[name])
+        report["proof"] = read_again(path, tensors)
         write_report(directory, report)
     return report
 
