@@ -77,6 +77,7 @@ class RowsOptions:
     documents: Literal["file", "blank", "line"] = option(
         "file", "one document of a .txt file: all of it, what stands between blank lines, or a line"
     )
+    cache: bool = option(True, "keep tokenized rows of files above 8 MB for the next run, in ~/.cache/litlora/rows")
     map: list[str] = option([], "field names of your rows, as OURS=YOURS (prompt=question); repeatable")
 
 

@@ -619,7 +619,7 @@ def test_the_split_is_the_seeds_and_the_rows_not_their_orders(tmp_path: Path, pr
     assert held(one, 1) == held(other, 1) != held(one, 2)
     assert len(load(one, prompts).split(0.2, 1, max_samples=3).validation) == 3
     assert len(load(one, prompts).split(0.2, 1, max_samples=3).train) == 40
-    assert load(one, prompts).split(0.0, 1).validation == []
+    assert len(load(one, prompts).split(0.0, 1).validation) == 0
     with pytest.raises(UserError, match="one row alone cannot be trained on"):
         load(jsonl(one, pairs(1, repeat=5)), prompts).split(0.2, 1)
     two = load(jsonl(one, pairs(2)), prompts).split(0.9, 1)

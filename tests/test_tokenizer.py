@@ -40,14 +40,14 @@ CONTROL = [AddedToken(content, special=True) for content in ("<s>", "</s>", "<|i
 CONTROL += [AddedToken(content, special=False) for content in ("<think>", "    ", "newword")]
 
 
-def byte_level(directory: Path) -> Path:
-    """A vocabulary of bytes with a few merges, as GPT-2's."""
+def byte_level(directory: Path, *special: str) -> Path:
+    """A vocabulary of bytes with a few merges, as GPT-2's; `special`: more control tokens."""
     vocab = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = [("h", "e"), ("Ġ", "t"), ("ä", "½"), ("Ċ", "Ċ")]
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab | {"".join(pair): 256 + n for n, pair in enumerate(merges)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(CONTROL)
+    tokenizer.add_tokens([*CONTROL, *(AddedToken(content, special=True) for content in special)])
     return write(directory, tokenizer, bos_token="<s>", eos_token="</s>")
 
 

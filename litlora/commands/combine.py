@@ -20,7 +20,7 @@ from litlora.errors import UserError
 from litlora.options import Combine
 
 if TYPE_CHECKING:
-    from litlora.data.samples import Sample
+    from litlora.data.store import Sample, Samples
 
 MB = 10**6
 BIG = 256 * 2**20  # bytes of a model from which on a progress line is worth it
@@ -134,7 +134,7 @@ def samples_of(options: Combine, parents: Sequence[Parent]) -> "Sequence[Sample]
     return found[: options.max_samples]
 
 
-def held_out(parents: Sequence[Parent], prompts: Any, context: int) -> "list[Sample]":
+def held_out(parents: Sequence[Parent], prompts: Any, context: int) -> "Samples":
     """The validation rows of the run that all candidates are steps of, split off as its run.yaml says. UserError where there are none."""
     import litlora.options
     from litlora.commands import COMMANDS, Command

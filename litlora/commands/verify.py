@@ -244,7 +244,7 @@ def of_loss(checkpoints: Sequence[Checkpoint], options: Verify) -> Iterator[Find
     yield Finding(str(last.path), f"loss on {len(samples)} samples", faults, figures=figures, told=(told,))
 
 
-def samples_of(checkpoint: Checkpoint, options: Verify) -> "list[Sample]":
+def samples_of(checkpoint: Checkpoint, options: Verify) -> "Sequence[Sample]":
     """The rows of `--data` as the checkpoint's own tokenizer and template make samples of them."""
     from litlora.checkpoint.files import open_tokenizer
     from litlora.data.samples import load_data

@@ -3,36 +3,27 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from litlora import __version__
 from litlora.console import warn
 from litlora.data.demo import FILES, demo_file
 from litlora.data.formats import Message, Text, format_of, parse_mapping, to_messages
 from litlora.data.places import Row
 from litlora.data.rows import DataFile, data_file, data_files, rows_of
+from litlora.data.store import IGNORE, Made, Sample, Samples, Stored, store, store_on_disk
 from litlora.errors import UserError
 from litlora.options import RowsOptions
 from litlora.prompts import Prompts, SampleIds
 
-IGNORE = -100  # a target that is not graded
 AT_ONCE = 1024  # rows tokenized together
 CHARACTERS = 1 << 22  # and the characters in them, about
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sequence to learn from. The shift is done: targets[i] is what follows tokens[i], IGNORE where not graded."""
-
-    tokens: np.ndarray  # (T,) int32
-    targets: np.ndarray  # (T,) int32
-    where: str  # the row it is from
-
-    @property
-    def graded(self) -> int:
-        return int((self.targets != IGNORE).sum())
+LARGE = 1 << 23  # bytes of a file whose samples are kept on disk
+FORMAT = 1  # of what is kept there; another one finds nothing
 
 
 @dataclass
@@ -56,9 +47,9 @@ class DataSet:
     fingerprint      sha256 over the files' bytes and everything that makes samples of them
     """
 
-    train: list[Sample]
+    train: Samples
     weights: list[float]
-    validation: list[Sample]
+    validation: Samples
     formats: dict[str, str]
     counts: Counts
     fingerprint: str
@@ -67,15 +58,15 @@ class DataSet:
 
     @property
     def tokens(self) -> int:
-        return sum(len(sample.tokens) for sample in self.train)
+        return int(self.train.lengths.sum())
 
     @property
     def graded(self) -> int:
-        return sum(sample.graded for sample in self.train)
+        return int(self.train.graded.sum())
 
     @property
     def longest(self) -> int:
-        return max((len(sample.tokens) for sample in [*self.train, *self.validation]), default=0)
+        return max(int(samples.lengths.max(initial=0)) for samples in (self.train, self.validation))
 
     def summary(self) -> str:
         """`1,600 rows (alpaca) + 80 validation · 210,334 tokens, 61% graded · longest 181`, and what was left out."""
@@ -114,10 +105,10 @@ class DataSet:
             )
         held = held or {ranked[0]}
         keep = [n for n, group in enumerate(self.groups) if group not in held]
-        validation = [sample for sample, group in zip(self.train, self.groups, strict=True) if group in held]
+        validation = self.train.take([n for n, group in enumerate(self.groups) if group in held])
         return replace(
             self,
-            train=[self.train[n] for n in keep],
+            train=self.train.take(keep),
             weights=[self.weights[n] for n in keep],
             groups=[self.groups[n] for n in keep],
             validation=validation[:max_samples],
@@ -147,19 +138,19 @@ def load_data(
     are counted and listed, but where no row can be used at all it raises all the same.
     """
     maker = _Maker(prompts, rows, max_seq_length, mask_prompt)
-    train, weights, groups, validation = [], [], [], []
+    train: list[Stored] = []
+    validation: list[Stored] = []
+    weights: list[float] = []
     for source in (_source(entry) for entry in data):
         parts = (source.validation or source.train, []) if heldout else (source.train, source.validation)
         for file in parts[0]:
-            made = maker.samples_of(file, source.weight)
-            train += [sample for sample, _ in made]
-            groups += [group for _, group in made]
-            weights += [source.weight] * len(made)
-        for file in parts[1]:
-            validation += [sample for sample, _ in maker.samples_of(file, 0.0)]
-    if not train:
+            train.append(maker.samples_of(file, source.weight))
+            weights += [source.weight] * len(train[-1].index)
+        validation += [maker.samples_of(file, 0.0) for file in parts[1]]
+    if not weights:
         raise maker.nothing_left(data)
-    return DataSet(train, weights, validation, maker.formats, maker.counts, maker.fingerprint(), maker.skipped, groups)
+    groups = [group for part in train for group in part.groups()]
+    return DataSet(Samples(train), weights, Samples(validation), maker.formats, maker.counts, maker.fingerprint(), maker.skipped, groups)
 
 
 def texts_of(data: Sequence[str], rows: RowsOptions) -> Iterator[str]:
@@ -236,6 +227,8 @@ class _Maker:
         self._left: SampleIds = ([], [])  # of a text that goes on in the next row
         self._hashes: list[object] = [prompts.tokenizer.hash, prompts.template, max_seq_length, mask_prompt, self.skip, self.mapping]
         self._hashes += [rows.documents] if rows.documents != "file" else []
+        self._hashes += [for_tools] if (for_tools := prompts.tool_template) else []
+        self._fixed, self.keep = list(self._hashes), rows.cache
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self._hashes, sort_keys=True).encode()).hexdigest()
@@ -257,10 +250,30 @@ class _Maker:
         self.counts.skipped += 1
         self.skipped.append(str(error))
 
-    def samples_of(self, file: DataFile, weight: float) -> list[tuple[Sample, str]]:
+    def samples_of(self, file: DataFile, weight: float) -> Stored:
+        """The samples of one file; those of a large one on disk, from an earlier run where nothing has changed."""
+        digest = file.sha256()
+        self._hashes.append([digest, weight])
+        if file.size < LARGE:
+            return store(self._made(file), file.name)
+        before = asdict(self.counts)
+        fixed = [FORMAT, __version__, self._fixed, digest]
+        key = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+        def about() -> dict[str, Any] | None:
+            """What has to be known again; None where rows were skipped, for these are listed by their places."""
+            now = {name: value - before[name] for name, value in asdict(self.counts).items()}
+            return None if now["skipped"] else {"format": self.formats.get(file.name, ""), "counts": now}
+
+        stored, said = store_on_disk(key, file.name, lambda: self._made(file), about, self.keep)
+        if said is not None:
+            self.formats[file.name] = said["format"]
+            self.counts = Counts(**{name: before[name] + value for name, value in said["counts"].items()})
+        return stored
+
+    def _made(self, file: DataFile) -> Iterator[Made]:
         """The samples of one file, each with its row's group."""
-        self._hashes.append([file.sha256(), weight])
-        return [made for chunk in _chunks(self._parsed(file)) for made in self._tokenized(chunk)]
+        return (made for chunk in _chunks(self._parsed(file)) for made in self._tokenized(chunk))
 
     def _parsed(self, file: DataFile) -> Iterator[tuple[Row, list[Message] | Text]]:
         form = None
@@ -278,7 +291,7 @@ class _Maker:
             except UserError as error:
                 self._bad(error)
 
-    def _tokenized(self, chunk: Sequence[tuple[Row, list[Message] | Text]]) -> Iterator[tuple[Sample, str]]:
+    def _tokenized(self, chunk: Sequence[tuple[Row, list[Message] | Text]]) -> Iterator[Made]:
         conversations = [value for _, value in chunk if not isinstance(value, Text)]
         answers = iter(self.prompts.batch_samples_ids(conversations))
         plain = [value for _, value in chunk if isinstance(value, Text)]
@@ -294,7 +307,7 @@ class _Maker:
                 group = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
                 yield from ((sample, group) for ids in made for sample in self._fitted(row, ids))
 
-    def _pieces(self, row: Row, made: SampleIds) -> Iterator[tuple[Sample, str]]:
+    def _pieces(self, row: Row, made: SampleIds) -> Iterator[Made]:
         """A text in pieces of max_seq_length tokens; each token but the first is predicted once.
 
         What is left of a text that goes on is kept for the next of its rows.

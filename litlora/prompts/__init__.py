@@ -38,6 +38,7 @@ class Prompts:
     """How one model is spoken to.
 
     template, template_name   the Jinja text in use, and where it is from
+    tool_template             another one for conversations with tools, where the model has one
     stop_ids                  the ids that end an answer: the tokenizer's, and the template's end of a turn
     """
 
@@ -51,8 +52,9 @@ class Prompts:
         self._begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
         self._values = dict(tokenizer.special_tokens)
         self._compiled = compile_template(self.template)
-        for_tools = tokenizer.chat_templates.get("tool_use") if self.template == tokenizer.chat_templates.get("default") else None
-        self._with_tools = compile_template(for_tools) if for_tools else self._compiled
+        named = tokenizer.chat_templates
+        self.tool_template = named.get("tool_use") if self.template == named.get("default") else None
+        self._with_tools = compile_template(self.tool_template) if self.tool_template else self._compiled
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -78,7 +80,8 @@ class Prompts:
             else:
                 plain.append(shown)
         compiled = self._with_tools if tools else self._compiled
-        return render(compiled, messages=plain, add_generation_prompt=ask, tools=tools, documents=None, **self._values)
+        text = render(compiled, messages=plain, add_generation_prompt=ask, tools=tools, documents=None, **self._values)
+        return text if ask else text.removesuffix(self._always_asks)
 
     def _shielded(self, value: Any, mark: str, answer: bool) -> Any:
         """The value with the mark in each control string of each text in it."""
@@ -246,6 +249,27 @@ class Prompts:
                 hint="pass another template",
             )
         return before + content + after
+
+    @cached_property
+    def _always_asks(self) -> str:
+        """How a template asks for an answer that does so whether it should or not (GLM-Edge's): what follows an answer is not its end."""
+        question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "replied"}
+        values = {"tools": None, "documents": None, **self._values}
+        try:
+            asked, wanted, answered, going_on = (
+                render(self._compiled, messages=messages, add_generation_prompt=ask, **values)
+                for messages, ask in (
+                    ([question], False),
+                    ([question], True),
+                    ([question, answer], False),
+                    ([question, answer, question], False),
+                )
+            )
+        except UserError:  # a template that wants something else in a conversation; what it says then is seen later
+            return ""
+        after = answered.partition("replied")[2]
+        always = asked.endswith(after) and wanted.endswith(after)
+        return after if always and not going_on.partition("replied")[2].startswith(after) else ""
 
     @cached_property
     def _frame(self) -> tuple[str | None, str]:

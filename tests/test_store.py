@@ -1,0 +1,154 @@
+"""litlora/data/store.py: samples in memory and on disk are the same; what is kept is found again only where nothing changed."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, shared_data
+from test_data import CHATML, jsonl, load, pairs, prompts  # noqa: F401  (a fixture)
+from test_tokenizer import byte_level
+
+from litlora.data import samples, store
+from litlora.data.samples import DataSet
+from litlora.errors import UserError
+from litlora.prompts import Prompts
+from litlora.tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every file is large, and the cache is a directory of this test."""
+    monkeypatch.setattr(samples, "LARGE", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "litlora" / "rows"
+
+
+def shown(data: DataSet) -> Any:
+    of = [[(sample.tokens.tolist(), sample.targets.tolist(), sample.where) for sample in part] for part in (data.train, data.validation)]
+    return of, data.weights, data.groups, data.formats, data.counts, data.fingerprint, data.tokens, data.graded, data.longest
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files whose rows are made into samples from here on."""
+    made: list[str] = []
+    original = samples._Maker._made
+
+    def made_of(maker: Any, file: Any) -> Any:
+        made.append(file.name)
+        return original(maker, file)
+
+    monkeypatch.setattr(samples._Maker, "_made", made_of)
+    return made
+
+
+def test_samples_on_disk_are_those_in_memory(tmp_path: Path, prompts: Prompts, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """D06. The split too, and again from what was kept. Caught: places of the first file for the second; counts lost."""
+    path = jsonl(tmp_path / "rows.jsonl", [*pairs(20), {"prompt": "x" * 600, "completion": "y"}])
+    first = load(path, prompts, 100)
+    made = counted(monkeypatch)
+    again = load(path, prompts, 100)
+    assert made == [] and len(list(kept.iterdir())) == 1
+    monkeypatch.setattr(samples, "LARGE", 1 << 30)
+    assert shown(first) == shown(again) == shown(load(path, prompts, 100)) and again.counts.truncated == 1
+    assert shown(again.split(0.3, 7)) == shown(load(path, prompts, 100).split(0.3, 7))
+    assert not isinstance(load(path, prompts).train[0].tokens, np.memmap) and isinstance(again.train.parts[0].tokens, np.memmap)
+
+
+def test_what_changes_samples_finds_nothing(tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """D06: file, tokenizer, template, length, mask, mapping, --rows.on_error. Another name and other neighbours do find it."""
+    path = jsonl(tmp_path / "rows.jsonl", pairs(5))
+    load(path, prompts)
+    made = counted(monkeypatch)
+    (tmp_path / "other").mkdir()
+    copy = jsonl(tmp_path / "other" / "copy.jsonl", pairs(5))
+    assert load(copy, prompts).train[3].where == f"{copy}:4:1" and made == []
+    other_template = Prompts(prompts.tokenizer, "{# another #}" + CHATML)
+    other_tokenizer = Prompts(Tokenizer(byte_level(tmp_path / "t", "<more>")), CHATML)
+    for changed in (
+        lambda: load(path, other_template),
+        lambda: load(path, other_tokenizer),
+        lambda: load(path, prompts, 40),
+        lambda: load(path, prompts, mask_prompt=False),
+        lambda: load(path, prompts, on_error="skip"),
+        lambda: load(jsonl(tmp_path / "rows.jsonl", pairs(6)), prompts),
+    ):
+        before = len(made)
+        changed()
+        assert len(made) == before + 1
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete", "about"])
+def test_what_was_altered_is_made_again(tmp_path: Path, prompts: Prompts, kept: Path, damage: str) -> None:  # noqa: F811
+    """A cache costs time, never a result. Caught: sizes compared alone."""
+    path = jsonl(tmp_path / "rows.jsonl", pairs(5))
+    good = shown(load(path, prompts))
+    entry = next(kept.iterdir())
+    tokens = entry / "tokens"
+    raw = bytearray(tokens.read_bytes())
+    if damage == "flip":
+        raw[9] ^= 1
+        tokens.write_bytes(raw)
+    elif damage == "cut":
+        tokens.write_bytes(raw[:-4])
+    elif damage == "delete":
+        tokens.unlink()
+    else:
+        (entry / store.ABOUT).write_text("{")
+    assert shown(load(path, prompts)) == good == shown(load(path, prompts))
+
+
+def test_nothing_is_kept_of_rows_with_mistakes_nor_where_it_is_not_wanted(tmp_path: Path, prompts: Prompts, kept: Path) -> None:  # noqa: F811
+    """Skipped rows are listed by their places each time; a run that fails leaves nothing behind."""
+    path = jsonl(tmp_path / "rows.jsonl", [*pairs(3), {"prompt": "q"}])
+    with pytest.raises(UserError):
+        load(path, prompts)
+    for _ in range(2):
+        data = load(path, prompts, on_error="skip")
+        assert len(data.skipped) == 1 and data.skipped[0].startswith(f"{path}:4:1: completion row without") and len(data.train) == 3
+    del data
+    assert list(kept.iterdir()) == []
+    for n in range(store.ENTRIES + 3):
+        load(jsonl(tmp_path / "rows.jsonl", pairs(n + 1)), prompts)
+    assert len(list(kept.iterdir())) == store.ENTRIES
+
+
+def test_a_home_that_cannot_be_written_to_costs_time_alone(tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(load(jsonl(tmp_path / "rows.jsonl", pairs(3)), prompts).train) == 3
+
+
+READ = """
+import resource, sys
+from pathlib import Path
+from litlora.data.samples import load_data
+from litlora.options import RowsOptions
+from litlora.prompts import Prompts
+from litlora.tokenizer import Tokenizer
+data = load_data([sys.argv[1]], Prompts(Tokenizer(sys.argv[2])), rows=RowsOptions(cache=False), max_seq_length=512)
+total = sum(int(sample.tokens[0]) for sample in data.train)
+file_pages = int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
+print(data.tokens, file_pages, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_text_larger_than_memory_is_streamed(tmp_path: Path) -> None:
+    """Memory does not grow with the text: four times as much costs less than 60 MB more (all of it would be 300 MB)."""
+    text = shared_data("text/wiki_demo.txt").read_bytes()
+    tokenizer = shared_data("models/stories3m-llama")
+    peaks = []
+    for times in (12, 48):
+        path = tmp_path / f"{times}.txt"
+        path.write_bytes(text * times)
+        words = [sys.executable, "-c", READ, str(path), str(tokenizer)]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        tokens, anonymous, _ = map(int, done.stdout.split())
+        assert tokens > times * 200_000
+        peaks.append(anonymous)
+    assert peaks[1] - peaks[0] < 60_000, peaks
