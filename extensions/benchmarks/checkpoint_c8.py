@@ -64,7 +64,8 @@ def main() -> int:
         "versions": versions(),
         "arguments": {key: plain(value) for key, value in vars(args).items()},
     }
-    text = f"# C8: one checkpoint, {base.name if args.base else args.shape}, a checkpoint every {args.every} steps of 4 samples\n\n{shown(found)}"
+    of = base.name if args.base else args.shape
+    text = f"# C8: one checkpoint, {of}, a checkpoint every {args.every} steps of 4 samples\n\n{shown(found)}"
     print(write_results(args.out, "c8", {**about, "lines": found}, text))
     print(text)
     return int(any("failed" in result for results in found.values() for result in results))
