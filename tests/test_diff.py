@@ -39,8 +39,8 @@ def drawn(base: Path, seed: int, size: float = 0.1) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_norms_and_cosines_are_those_of_fp64(tmp_path: Path, dtype: str) -> None:
-    """Of the plain models, unrounded, and of both updates of their base. (Seen to fail: the cosine of the weights instead of the
-    updates; ||A - B|| over ||B||; the updates of A taken twice.)"""
+    """Of the plain models, unrounded, and of both updates of their base. (Seen to fail: updates measured from
+    something else than the base.)"""
     base = make_base(tmp_path / "base", dtype)
     a, b = (make_step(tmp_path / f"run{seed}", base, tensors=drawn(base, seed)) for seed in (1, 2))
     found = difference(a, b)
