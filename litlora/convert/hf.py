@@ -12,6 +12,7 @@ from litlora.checkpoint.shards import find_shards
 from litlora.convert.parts import CONFIG_WORDS, DTYPES, Part, cast, parts_of, write_parts
 from litlora.convert.report import compared, make_report, write_report
 from litlora.convert.sources import Model
+from litlora.families import stored_name
 
 GB = 10**9
 
@@ -20,7 +21,8 @@ def model_to_hf(
     model: Model, out_dir: Path, *, dtype: str = "keep", max_shard_size: float = 5.0, progress: Callable[[int], None] = lambda done: None
 ) -> dict[str, Any]:
     """Write `out_dir`, whole or not at all, and return its report. `max_shard_size` in GB, 0: one file. WorkError."""
-    parts = stored_as(model.tensors, dtype)
+    tensors = {stored_name(name, model.config): part for name, part in model.tensors.items()}
+    parts = stored_as(tensors, dtype)
     size = sum(part.size for part in parts.values())
     shards = in_shards(parts, max_shard_size * GB)
     make_directory(out_dir.absolute().parent)
@@ -32,7 +34,7 @@ def model_to_hf(
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             (directory / names.WEIGHTS_INDEX).write_bytes(as_json(index))
         write_small_files(model, directory, dtype)
-        proof = compared(model.tensors, parts_of(find_shards(directory)), directory)
+        proof = compared(tensors, parts_of(find_shards(directory)), directory)
         report = make_report(model, "hf", proof, dtype=dtype, files=sorted(shards))
         write_report(directory, report)
     return report

@@ -20,7 +20,7 @@ from litlora.config import Config
 from litlora.convert.litgpt import litgpt_config, lora_in_peft, model_in_hf, read_yaml
 from litlora.convert.parts import Part, parts_of, refuse_not_finite
 from litlora.errors import UserError
-from litlora.families import config_from_hf, config_to_hf, expected_tensors, is_derived, tensor_name
+from litlora.families import config_from_hf, config_to_hf, expected_tensors, is_derived, stored_name, tensor_name
 from litlora.methods.tuning import EMBEDDING, HEAD
 from litlora.peft import check_tensors
 
@@ -170,10 +170,11 @@ def whole_model(
 ) -> Model:
     """The tensors that the config means, under their full names; the others are named with the reason why they are left out."""
     dropped = {name: DERIVED for name in tensors if is_derived(name)}
-    kept = {tensor_name(name): part for name, part in tensors.items() if name not in dropped}
+    kept = {tensor_name(name, config): part for name, part in tensors.items() if name not in dropped}
     if len(kept) + len(dropped) < len(tensors):
         raise UserError("names a tensor twice, with and without `model.` in front", where=path)
-    called = dict(origins or {}) | {tensor_name(name): name for name in tensors if tensor_name(name) != name}
+    ours = {name: tensor_name(name, config) for name in tensors}
+    called = dict(origins or {}) | {own: name for name, own in ours.items() if stored_name(own, config) != name}
     if config.tie_word_embeddings and HEAD in kept and EMBEDDING in kept:
         head, embedding = kept.pop(HEAD), kept[EMBEDDING]
         if head.shape != embedding.shape or head.dtype != embedding.dtype or not np.array_equal(head.bytes(), embedding.bytes()):
