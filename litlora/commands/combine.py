@@ -15,7 +15,7 @@ from litlora.combine import Parent, Plan, Recipe, prepare, recipe_of
 from litlora.combine import combine as write
 from litlora.combine.soup import greedy
 from litlora.commands.generate import open_model, split_weight
-from litlora.console import Progress, header, say
+from litlora.console import Progress, header, say, warn
 from litlora.errors import UserError
 from litlora.options import Combine
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MB = 10**6
 BIG = 256 * 2**20  # bytes of a model from which on a progress line is worth it
+LARGE = 0.1  # relative error from which on a warning is due
 WORST = 3  # modules that are named where a smaller rank was asked for
 
 
@@ -190,6 +191,8 @@ def tell(options: Combine, report: dict[str, Any]) -> None:
         worst = sorted(result["modules"].items(), key=lambda item: -item[1]["relative_error"])[:WORST]
         for module, cost in worst if result["relative_error"] > 0 else ():
             say(f"  {module}: rank {cost['rank']}, relative error {cost['relative_error']:.3%}")
+    if result.get("relative_error", 0) > LARGE:
+        warn(f"{result['relative_error']:.0%} of the combined update is not in the result", "a larger --rank; or --whole, which is exact")
     place = shlex.quote(options.out_dir)
     say(f"next: litlora evaluate {place} --data FILE")
     say(f"      litlora chat {place}")
