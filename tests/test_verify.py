@@ -18,6 +18,7 @@ from test_merge_methods import CASES, case
 from litlora.__main__ import main
 from litlora.checkpoint import names
 from litlora.checkpoint.fingerprint import tensor_digests
+from litlora.checkpoint.manifest import SEAL, seal
 from litlora.checkpoint.reading import sha256
 from litlora.checkpoint.resolve import resolve
 from litlora.checkpoint.shards import find_shards
@@ -96,7 +97,7 @@ def test_a_merge_of_something_else_is_found_by_its_logits(place: Path, capsys: p
     assert main(["merge_lora", str(place / "out" / "step-1")]) == 0
     report = json.loads((other / names.MERGE_REPORT).read_text())
     report["adapter"] = json.loads((merged / names.MERGE_REPORT).read_text())["adapter"]
-    (other / names.MERGE_REPORT).write_text(json.dumps(report))
+    (other / names.MERGE_REPORT).write_bytes(sealed(report))
     assert "computes something else" in faults(other, capsys)
 
 
@@ -117,6 +118,11 @@ def test_a_base_with_a_number_that_is_none_is_found(place: Path, capsys: pytest.
 Numbers = dict[str, tuple[str, np.ndarray, bytes]]
 
 
+def sealed(report: Mapping[str, Any]) -> bytes:
+    """With the hash of what it says now: a lie that is not told by the hash."""
+    return seal({key: value for key, value in report.items() if key != SEAL})
+
+
 def rewrite(merged: Path, change: Callable[[Numbers], Mapping[str, tuple[str, tuple[int, ...], Any]]]) -> None:
     """Other weights in a merged model, and the hashes of its report made to fit them."""
     changed = change(read(merged))
@@ -124,7 +130,7 @@ def rewrite(merged: Path, change: Callable[[Numbers], Mapping[str, tuple[str, tu
     write_safetensors(merged / names.WEIGHTS, {**kept, **changed}, {"format": "pt"})
     report = json.loads((merged / names.MERGE_REPORT).read_text())
     report["weights"] = tensor_digests(find_shards(merged), use_cache=False)
-    (merged / names.MERGE_REPORT).write_text(json.dumps(report))
+    (merged / names.MERGE_REPORT).write_bytes(sealed(report))
 
 
 def stored(values: np.ndarray, dtype: str) -> tuple[str, tuple[int, ...], bytes]:
@@ -201,7 +207,7 @@ def test_a_wrong_number_is_found_though_every_hash_fits(
 def test_a_report_that_claims_more_than_there_is_is_found(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     merged = place / "out" / "step-2" / names.MERGED
     report = json.loads((merged / names.MERGE_REPORT).read_text())
-    (merged / names.MERGE_REPORT).write_text(json.dumps(report | {"update_relative_norm": 2 * report["update_relative_norm"]}))
+    (merged / names.MERGE_REPORT).write_bytes(sealed(report | {"update_relative_norm": 2 * report["update_relative_norm"]}))
     assert "update_relative_norm" in faults(merged, capsys)
 
 
@@ -211,7 +217,7 @@ def test_a_config_of_another_model_is_found(place: Path, capsys: pytest.CaptureF
     path, report = merged / names.CONFIG, json.loads((merged / names.MERGE_REPORT).read_text())
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.1}))
     report["files"][names.CONFIG] = sha256(path)
-    (merged / names.MERGE_REPORT).write_text(json.dumps(report))
+    (merged / names.MERGE_REPORT).write_bytes(sealed(report))
     assert "rms_norm_eps" in faults(merged, capsys)
 
 

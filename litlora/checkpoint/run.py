@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -134,6 +135,8 @@ def _make_writable(path: Path) -> None:
         sync(probe)
         probe.unlink()
     except OSError as error:
+        with suppress(OSError):  # it may have been made, and not filled
+            probe.unlink()
         raise _no_access(error, path) from error
 
 

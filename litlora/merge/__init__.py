@@ -23,8 +23,9 @@ from typing import Any
 
 from litlora.checkpoint import names
 from litlora.checkpoint.commit import commit_directory, make_directory, remove, remove_leftovers, sync
+from litlora.checkpoint.manifest import seal
 from litlora.errors import UserError, WorkError
-from litlora.merge.directory import encode, fingerprint_before, make_report, write_small_files
+from litlora.merge.directory import fingerprint_before, make_report, write_small_files
 from litlora.merge.plan import Plan, prepare
 from litlora.merge.tensors import MergeOverflow, Moved
 from litlora.merge.weights import write_weights
@@ -47,10 +48,10 @@ def merge(
         refuse_no_change(plan, moved)
         write_small_files(plan, directory)
         report = make_report(plan, moved, directory)
-        (directory / names.MERGE_REPORT).write_bytes(encode(report))
+        (directory / names.MERGE_REPORT).write_bytes(seal(report))
         if prove is not None:
             report["proof"] = prove(directory)
-            (directory / names.MERGE_REPORT).write_bytes(encode(report))
+            (directory / names.MERGE_REPORT).write_bytes(seal(report))
     return report
 
 

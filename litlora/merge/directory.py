@@ -168,7 +168,7 @@ def make_report(plan: Plan, moved: Mapping[str, Moved], directory: Path) -> dict
     total = summed(changed.values())
     record = plan.checkpoint.manifest
     return {
-        "format_version": 1,
+        "format_version": 2,  # 1 had no hash of its own
         "adapter": {
             "path": str(plan.checkpoint.path.resolve()),
             "sha256": plan.adapter_sha256,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from litlora.checkpoint.commit import write_atomically
+from litlora.checkpoint.commit import sync, write_atomically
 from litlora.console import warn
 
 COLUMNS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "graded", "tokens", "seconds", "tokens_per_second", "memory_mb")
@@ -35,9 +35,20 @@ class Metrics:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(",".join(written(values.get(name)) for name in self.columns) + "\n")
         except OSError as error:
-            if not self.warned:
-                warn(f"{self.path}: {error.strerror}; going on without the missing rows")
-            self.warned = True
+            self.complain(error)
+
+    def sync(self) -> None:
+        """Before a checkpoint counts, its rows are on the disk: what is resumed after a power cut has none missing."""
+        try:
+            if self.path is not None and self.path.exists():
+                sync(self.path)
+        except OSError as error:
+            self.complain(error)
+
+    def complain(self, error: OSError) -> None:
+        if not self.warned:
+            warn(f"{self.path}: {error.strerror}; going on without the missing rows")
+        self.warned = True
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -99,14 +99,14 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
         start = Position(**values["position"])
     watch = Watch({column: [p for name, p in trained.items() if name.startswith(prefix)] for column, prefix in job.watched.items()})
     out_dir = Path(options.out_dir)
-    metrics = Metrics(
-        out_dir / names.METRICS if fabric.is_global_zero else None, keep_until=start.step if resumed else -1, more=watch.columns
-    )
-    committer = Committer(job, model, trained, digests(trained), optimizer, plan, fixed, resumed, lineage)
-    if fabric.is_global_zero:
+    if fabric.is_global_zero:  # first of all, what the run is: without it, `--resume` would not know
         write_atomically(out_dir / names.RUN_YAML, run_yaml(job).encode())
         if job.data.skipped:
             write_atomically(out_dir / names.SKIPPED_ROWS, "".join(f"{reason}\n" for reason in job.data.skipped).encode())
+    metrics = Metrics(
+        out_dir / names.METRICS if fabric.is_global_zero else None, keep_until=start.step if resumed else -1, more=watch.columns
+    )
+    committer = Committer(job, model, trained, digests(trained), optimizer, plan, fixed, resumed, lineage, metrics)
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
     run = Run(
         fabric=fabric, model=wrapped, optimizer=wrapped_optimizer, plan=plan, samples=job.data.train, validation=job.data.validation,
@@ -137,6 +137,7 @@ class Committer:
     fixed: Mapping[str, Any]
     resumed: Checkpoint | None
     lineage: tuple[dict[str, Any], ...]
+    metrics: Metrics
 
     def prepare(self, commit: Commit) -> Prepared:
         """What becomes `out/step-N`. WorkError where nothing changed, or a tensor is not finite: that is never saved.
@@ -157,6 +158,7 @@ class Committer:
         run = Path(self.job.options.out_dir)
 
         def write() -> None:
+            self.metrics.sync()
             commit_step(run, manifest, tensors=tensors, files=files, state=state)
             self.drop_what_is_old(run)
 

@@ -7,7 +7,8 @@ import numpy as np
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.fingerprint import combine, tensor_digests
-from litlora.checkpoint.reading import read_json, sha256
+from litlora.checkpoint.manifest import unseal
+from litlora.checkpoint.reading import read_bytes, read_json, sha256
 from litlora.checkpoint.shards import find_shards
 from litlora.errors import UserError
 from litlora.merge.outputs import base_files
@@ -18,6 +19,8 @@ from litlora.safetensors_file import FLOAT_BYTES, SafetensorsFile
 def reread(directory: Path, report_name: str = names.MERGE_REPORT) -> list[str]:
     """What differs from the directory's own report (of a merge, or of an extended vocabulary), one line each."""
     report = read_json(directory, report_name)
+    if report.get("format_version") != 1:  # from 2 on it has a hash of its own
+        report = unseal(read_bytes(directory / report_name), directory / report_name)
     weights, files = report.get("weights"), report.get("files")
     if not isinstance(weights, dict) or not isinstance(files, dict):
         raise UserError("holds no hashes", where=directory / report_name)

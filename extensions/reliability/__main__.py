@@ -1,0 +1,143 @@
+"""`python -m extensions.reliability --trials 200`: trials of every fault, and a table of what was lost. Exit code 1: something was."""
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from queue import SimpleQueue
+
+from extensions.reliability import alterations, others, runs, writers
+from extensions.reliability.place import Place, make_place, scratch
+from extensions.reliability.processes import Server
+from extensions.reliability.tally import KINDS, Tally, table
+
+PACKAGES = ("torch", "lightning", "numpy", "safetensors")
+
+
+def faults(trials: int, share: int) -> list[Callable[[Place], Tally]]:
+    """What is tried; `trials` is the size of the random ones, and of the exhaustive ones each `share`-th point is tried."""
+    points = partial(crash_points, share=share)
+    found: list[Callable[[Place], Tally]] = [
+        partial(runs.kills, count=trials, inside=trials // 4),
+        partial(runs.signals, count=trials // 2),
+        *(partial(points, lose=lose) for lose in (None, "all", 1)),
+        *(partial(points, lose=lose, keep=1) for lose in (None, "all")),
+        partial(runs.file_limits, count=trials // 4),
+        partial(others.full_disks, count=trials // 3),
+        partial(alterations.of_a_step, seeds=64),
+        partial(alterations.of_a_merged_model, seeds=64),
+        alterations.by_the_commands,
+        partial(others.two_trainers, count=trials // 10),
+        others.closed_places,
+        others.full_logs,
+        others.broken_values,
+    ]
+    for writer in writers.WRITERS:
+        found += [partial(writers.crashes, writer=writer, lose=lose, share=share) for lose in (None, "all", 1)]
+        found += [partial(writers.kills, writer=writer, count=trials // 8), partial(writers.file_limits, writer=writer, count=trials // 10)]
+        found.append(partial(writers.read_only, writer=writer))
+    return [*found, left_out_syncs]
+
+
+def crash_points(place: Place, lose: int | str | None, share: int, keep: int = 0) -> Tally:
+    """`keep`: old steps are deleted on the way."""
+    root, more = place.fresh("crash"), ("--train.keep", str(keep)) if keep else ()
+    calls = runs.calls_of(place, place.finetune(root / "out", runs.STEPS, *more), root)
+    tally = runs.crashes(place, lose, [0, *range(1, calls + 1, share)], "", *more)
+    tally.name += f", --train.keep {keep}" if keep else ""
+    tally.notes["calls of one run"] = calls
+    return tally
+
+
+def left_out_syncs(place: Place) -> Tally:
+    """The other way round: without any one fsync, the power-cut trial must see a loss, or it sees nothing at all."""
+    tally = Tally("without one fsync, a power cut is noticed (a loss here: it was not)")
+    for name, pattern in runs.SYNCED.items():
+        with tally.trial():
+            seen = runs.crashes(place, "all", [0], pattern).losses
+            tally.expect("undetected", bool(seen), f"a run without the fsync of {name}")
+    for writer in writers.WRITERS:
+        for pattern in writer.synced:
+            with tally.trial():
+                seen = writers.crashes(place, writer, "all", [0], pattern).losses
+                tally.expect("undetected", bool(seen), f"{writer.name} without the fsync of {pattern}")
+    return tally
+
+
+def job(waiting: "SimpleQueue[tuple[int, Callable[[Place], Tally]]]", done: dict[int, Tally]) -> None:
+    """One server and one place, for as long as there is something to try."""
+    path = scratch()
+    try:
+        with Server() as server:
+            place = make_place(path, server)
+            while not waiting.empty():
+                number, fault = waiting.get()
+                done[number] = fault(place)
+                tell(done[number])
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def tell(tally: Tally) -> None:
+    lost = f"LOSSES {dict(tally.losses)}" if tally.losses else "no loss"
+    print(f"{time.strftime('%H:%M:%S')} {tally.name}: {tally.trials} trials, {lost}, {tally.seconds:.0f} s", file=sys.stderr, flush=True)
+    for example in tally.examples[:5]:
+        print(f"    {example}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m extensions.reliability", description=__doc__)
+    parser.add_argument("--trials", type=int, default=200, help="size of the random trials (kills; the others are fractions of it)")
+    parser.add_argument("--share", type=int, default=1, help="try each SHARE-th point of the exhaustive ones")
+    parser.add_argument("--jobs", type=int, default=2, help="faults tried at the same time")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="words that a fault's code name must contain (kills, crashes, merge_lora ...)"
+    )
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="where the JSON and the table go")
+    options = parser.parse_args()
+    chosen = [
+        fault for fault in faults(options.trials, options.share) if not options.only or any(word in repr(fault) for word in options.only)
+    ]
+    began = time.strftime("%Y-%m-%d %H:%M:%S")
+    waiting: SimpleQueue[tuple[int, Callable[[Place], Tally]]] = SimpleQueue()
+    for each in enumerate(chosen):
+        waiting.put(each)
+    done: dict[int, Tally] = {}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for ended in [pool.submit(job, waiting, done) for _ in range(options.jobs)]:
+            ended.result()
+    tallies = [done[number] for number in sorted(done)]
+    facts = {
+        "date": began,
+        "machine": f"{platform.system()} {platform.release()}, {platform.machine()}, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in PACKAGES},
+        "disk": "in memory (tmpfs)" if str(scratch_parent()).startswith("/dev/shm") else "on disk",
+        "kinds of loss": KINDS,
+        "faults": [asdict(tally) for tally in tallies],
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"{began.replace(' ', '-').replace(':', '')}.json"
+    path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    packages = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())  # type: ignore[attr-defined]
+    text = f"{began}, {facts['machine']}, {packages}; files {facts['disk']}.\n\n{table(tallies)}\n"
+    path.with_suffix(".md").write_text(text)
+    print(text)
+    return int(any(tally.losses for tally in tallies))
+
+
+def scratch_parent() -> Path:
+    path = scratch()
+    path.rmdir()
+    return path.parent
+
+
+if __name__ == "__main__":
+    sys.exit(main())
