@@ -88,9 +88,11 @@ def job(waiting: "SimpleQueue[tuple[int, Callable[[Place], Tally]]]", done: dict
 
 def tell(tally: Tally) -> None:
     lost = f"LOSSES {dict(tally.losses)}" if tally.losses else "no loss"
-    print(f"{time.strftime('%H:%M:%S')} {tally.name}: {tally.trials} trials, {lost}, {tally.seconds:.0f} s", file=sys.stderr, flush=True)
+    print(
+        f"{time.strftime('%H:%M:%S')} {tally.name}: {tally.trials} trials, {lost}, {tally.seconds:.0f} s", file=sys.__stderr__, flush=True
+    )
     for example in tally.examples[:5]:
-        print(f"    {example}", file=sys.stderr, flush=True)
+        print(f"    {example}", file=sys.__stderr__, flush=True)
 
 
 def main() -> int:
