@@ -4,8 +4,10 @@ The trials themselves are in `extensions/reliability`; what a single commit must
 the slow ones make.
 """
 
+import io
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from extensions.reliability.processes import Server
 from extensions.reliability.writers import WRITERS, Writer
 from litlora.checkpoint import names
 from litlora.checkpoint.resolve import list_steps
+from litlora.train.signals import Signals
 
 TRIALS = int(os.environ.get("LITLORA_TRIALS", "200"))
 LOSSES = pytest.mark.parametrize("lose", [None, "all", 1], ids=["process", "power", "power-in-part"])
@@ -183,6 +186,20 @@ def test_a_command_never_reports_success_where_it_may_not_write(place: Place, wr
 def test_signals_at_any_time_end_in_a_commit_and_resume_to_the_same_bits(place: Place, count: int) -> None:
     """F10: before training, in steps, validations and commits; a second one ends it at once, and nothing is torn."""
     runs.signals(place, count, steps=10 if count < 10 else 24).assert_none()
+
+
+def test_a_signal_in_the_middle_of_a_print_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F10. Caught, once in a hundred signals: "reentrant call inside BufferedWriter" ended the run with exit code 1 and no commit."""
+
+    class Busy(io.StringIO):
+        def write(self, text: str) -> int:
+            raise RuntimeError("reentrant call")
+
+    monkeypatch.setattr("sys.stderr", Busy())
+    signals = Signals()
+    signals.training = True
+    signals.receive(signal.SIGINT, None)
+    assert signals.asked() == (True, False)
 
 
 def test_values_that_are_not_finite_are_never_committed(place: Place) -> None:

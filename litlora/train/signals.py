@@ -1,8 +1,8 @@
 """SIGINT and SIGTERM: finish the step, commit, leave with 128 + the number; a second one leaves at once. SIGUSR1: commit and go on."""
 
+import contextlib
 import os
 import signal
-import sys
 from types import FrameType
 from typing import Any
 
@@ -42,4 +42,5 @@ class Signals:
         self.number = number
         if not self.training:
             raise Interrupted(number)
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        with contextlib.suppress(OSError):  # past Python's own file: the signal may have come in the middle of a print to it
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
