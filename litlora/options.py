@@ -435,6 +435,18 @@ class Convert:
 
 
 @dataclass(kw_only=True)
+class Download:
+    """Fetch a base from Hugging Face (or from HF_ENDPOINT): config, weights, tokenizer, licence, and nothing else.
+
+    Started again it goes on where it was. HF_TOKEN opens private and gated models."""
+
+    bare: ClassVar[tuple[str, ...]] = ("repo_id",)
+    repo_id: str | None = option(None, "the model: ORG/NAME", unset="must be given")
+    out_dir: str | None = option(None, "where it goes: a new directory, or one that this command began", unset="models/NAME")
+    revision: str = option("main", "a branch, a tag or a commit")
+
+
+@dataclass(kw_only=True)
 class Verify:
     """Look at a checkpoint again, byte for byte: hashes, its base, and of a merged model every number, its logits and its loss.
 

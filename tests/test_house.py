@@ -34,6 +34,7 @@ TORCH_FREE = [
     "litlora.families", "litlora.peft", "litlora.peft.targets", "litlora.safetensors_file", "litlora.tokenizer", "litlora.prompts",
     "litlora.methods", "litlora.methods.tuning", "litlora.checkpoint", "litlora.checkpoint.names", "litlora.checkpoint.commit",
     "litlora.checkpoint.manifest", "litlora.checkpoint.resolve", "litlora.checkpoint.fingerprint", "litlora.checkpoint.checkpoint",
+    "litlora.checkpoint.downloaded", "litlora.commands.download",
     "litlora.checkpoint.card", "litlora.checkpoint.run", "litlora.merge", "litlora.merge.effective", "litlora.merge.expand",
     "litlora.vocabulary", "litlora.combine", "litlora.combine.soup", "litlora.verify", "litlora.verify.weights", "litlora.commands.verify",
     "litlora.convert", "litlora.convert.sources", "litlora.convert.hf", "litlora.convert.adapters", "litlora.convert.gguf_model",

@@ -188,7 +188,7 @@ def test_a_path_that_is_nothing_says_what_is_there_what_is_missing_and_what_is_n
     assert f"did you mean {run}?" in refusal(tmp_path / "runs")
     assert "is a file" in refusal(base / names.WEIGHTS)
     assert f"give its directory: {base}" in refusal(base / names.WEIGHTS)
-    assert "hf download org/name" in refusal("org/name")
+    assert "litlora download org/name" in refusal("org/name")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "found: nothing" in refusal(empty)

@@ -29,6 +29,10 @@ TOKENIZER_FILES = (
 VOCABULARIES = (TOKENIZER, "tokenizer.model", "tokenizer.model.v3", "vocab.json")  # one of these makes a directory a tokenizer's
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "NOTICE", "USE_POLICY.md")
 README = "README.md"
+UNFINISHED = ".cache/huggingface/download/*.incomplete"  # what an interrupted download leaves
+DOWNLOAD = ".cache/huggingface/litlora.json"  # ours: which model `litlora download` put there, and whether all of it
+MAIN = "main"  # the revision that is meant where none is named
+MODELS = "models"  # where a model goes that no directory is named for
 
 # ---- a PEFT adapter
 ADAPTER_CONFIG = "adapter_config.json"

@@ -11,6 +11,7 @@ from typing import Literal
 
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint, Kind
+from litlora.checkpoint.downloaded import refuse_unfinished
 from litlora.checkpoint.foreign import recognise
 from litlora.checkpoint.manifest import Manifest, has_state, read_manifest, verify_files, verify_state
 from litlora.checkpoint.shards import has_weights
@@ -56,6 +57,7 @@ def _resolve(path: str | Path | None, base_dir: Path | None) -> Checkpoint:
         return of_run(path.parent, base_dir, only=path.name)
     if not path.is_dir():
         raise _no_directory(path)
+    refuse_unfinished(path)
     kind = kind_of(path)
     if kind == "run":
         return of_run(path, base_dir)
@@ -251,7 +253,7 @@ def _no_directory(path: Path) -> UserError:
     nearest = _nearest(path)
     parts = path.parts
     remote = len(parts) == 2 and not path.is_absolute() and not nearest and not Path(parts[0]).exists()
-    hint = f"if this is a model on a hub, download it first: hf download {path} --local-dir {parts[-1]}" if remote else nearest
+    hint = f"if this is a model on a hub, download it first: litlora download {path}" if remote else nearest
     return UserError("there is no such directory", where=path, hint=hint)
 
 

@@ -11,8 +11,6 @@ from litlora.checkpoint.reading import file_in, is_plain_name, read_json
 from litlora.errors import UserError
 from litlora.safetensors_file import SafetensorsFile
 
-UNFINISHED = ".cache/huggingface/download/*.incomplete"  # what an interrupted download leaves
-
 
 def has_weights(directory: Path) -> bool:
     """Whether there is something that should be a model's weights."""
@@ -25,12 +23,8 @@ def find_shards(directory: Path) -> dict[str, Path]:
         path = _present(directory, names.WEIGHTS)
         with SafetensorsFile(path) as file:
             return dict.fromkeys(file.tensors, path)
-    index = directory / names.WEIGHTS_INDEX
-    weight_map = read_json(directory, names.WEIGHTS_INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError("has no weight_map", where=index, hint="download this file again")
-    files = _checked_names(weight_map, index)
-    paths = {name: _present(directory, name) for name in files}
+    weight_map = files_of_index(directory, names.WEIGHTS_INDEX, names.SAFETENSORS)
+    paths = {name: _present(directory, name) for name in sorted(set(weight_map.values()))}
     for name, path in paths.items():
         with SafetensorsFile(path) as file:
             absent = next((tensor for tensor, home in weight_map.items() if home == name and tensor not in file.tensors), None)
@@ -41,19 +35,24 @@ def find_shards(directory: Path) -> dict[str, Path]:
     return {tensor: paths[name] for tensor, name in weight_map.items()}
 
 
-def _checked_names(weight_map: dict[str, object], index: Path) -> list[str]:
-    """The file names in the index, each plain, none differing from another in case only (one file to some file systems)."""
+def files_of_index(directory: Path, name: str, ending: str) -> dict[str, str]:
+    """Tensor name -> the name of its file, by the index `name`: each plain, with this ending, none differing from another in case only
+    (one file to some file systems)."""
+    index = directory / name
+    weight_map = read_json(directory, name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError("has no weight_map", where=index, hint="download this file again")
     files: set[str] = set()
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not is_plain_name(name) or not name.endswith(".safetensors"):
-            raise UserError(f"{tensor} is said to be in {name!r}, which is no name of a safetensors file", where=index)
-        files.add(name)
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not is_plain_name(file) or not file.endswith(ending):
+            raise UserError(f"{tensor} is said to be in {file!r}, which is no name of a {ending.removeprefix('.')} file", where=index)
+        files.add(file)
     for what, found in (("files", files), ("tensors", weight_map.keys())):
         lower: dict[str, str] = {}
-        for name in sorted(found):
-            if (other := lower.setdefault(name.lower(), name)) != name:
-                raise UserError(f"names the {what} {other!r} and {name!r}, which differ in case only", where=index)
-    return sorted(files)
+        for each in sorted(found):
+            if (other := lower.setdefault(each.lower(), each)) != each:
+                raise UserError(f"names the {what} {other!r} and {each!r}, which differ in case only", where=index)
+    return weight_map
 
 
 def _present(directory: Path, name: str) -> Path:
@@ -63,7 +62,7 @@ def _present(directory: Path, name: str) -> Path:
     except UserError as error:
         if error.what != "is missing":
             raise
-        unfinished = next(directory.glob(UNFINISHED), None) is not None
+        unfinished = next(directory.glob(names.UNFINISHED), None) is not None
         hint = (
             "the download of this model was not finished: start it again" if unfinished else "the model is not complete: download it again"
         )

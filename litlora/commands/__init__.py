@@ -47,6 +47,7 @@ COMMANDS: Commands = {
     "convert": Command(
         "a model or an adapter in another format: hf, peft, litlora, gguf", "litlora.commands.convert", "convert", "Convert"
     ),
+    "download": Command("a base from Hugging Face: the files that litlora reads", "litlora.commands.download", "download", "Download"),
     "generate": Command("answer one prompt, or many", "litlora.commands.generate", "generate", "Generate"),
     "chat": Command("talk to a model in the terminal", "litlora.commands.chat", "chat", "Chat"),
     "inspect": Command("what a path is, and what its training changed", "litlora.commands.inspect", "inspect", "Inspect"),

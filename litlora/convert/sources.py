@@ -13,9 +13,9 @@ import numpy as np
 
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.reading import file_in, is_plain_name, read_bytes, read_json
+from litlora.checkpoint.reading import file_in, read_bytes, read_json
 from litlora.checkpoint.resolve import resolve
-from litlora.checkpoint.shards import has_weights
+from litlora.checkpoint.shards import files_of_index, has_weights
 from litlora.config import Config
 from litlora.convert.litgpt import litgpt_config, lora_in_peft, model_in_hf, read_yaml
 from litlora.convert.parts import Part, parts_of, refuse_not_finite
@@ -122,13 +122,7 @@ def pickled_model(directory: Path) -> Model:
         files = [file_in(directory, names.PICKLED_WEIGHTS)]
         tensors = read_pickled(files[0])
     else:
-        index = directory / names.PICKLED_INDEX
-        weight_map = read_json(directory, names.PICKLED_INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError("has no weight_map", where=index, hint="download this file again")
-        odd = next((name for name in weight_map.values() if not is_plain_name(name) or not name.endswith(".bin")), None)
-        if odd is not None:
-            raise UserError(f"{odd!r} is no name of a file of weights", where=index)
+        weight_map = files_of_index(directory, names.PICKLED_INDEX, names.PICKLES[0])
         files = [file_in(directory, name) for name in sorted(set(weight_map.values()))]
         held = {path.name: read_pickled(path) for path in files}
         lost = [name for name, home in weight_map.items() if name not in held[home]]
