@@ -1,0 +1,202 @@
+"""Whatever is read may hold anything: it is accepted or refused in documented words, within seconds (YARDSTICK Z01, Z03).
+
+Hypothesis makes it up: half of it near what is meant, for noise alone stops at the first check.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_samples import ADAPTER, CONFIG, make_base
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from talkers import TEMPLATE, byte_tokenizer
+
+from litlora import options, parsing
+from litlora.checkpoint import names
+from litlora.checkpoint.resolve import resolve
+from litlora.commands import COMMANDS, Command
+from litlora.data.samples import load_data
+from litlora.errors import UserError, WorkError
+from litlora.families import config_from_hf
+from litlora.methods import from_peft
+from litlora.peft import adapter_config_from_peft
+from litlora.prompts import Prompts
+from litlora.tokenizer import Tokenizer
+
+EXAMPLES = int(os.environ.get("LITLORA_EXAMPLES", "500"))
+fuzz = settings(max_examples=EXAMPLES, deadline=5000, suppress_health_check=list(HealthCheck))  # milliseconds: none hangs
+
+TEXT = st.text(max_size=12)
+LEAF = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from([-1, 0, 1, 2**63, 1e308, "", "\0", "a/b", "../x"])
+JSON = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6)
+
+
+def near(good: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """The same with a few keys changed, missing or new."""
+    changes = st.dictionaries(st.sampled_from(sorted(good)) | TEXT, JSON, max_size=3)
+    missing = st.lists(st.sampled_from(sorted(good)), max_size=2)
+    return st.builds(lambda new, gone: {key: value for key, value in {**good, **new}.items() if key not in gone}, changes, missing)
+
+
+def only_documented(work: Callable[[], object]) -> None:
+    with contextlib.suppress(UserError, WorkError):
+        work()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Prompts:
+    return Prompts(Tokenizer(byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))), TEMPLATE)
+
+
+# ---- rows and messages -----------------------------------------------------------------------------------------------
+
+MESSAGE = near({"role": "user", "content": "a"}) | st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": TEXT | JSON}
+)
+ROW = (
+    near({"prompt": "a", "completion": "b"})
+    | near({"instruction": "a", "input": "b", "output": "c"})
+    | near({"text": "a"})
+    | st.fixed_dictionaries({"messages": st.lists(MESSAGE, max_size=4) | JSON})
+    | st.fixed_dictionaries({"conversations": st.lists(near({"from": "human", "value": "a"}), max_size=4)})
+    | near({"prompt": "a", "chosen": "b", "rejected": "c"})
+    | JSON
+)
+
+
+def read_rows(path: Path, prompts: Prompts) -> None:
+    for on_error in ("stop", "skip"):
+        rows = options.RowsOptions(on_error=on_error)  # type: ignore[arg-type]
+        only_documented(lambda rows=rows: load_data([str(path)], prompts, rows=rows, max_seq_length=64))  # type: ignore[misc]
+
+
+@fuzz
+@given(rows=st.lists(ROW, max_size=3))
+def test_rows_of_any_json_are_read_or_refused(place: Path, prompts: Prompts, rows: list[Any]) -> None:
+    """Z01: JSONL rows of every format, and messages; also as one JSON array."""
+    path = place / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    read_rows(path, prompts)
+
+
+@fuzz
+@given(
+    data=st.binary(max_size=60) | st.builds(lambda a, b: b'{"prompt": "a", "completion": "b"}\n' + a + b"\n" + b, st.binary(), st.binary())
+)
+def test_rows_of_any_bytes_are_read_or_refused(place: Path, prompts: Prompts, data: bytes) -> None:
+    """Z01: whatever the file is called."""
+    for name in ("rows.jsonl", "rows.json", "rows.txt", "rows.csv"):
+        path = place / name
+        path.write_bytes(data)
+        read_rows(path, prompts)
+
+
+# ---- what a user types, and files of options -------------------------------------------------------------------------
+
+LEAVES = sorted(
+    {f"--{leaf.name}" for inside in COMMANDS.values() if isinstance(inside, dict) for one in inside.values()
+     if isinstance(one, Command) for leaf in parsing.leaves(getattr(options, one.options))}
+)  # fmt: skip
+WORD = TEXT | st.sampled_from(LEAVES) | st.sampled_from(["1", "-1", "true", "null", "[]", "{", "1e999", "nan", "-rf", "--", "a=b", "out"])
+
+
+def commands() -> list[Command]:
+    found = [one for inside in COMMANDS.values() for one in (inside.values() if isinstance(inside, dict) else [inside])]
+    return [one for one in found if isinstance(one, Command)]
+
+
+@fuzz
+@given(command=st.sampled_from(commands()), words=st.lists(WORD | st.builds("{}={}".format, st.sampled_from(LEAVES), WORD), max_size=5))
+def test_any_words_after_any_command_are_parsed_or_refused(command: Command, words: list[str]) -> None:
+    """Z01: options of every command."""
+    words = [word for word in words if word.partition("=")[0] not in ("-h", "--help", "--print_config", "--print_config=")]
+    only_documented(lambda: parsing.parse(getattr(options, command.options), words, command=command.function))
+
+
+@fuzz
+@given(values=near({"train": {"lr": 1.0}, "seed": 1, "data": ["a"], "lora": {"r": 4}, "eval": {}, "rows": {}}) | JSON, text=TEXT)
+def test_a_file_of_options_of_any_yaml_is_parsed_or_refused(place: Path, values: Any, text: str) -> None:
+    """Z01: train config YAML; JSON is YAML, and so is nearly any text."""
+    path = place / "options.yaml"
+    for content in (json.dumps(values), text, f"seed: {text}", f"train:\n  lr: {text}\n"):
+        path.write_text(content, encoding="utf-8", errors="replace")
+        only_documented(lambda: parsing.parse(options.FinetuneLoRA, ["--config", str(path)], command="finetune lora"))
+
+
+# ---- what comes with a model -----------------------------------------------------------------------------------------
+
+
+@fuzz
+@given(values=near(CONFIG | {"rope_theta": 1e4, "rope_scaling": None, "eos_token_id": 2, "sliding_window": 7, "hidden_act": "silu"}) | JSON)
+def test_any_config_json_is_read_or_refused(values: Any) -> None:
+    """Z01."""
+    only_documented(lambda: config_from_hf(values, "config.json"))
+
+
+@fuzz
+@given(
+    values=near(ADAPTER | {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": [0]})
+    | JSON
+)
+def test_any_adapter_config_is_read_or_refused(values: Any) -> None:
+    """Z01: of a PEFT adapter, and where its adapters go."""
+    config = config_from_hf(CONFIG, "config.json")
+
+    def read() -> None:
+        from_peft(adapter_config_from_peft(values, "adapter_config.json"), config).file_shapes(config)
+
+    only_documented(read)
+
+
+SPECIAL = near({"content": "<s>", "lstrip": False, "normalized": False, "special": True}) | JSON
+TOKENIZER_CONFIG = near(
+    {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "add_bos_token": True,
+        "chat_template": TEMPLATE,
+        "added_tokens_decoder": {},
+        "pad_token": None,
+    }
+) | st.fixed_dictionaries({"bos_token": SPECIAL, "eos_token": SPECIAL})
+
+
+@fuzz
+@given(values=TOKENIZER_CONFIG | JSON)
+def test_any_tokenizer_config_is_read_or_refused(place: Path, values: Any) -> None:
+    """Z01: special tokens and the chat template, used once."""
+    directory = place / "tokenizer"
+    if not directory.exists():
+        directory.mkdir()
+        byte_tokenizer(directory)
+    (directory / names.TOKENIZER_CONFIG).write_text(json.dumps(values), encoding="utf-8")
+
+    def use() -> None:
+        Prompts(Tokenizer(directory)).samples_ids([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+
+    only_documented(use)
+
+
+@fuzz
+@given(
+    values=near({"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}) | JSON,
+    raw=st.binary(max_size=40),
+)
+def test_any_index_and_any_json_file_is_read_or_refused(place: Path, values: Any, raw: bytes) -> None:
+    """Z01, Z02 in small: the index of a sharded base, and the same files with any bytes."""
+    base = place / "base"
+    if not base.exists():
+        make_base(base, shards=2)
+    for content in (json.dumps(values).encode(), raw):
+        (base / names.WEIGHTS_INDEX).write_bytes(content)
+        only_documented(lambda: resolve(base).shards())
