@@ -12,6 +12,7 @@ import tokenizers
 from conftest import shared_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from talkers import byte_tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from litlora.errors import UserError
@@ -366,3 +367,13 @@ def test_the_hash_changes_with_what_changes_ids(tmp_path: Path) -> None:
     assert first.hash != Tokenizer(pieces(tmp_path / "c")).hash
     (tmp_path / "b" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     assert first.hash != Tokenizer(tmp_path / "b").hash
+
+
+@pytest.mark.parametrize("listed", [True, {"": {}}, {"258": None}, {"258": {"content": 3}}, [1]])
+def test_a_table_of_added_tokens_that_is_none_is_refused(tmp_path: Path, listed: object) -> None:
+    """Z01: tokenizer_config.json's added_tokens_decoder, by its name."""
+    byte_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "added_tokens_decoder": listed}))
+    with pytest.raises(UserError, match="added_tokens_decoder: not a table"):
+        Tokenizer(tmp_path)

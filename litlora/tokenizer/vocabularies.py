@@ -232,8 +232,8 @@ def of_ranks(raw: bytes, where: Path, config: Mapping[str, Any]) -> Tokenizer:
     merges = [(written[a], written[b]) for a, b in _pairs(ranks)]
     tokenizer = Tokenizer(models.BPE({written[token]: rank for token, rank in ranks.items()}, merges, ignore_merges=True))
     _split_words(tokenizer, WORDS.format(digits=r"\p{N}{1,3}"))
-    begin, listed = config.get("bos_token"), config.get("added_tokens_decoder") or {}
-    begin_id = next((int(number) for number, token in listed.items() if token.get("content") == begin), None)
+    begin = config.get("bos_token")
+    begin_id = next((number for number, token in decoded_tokens(where.parent, config).items() if token["content"] == begin), None)
     if isinstance(begin, str) and begin_id is not None:
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, begin_id)])
     return tokenizer
@@ -275,7 +275,20 @@ def added_tokens(directory: Path, config: Mapping[str, Any], named: Sequence[str
             found |= {int(number): AddedToken(text, special=text in named, normalized=False) for text, number in listed.items()}
         except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"not a table of tokens and ids ({error})", where=path) from error
-    for number, token in (config.get("added_tokens_decoder") or {}).items():
+    for number, token in decoded_tokens(directory, config).items():
         flags = {key: bool(token.get(key, False)) for key in ("lstrip", "rstrip", "single_word", "special", "normalized")}
-        found[int(number)] = AddedToken(token["content"], **flags)
+        found[number] = AddedToken(token["content"], **flags)
     return sorted(found.items(), key=lambda entry: entry[0])
+
+
+def decoded_tokens(directory: Path, config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """tokenizer_config.json's added_tokens_decoder, by id. UserError where it is no table of them."""
+    listed = config.get("added_tokens_decoder") or {}
+    try:
+        found = {int(number): token for number, token in listed.items()}
+        if all(isinstance(token["content"], str) for token in found.values()):
+            return found
+        why = "a content is no text"
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+    raise UserError(f"added_tokens_decoder: not a table of tokens and ids ({why})", where=directory / "tokenizer_config.json")
