@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -53,6 +55,8 @@ class Hub(ThreadingHTTPServer):
         self.gated = self.private = False
         self.breaks: dict[str, list[int]] = {}  # file -> after how many bytes each of its next answers breaks off
         self.status: dict[str, int] = {}  # file -> what it is answered with
+        self.stalls: set[str] = set()  # files of which nothing comes until `released`
+        self.released = threading.Event()
         self.lies: dict[str, bytes] = {}  # file -> other bytes, of the same length
 
     @property
@@ -127,6 +131,9 @@ class Answer(BaseHTTPRequestHandler):
         if is_large(name) and not redirected:
             linked = {"Location": f"/large/{name}", "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
             return self.send(302, headers | linked)
+        if name in hub.stalls and self.command == "GET":
+            hub.released.wait(60)
+            hub.stalls.discard(name)
         data, first = hub.lies.get(name, data), 0
         if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             first = int(asked[1])
@@ -395,19 +402,24 @@ def test_an_interrupt_says_how_to_go_on(hub: Hub, monkeypatch: pytest.MonkeyPatc
         resolve("models/tiny")
 
 
-def test_the_real_command_honours_hf_endpoint(hub: Hub, model: dict[str, bytes], tmp_path: Path) -> None:
-    """In a process of its own, as it is typed."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "HF_ENDPOINT": hub.address,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_OFFLINE": "0",
-    }
+def test_the_real_command_honours_hf_endpoint_and_stops_at_once(hub: Hub, model: dict[str, bytes], tmp_path: Path) -> None:
+    """In a process of its own: Ctrl-C in the middle of a file does not wait for its end, and the same command goes on."""
+    environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+    environment |= {"PYTHONPATH": str(ROOT)}
+    shard = names.shard_name(2, 2)
+    hub.stalls.add(shard)
     words = [sys.executable, "-m", "litlora", "download", "org/tiny", "--out_dir", "here"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert fetched(Path("here")) == model and TOKEN not in done.stdout + done.stderr
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 60
+        while shard not in hub.got() and process.poll() is None and time.monotonic() < deadline:
+            hub.released.wait(0.02)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=20)
+    assert process.returncode == 130, said
+    assert "go on with: litlora download org/tiny --out_dir here" in said and TOKEN not in said and "Traceback" not in said
+    assert hub.stalls == {shard}  # the server had not gone on
+    hub.released.set()
+    assert run("org/tiny", "--out_dir", "here") == 0 and fetched(Path("here")) == model
 
 
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

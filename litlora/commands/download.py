@@ -12,7 +12,7 @@ import shlex
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,7 +82,7 @@ def download(options: Download) -> None:
     header(
         [
             ("model", f"{repo_id}, {options.revision}, commit {record.commit[:12]}, from {api.endpoint}"),
-            ("result", f"{directory}: {len(missing)} files, {amount(size)}{there}"),
+            ("result", f"{directory}: {counted(missing)}, {amount(size)}{there}"),
         ]
     )
     try:
@@ -91,11 +91,15 @@ def download(options: Download) -> None:
             check_bytes(directory, files, missing)
             settle(directory, record)
     except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT, f"\ninterrupted; go on with: {record.command(directory)}") from None
+        raise Interrupted(signal.SIGINT, interrupted(record, directory)) from None
     more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-    say(f"fetched {len(missing)} files, {amount(size)}: {', '.join(missing[:4])}{more}")
-    say(f"read again from the disk: {len(files)} files, each as the hub says")
+    say(f"fetched {counted(missing)}, {amount(size)}: {', '.join(missing[:4])}{more}")
+    say(f"read again from the disk: {counted(files)}, each as the hub says")
     what_next(directory)
+
+
+def counted(files: Collection[str]) -> str:
+    return f"{len(files)} file{'s' if len(files) != 1 else ''}"
 
 
 def what_next(directory: Path) -> None:
@@ -208,7 +212,9 @@ def fetch(api: "HfApi", directory: Path, record: Record, missing: list[str]) -> 
 
 @contextmanager
 def watched(directory: Path, record: Record, missing: list[str]) -> Iterator[None]:
-    """One line says how far it is: the bytes that lie in the directory, looked at now and then."""
+    """One line says how far it is: the bytes that lie in the directory, looked at now and then.
+
+    Ctrl-C ends the process there and then: huggingface_hub would first finish the files that are under way, gigabytes perhaps."""
 
     def written() -> int:
         return sum(map(size_at, (*(directory / name for name in missing), *directory.glob(names.UNFINISHED))))
@@ -217,16 +223,27 @@ def watched(directory: Path, record: Record, missing: list[str]) -> Iterator[Non
         while not done.wait(0.5):
             bar.update(round((written() - before) / MB))
 
+    def stop(*_: object) -> None:
+        bar.close()
+        say(interrupted(record, directory))
+        os._exit(128 + signal.SIGINT)
+
     size, before, done = sum(record.files[name] for name in missing), written(), threading.Event()
     bar = Progress(round(size / MB), "MB", quiet=size < BIG)
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
+    handler = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
+        signal.signal(signal.SIGINT, handler)
         done.set()
         watcher.join()
         bar.close()
+
+
+def interrupted(record: Record, directory: Path) -> str:
+    return f"\ninterrupted; go on with: {record.command(directory)}"
 
 
 def size_at(path: Path) -> int:
