@@ -132,7 +132,7 @@ class Answer(BaseHTTPRequestHandler):
             linked = {"Location": f"/large/{name}", "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
             return self.send(302, headers | linked)
         if name in hub.stalls and self.command == "GET":
-            hub.released.wait(60)
+            hub.released.wait(25)
             hub.stalls.discard(name)
         data, first = hub.lies.get(name, data), 0
         if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):

@@ -88,6 +88,8 @@ def _missing(adapter: Checkpoint, name: str) -> UserError:
     what = f"its base is not there: {name}. An adapter holds no base weights"
     looks_remote = not os.path.isabs(name) and name.count("/") == 1
     hint = (
-        f"download {name} and give its directory as --base_dir" if looks_remote else "if the base moved, give its directory as --base_dir"
+        f"litlora download {name}, then give its directory as --base_dir"
+        if looks_remote
+        else "if the base moved, give its directory as --base_dir"
     )
     return UserError(what, where=adapter.path, hint=hint)
