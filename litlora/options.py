@@ -429,7 +429,7 @@ class Convert:
         None, "hf, peft: for others' tools; litlora: a step that knows its base; gguf: for llama.cpp", unset="must be given"
     )
     out_dir: str | None = option(None, "where the result goes: a new directory", unset="must be given")
-    dtype: Literal["keep", "f32", "f16", "bf16", "q8_0"] = option("keep", "what matrices are stored as (q8_0: gguf alone)")
+    dtype: Literal["keep", "float32", "bfloat16", "float16", "q8_0"] = option("keep", "what matrices are stored as (q8_0: gguf alone)")
     base_dir: str | None = option(None, "where an adapter's base is, if it moved or the adapter does not say")
     max_shard_size: float = option(5.0, "hf: gigabytes a file of weights may have; 0: one file", least=0)
 

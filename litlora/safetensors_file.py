@@ -33,6 +33,8 @@ DTYPE_BITS: dict[str, int] = {
 }  # fmt: skip
 FLOAT_BYTES: dict[str, int] = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # those that can be computed with here
 
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what a model may be stored in, as config.json says it: as a file does
+
 # 16 MB describe 150,000 tensors; the largest published shards hold some thousands. The format's own limit of 100 MB would cost
 # a gigabyte of memory to parse.
 HEADER_LIMIT = 16 * 2**20

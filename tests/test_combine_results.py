@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_samples import flip, make_adapter
-from conftest import random_tokens
+from conftest import ROOT, random_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from talkers import TEMPLATE, make_talker
@@ -23,7 +25,7 @@ from test_merge_methods import base_of, step_of
 
 from litlora.__main__ import main
 from litlora.checkpoint import names
-from litlora.checkpoint.manifest import read_manifest
+from litlora.checkpoint.manifest import read_manifest, seal
 from litlora.checkpoint.reading import sha256
 from litlora.checkpoint.resolve import resolve
 from litlora.checkpoint.weights import load_model
@@ -150,6 +152,28 @@ def test_the_lineage_names_the_parents_with_their_hashes_and_weights(tmp_path: P
     (event,) = read_manifest(again).lineage
     assert event["options"] == {"density": 0.5, "scale": 1.0, "rank": 3}
     assert event["parents"][0]["lineage"] == list(record.lineage)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("path", None), ("sha256", 7), ("fingerprint", 7), ("weight", "much"), ("weight", float("nan")), ("weight", True), ("lineage", [7])],
+)
+def test_a_sealed_lineage_that_lacks_what_is_read_of_it_is_refused_by_the_field(tmp_path: Path, field: str, value: Any) -> None:
+    """Whoever sealed it: no command fails on it as if that were our fault. Events of other names may say what they like."""
+    parent = {"path": "somewhere", "sha256": "0", "weight": 0.5, "step": None, "lineage": [{"event": "from the future", "parents": 7}]}
+    for values, place in (
+        ({**parent, field: value}, rf"lineage\[1\]\.parents\[0\]\.{field}"),
+        ({**parent, "lineage": [{"event": "combined", "parents": [{**parent, field: value}]}]}, rf"lineage\[0\]\.parents\[0\]\.{field}"),
+    ):
+        events = [{"event": "resumed"}, {"event": "combined", "parents": [values]}]
+        for lineage, refusal in (([*events[:1], {"event": "combined", "parents": [parent]}], None), (events, place)):
+            base = {"method": "lora", "options": {}, "step": 1, "epoch": 0.0, "tokens": 0, "format_version": 2, "lineage": lineage}
+            (tmp_path / names.MANIFEST).write_bytes(seal(base))
+            if refusal is None:
+                assert read_manifest(tmp_path).lineage == tuple(lineage)
+                continue
+            with pytest.raises(UserError, match=refusal):
+                read_manifest(tmp_path)
 
 
 def test_every_command_knows_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -390,10 +414,11 @@ def test_a_soup_is_measured_as_it_is_written(tmp_path: Path, capsys: pytest.Capt
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"instruction": f"Say {n}", "output": f"{n} times"}) + "\n" for n in range(6)))
     result = tmp_path / "result"
-    assert (
-        main(["combine", str(tmp_path / "run"), "--how", "greedy_soup", "--data", str(rows), "--threads", "1", "--out_dir", str(result)])
-        == 0
-    )
+    words = ["combine", str(tmp_path / "run"), "--how", "greedy_soup", "--data", str(rows), "--threads", "1", "--out_dir", str(result)]
+    code = "import os, sys; os.rename = lambda *_: os.kill(os.getpid(), 9); from litlora.__main__ import main; main(sys.argv[1:])"
+    assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True, cwd=ROOT).returncode == -9
+    assert len(list(tmp_path.glob(".tmp-*/.tmp-*/" + names.ADAPTER_WEIGHTS))) == 1  # what a dying process leaves; the next start removes it
+    assert main(words) == 0
     said = capsys.readouterr().err
     found = []
     for path in (*steps, result):

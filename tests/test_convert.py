@@ -241,21 +241,21 @@ def test_a_model_is_cut_into_files_of_the_size_asked_for_and_back_into_one(tmp_p
     assert len({resolve(tmp_path / name).fingerprint() for name in ("base", "cut", "one")}) == 1
 
 
-@pytest.mark.parametrize(("word", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16), ("f32", torch.float32)])
+@pytest.mark.parametrize(("word", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)])
 def test_another_dtype_is_rounded_once_and_config_says_it(word: str, dtype: torch.dtype, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", torch_dtype="float64")
     report = converted(base, "hf", tmp_path / "out", dtype=word)
     assert same(tensors_of(tmp_path / "out"), {name: tensor.to(dtype) for name, tensor in tensors_of(base).items()})
     assert json.loads((tmp_path / "out" / names.CONFIG).read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
-    assert report["proof"]["rounded_once"] == (0 if word == "f32" else 21)
+    assert report["proof"]["rounded_once"] == (0 if word == "float32" else 21)
 
 
 def test_a_number_too_large_for_the_dtype_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     tensors = dict(base_tensors())
     tensors["model.norm.weight"] = ("F32", (24,), np.full(24, 1e6, np.float32))
     base = make_base(tmp_path / "base", tensors=tensors)
-    with pytest.raises(WorkError, match=r"model\.norm\.weight reaches 1e\+06"):
-        converted(base, "hf", tmp_path / "out", dtype="f16")
+    with pytest.raises(WorkError, match=r"model\.norm\.weight reaches 1e\+06, more than float16"):
+        converted(base, "hf", tmp_path / "out", dtype="float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
@@ -285,10 +285,12 @@ def test_a_step_that_is_a_whole_model_becomes_a_plain_directory(tmp_path: Path) 
         ("adapter", "hf", "out", {}, "merging"),
         ("step", "litlora", "out", {}, "already"),
         ("base", "hf", "out", {"dtype": "q8_0"}, "GGUF"),
-        ("adapter", "peft", "out", {"dtype": "f16"}, "keeps its dtype"),
+        ("adapter", "peft", "out", {"dtype": "float16"}, "keeps its dtype"),
         ("base", "hf", "base/inside", {}, "writes into a base"),
         ("adapter", "peft", "adapter/inside", {}, "writes into"),
         ("base", "hf", "adapter", {}, "exists already"),
+        ("adapter", "litlora", "run/step-9", {}, "name of a training step"),
+        ("base", "hf", "run/step-9", {}, "name of a training step"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(
@@ -336,18 +338,18 @@ def test_an_adapter_of_peft_goes_in_and_out_with_nothing_lost(kind: str, tmp_pat
         for _, parameter in sorted((name, p) for name, p in peft.named_parameters() if p.requires_grad):
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     peft.save_pretrained(tmp_path / "theirs")
-    report = converted(tmp_path / "theirs", "litlora", tmp_path / "step-7", base)
+    report = converted(tmp_path / "theirs", "litlora", tmp_path / "step", base)
     tokens = random_tokens(2, 9, vocab_size=256)
     with torch.no_grad():
         expected = peft(tokens).logits
-        ours = GPT.from_pretrained(tmp_path / "step-7").eval()(tokens)
+        ours = GPT.from_pretrained(tmp_path / "step").eval()(tokens)
     assert (ours - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
-    manifest = read_manifest(tmp_path / "step-7")
-    assert manifest.step == 7 and manifest.base is not None and manifest.base.fingerprint == resolve(base).fingerprint()
+    manifest = read_manifest(tmp_path / "step")
+    assert manifest.step == 0 and manifest.base is not None and manifest.base.fingerprint == resolve(base).fingerprint()
     (event,) = manifest.lineage
     weights = tmp_path / "theirs" / names.ADAPTER_WEIGHTS
     assert event == {"event": "converted", "from": str(tmp_path / "theirs"), "kind": "PEFT adapter", "sha256": sha256(weights)}
-    converted(tmp_path / "step-7", "peft", tmp_path / "back")
+    converted(tmp_path / "step", "peft", tmp_path / "back")
     for name in (names.ADAPTER_CONFIG, names.ADAPTER_WEIGHTS):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
     assert not (tmp_path / "back" / names.MANIFEST).exists() and (tmp_path / "back" / names.TOKENIZER).exists()
@@ -371,21 +373,36 @@ def test_training_goes_on_from_a_converted_step_with_the_options_it_records(kind
     assert meant == step.tuning()
 
 
+@pytest.mark.parametrize(("family", "targets"), [("pythia", ["query_key_value", "dense"]), ("phi", ["fc1", "q_proj"])])
+def test_an_adapter_names_its_modules_as_the_family_does(family: str, targets: list[str], tmp_path: Path) -> None:
+    """GPT-NeoX, Phi: PEFT's own adapter, as transformers calls the modules; the options recorded mean the same slots."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_base(tmp_path / "base", family)
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.25, "target_modules": targets, "rank_pattern": {targets[0]: 2}}
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings))
+    peft.save_pretrained(tmp_path / "theirs")
+    converted(tmp_path / "theirs", "litlora", tmp_path / "own", base)
+    found = resolve(tmp_path / "own")
+    assert found.manifest is not None and found.manifest.options["dropout"] == 0.25
+    assert stored_tuning(LoRAOptions(**found.manifest.options), found.config()) == found.tuning()
+
+
 def test_a_converted_step_refuses_another_base_and_is_like_any_other_step(tmp_path: Path) -> None:
     """A02: the fingerprint is recorded. generate, verify and merge_lora take it."""
     base, other = make_talker(tmp_path / "base"), make_talker(tmp_path / "other", seed=1)
     adapter = make_adapter(tmp_path / "adapter", "somewhere/else")
     with pytest.raises(UserError, match="somewhere/else"):
-        converted(adapter, "litlora", tmp_path / "run" / "step-1")
-    converted(adapter, "litlora", tmp_path / "run" / "step-1", base)
+        converted(adapter, "litlora", tmp_path / "own")
+    converted(adapter, "litlora", tmp_path / "own", base)
     with pytest.raises(UserError, match="its weights are others"):
-        resolve(tmp_path / "run" / "step-1", base_dir=other).base()
-    assert resolve(tmp_path / "run").path == tmp_path / "run" / "step-1"
-    assert main(["verify", str(tmp_path / "run" / "step-1")]) == 0
-    assert main(["merge_lora", str(tmp_path / "run")]) == 0
-    assert main(["generate", str(tmp_path / "run"), "--prompt", "hi", "--max_new_tokens", "2", "--threads", "1"]) == 0
+        resolve(tmp_path / "own", base_dir=other).base()
+    assert main(["verify", str(tmp_path / "own")]) == 0
+    assert main(["merge_lora", str(tmp_path / "own")]) == 0
+    assert main(["generate", str(tmp_path / "own"), "--prompt", "hi", "--max_new_tokens", "2", "--threads", "1"]) == 0
     copy(base, tmp_path / "moved")
-    assert resolve(tmp_path / "run", base_dir=tmp_path / "moved").base().path == tmp_path / "moved"
+    assert resolve(tmp_path / "own", base_dir=tmp_path / "moved").base().path == tmp_path / "moved"
 
 
 def test_an_adapter_that_does_not_fit_the_base_or_holds_no_numbers_is_refused(tmp_path: Path) -> None:
@@ -596,6 +613,19 @@ def test_a_litgpt_checkpoint_becomes_the_same_model(family: str, layout: str, tm
         assert torch.equal(GPT.from_pretrained(tmp_path / "out").eval()(tokens), model(tokens))
 
 
+@pytest.mark.parametrize("layout", ["attn.qkv", "attn.attn"])
+@pytest.mark.parametrize("more", [16, -14])
+def test_a_fused_weight_with_other_rows_than_its_heads_have_is_refused(more: int, layout: str, tmp_path: Path) -> None:
+    """Too many are not dropped, too few are no failure of ours; in the older layout as in today's."""
+    tensors = in_litgpt(tiny_gpt("llama", vocab_size=288).state_dict(), grouped=2 if layout == "attn.attn" else 0)
+    name = next(name for name in tensors if ".attn.attn." in name or ".attn.qkv." in name)
+    rows = len(tensors[name])
+    tensors[name] = torch.cat([tensors[name], tensors[name]])[: rows + more]
+    litgpt_directory(tmp_path / "lit", "llama", tensors)
+    with pytest.raises(UserError, match=f"{rows} rows are needed"):
+        converted(tmp_path / "lit", "hf", tmp_path / "out")
+
+
 def test_rows_in_groups_are_put_in_order() -> None:
     """Two key heads of two query heads each, one row a head: q0 q1 k0 v0 q2 q3 k1 v1."""
     assert ungrouped(Heads(query=4, shared=2, size=1)).tolist() == [0, 1, 4, 5, 2, 6, 3, 7]
@@ -614,6 +644,7 @@ def test_rows_in_groups_are_put_in_order() -> None:
         ({"n_layer": "many"}, "n_layer"),
         ({"n_layer": 4}, "missing: model.layers.3"),
         ({"head_size": 6}, "rows are needed"),
+        ({"sliding_window_size": 7, "sliding_window_indices": 1}, "sliding_window_indices"),
     ],
 )
 def test_a_litgpt_model_of_another_arithmetic_is_refused_by_the_key(changes: dict[str, Any], why: str, tmp_path: Path) -> None:

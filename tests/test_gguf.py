@@ -150,7 +150,10 @@ def test_llama3s_factors_are_those_by_which_transformers_slows_each_frequency() 
     assert factors[0] == 1 and factors.max() == pytest.approx(4) and len(set(factors.tolist())) > 2
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+WORDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}  # the option's: llama.cpp's
+
+
+@pytest.mark.parametrize("dtype", WORDS)
 def test_each_type_keeps_what_it_can_hold(dtype: str, tmp_path: Path) -> None:
     """Norms stay fp32; matrices are rounded once, q8_0 as its definition says, rows that are no whole blocks of 32 as f16.
 
@@ -158,13 +161,13 @@ def test_each_type_keeps_what_it_can_hold(dtype: str, tmp_path: Path) -> None:
     """
     base = tiny_base(tmp_path / "base", "llama", hidden_size=64, head_dim=16, intermediate_size=72)
     path = to_gguf(base, tmp_path / "out", dtype)
-    assert path.name == f"model-{dtype}.gguf"
+    assert path.name == f"model-{WORDS[dtype]}.gguf"
     _, tensors = read(path)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     weights = {name: tensor.numpy() for name, tensor in tiny_gpt("llama", vocab_size=288, hidden_size=64, head_dim=16).state_dict().items()}
     assert kinds["output_norm.weight"] == "F32"
-    assert kinds["blk.0.ffn_down.weight"] == ("F16" if dtype == "q8_0" else dtype.upper())  # rows of 72
-    assert kinds["blk.0.attn_v.weight"] == dtype.upper()
+    assert kinds["blk.0.ffn_down.weight"] == ("F16" if dtype == "q8_0" else WORDS[dtype].upper())  # rows of 72
+    assert kinds["blk.0.attn_v.weight"] == WORDS[dtype].upper()
     v = weights["model.layers.0.self_attn.v_proj.weight"]
     expected = {
         "f32": v,
@@ -172,7 +175,7 @@ def test_each_type_keeps_what_it_can_hold(dtype: str, tmp_path: Path) -> None:
         "bf16": torch.from_numpy(v).bfloat16().float().numpy(),
         "q8_0": by_definition(v),
     }
-    assert np.array_equal(tensors["blk.0.attn_v.weight"], expected[dtype])
+    assert np.array_equal(tensors["blk.0.attn_v.weight"], expected[WORDS[dtype]])
 
 
 def by_definition(values: np.ndarray) -> np.ndarray:
@@ -218,9 +221,9 @@ def test_a_number_too_large_for_the_type_is_named_and_leaves_nothing_behind(tmp_
     (base / names.WEIGHTS).unlink()
     write_safetensors(base / names.WEIGHTS, raw_tensors(tensors), {"format": "pt"})
     with pytest.raises(WorkError, match=r"blk\.1\.ffn_up\.weight reaches 1e\+06"):
-        to_gguf(base, tmp_path / "out", "f16")
+        to_gguf(base, tmp_path / "out", "float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
-    to_gguf(base, tmp_path / "out", "bf16")
+    to_gguf(base, tmp_path / "out", "bfloat16")
 
 
 def test_without_the_package_the_message_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,9 +365,15 @@ def test_what_an_adapters_file_cannot_say_is_refused(tmp_path: Path) -> None:
 def test_a_step_becomes_an_adapters_file_with_its_bases_architecture(tmp_path: Path) -> None:
     base = make_talker(tmp_path / "base")
     step = make_step(tmp_path / "run", 5, base)
-    fields, tensors = read(to_gguf(step, tmp_path / "out", "f16"))
+    fields, tensors = read(to_gguf(step, tmp_path / "out", "float16"))
     assert fields["general.architecture"] == "llama" and fields["adapter.lora.alpha"] == ADAPTER["lora_alpha"]
     assert len(tensors) == 2 * 2 * 3 and {name.rpartition(".")[2] for name in tensors} == {"lora_a", "lora_b"}
+
+
+def test_an_alpha_of_zero_is_refused(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", str(make_talker(tmp_path / "base")), lora_alpha=0)
+    with pytest.raises(UserError, match="lora_alpha is 0"):
+        to_gguf(adapter, tmp_path / "out")
 
 
 # ---- llama.cpp itself ------------------------------------------------------------------------------------------------
@@ -431,13 +440,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 STORY = [1, 403, 407, 261, 378]  # "Once upon a time"
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_llama_cpp_says_the_same_words_with_base_adapter_and_merged_model(
     dtype: str, llama_cpp: Any, trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Greedy tokens from the same prompt ids: the base, the base with the adapter's file, and the merged model."""
     base, step = trained
-    bound, place = {"f32": (1e-4, "base"), "f16": (3e-3, "base")}[dtype]
+    bound, place = {"float32": (1e-4, "base"), "float16": (3e-3, "base")}[dtype]
     file = to_gguf(base, tmp_path / place, dtype)
     compare(llama_cpp, base, file, None, STORY, bound, 30)
     compare(llama_cpp, step, file, to_gguf(step, tmp_path / "lora", dtype), STORY, bound, 30)
@@ -491,7 +500,7 @@ def test_llama_cpp_makes_the_same_ids_of_texts(tokenizer: str, llama_cpp: Any, t
     directory = shared_data(tokenizer)
     ours = Tokenizer(directory)
     base = vocabulary_only(directory, tmp_path / "base", {"vocab_size": ours.size})
-    theirs = opened(llama_cpp, to_gguf(base, tmp_path / "out", "f16"), vocab_only=True, logits_all=False)
+    theirs = opened(llama_cpp, to_gguf(base, tmp_path / "out", "float16"), vocab_only=True, logits_all=False)
     for text in TEXTS:
         if tokenizer.endswith("qwen2.5"):
             text = unicodedata.normalize("NFC", text)  # what Qwen's tokenizer does first, and llama.cpp leaves to the user

@@ -224,15 +224,21 @@ def test_what_is_large_is_read_only_where_that_is_asked_for(
 
 def test_every_kind_of_path_is_named(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """S01: of what others pickled nothing is opened. What is nothing known has exit code 2, and says what is there."""
-    for name, file, kind, command in (
-        ("litgpt", "lit_model.pth", "litgpt", "litlora convert {} --to hf --out_dir DIR"),
-        ("lora", "lit_model.pth.lora", "litgpt adapter", "litlora convert {} --to peft --out_dir DIR"),
-        ("pickled", "pytorch_model-00001-of-00002.bin", "pickled", "litlora convert {} --to hf --out_dir DIR"),
+    for name, files, kind, command in (
+        ("litgpt", "lit_model.pth model_config.yaml", "litgpt", "litlora convert {} --to hf --out_dir DIR"),
+        (
+            "lora",
+            "lit_model.pth.lora model_config.yaml hyperparameters.yaml",
+            "litgpt adapter",
+            "litlora convert {} --to peft --out_dir DIR",
+        ),
+        ("pickled", "pytorch_model.bin.index.json pytorch_model-1.bin config.json", "pickled", "litlora convert {} --to hf --out_dir DIR"),
         ("gguf", "model-f16.gguf", "gguf", "llama-cli -m {}/model-f16.gguf"),
     ):
         place = tmp_path / name
         place.mkdir()
-        (place / file).write_bytes(b"")
+        for file in files.split():
+            (place / file).write_bytes(b"")
         found = inspected(place, capsys)
         assert (found["kind"], commands(found)["go on"]) == (kind, command.format(place)) and reasons(found)
     base = runs["base"]
@@ -302,7 +308,7 @@ def test_the_line_of_parents_is_followed_as_far_as_it_goes(
     run.mkdir()
     record = resolve(runs["base"]).record(run)
     events = (
-        {"event": "combined", "how": "average", "parents": [{"path": "a", "weight": 0.5}, 3]},
+        {"event": "combined", "how": "average", "parents": [{"path": "a", "sha256": "0", "weight": 0.5}]},
         {"event": "resumed", "changed": {"lr": 1}},
     )
     for step, parent in ((1, str(run / "step-3")), (2, str(run / "step-1")), (3, str(run / "step-2")), (4, str(tmp_path / "gone"))):

@@ -105,9 +105,9 @@ def test_what_other_programs_write_is_known_by_name_and_has_a_command(tmp_path: 
     """S01: nothing of it is opened. A trainer's own state is no model."""
     for name, files, what, target in (
         ("litgpt", ["lit_model.pth", "model_config.yaml", "tokenizer.json"], "a LitGPT checkpoint", "hf"),
-        ("half", ["lit_model.pth"], "a LitGPT checkpoint, without the model_config.yaml", "hf"),
-        ("lora", ["lit_model.pth.lora", "hyperparameters.yaml"], "an adapter of LitGPT", "peft"),
+        ("lora", ["lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml"], "an adapter of LitGPT", "peft"),
         ("peft", ["adapter_config.json", "adapter_model.bin"], "a PEFT adapter whose weights are pickled", "peft"),
+        ("live", ["adapter_config.json", "adapter_model.pt"], "a PEFT adapter whose weights are pickled", "peft"),
         ("bin", ["config.json", "pytorch_model.bin"], "a directory of pickled weights", "hf"),
     ):
         place = tmp_path / name
@@ -117,6 +117,19 @@ def test_what_other_programs_write_is_known_by_name_and_has_a_command(tmp_path: 
         text = refusal(place)
         assert what in text and f"litlora convert {place} --to {target} --out_dir DIR" in text and "can run code" in text
     assert "pickled weights" in refusal(tmp_path / "litgpt" / "lit_model.pth")
+    for name, files, needed in (  # what convert does not read either: no command that only says the same again
+        ("half", ["lit_model.pth"], "reads lit_model.pth where model_config.yaml lies beside it"),
+        ("lonely", ["pytorch_model.bin"], "reads pytorch_model.bin where config.json lies beside it"),
+        ("meta", ["consolidated.00.pth", "params.json"], "use a copy in safetensors format"),
+        ("bottlenecks", ["lit_model.pth.adapter", "model_config.yaml"], "use a copy in safetensors format"),
+    ):
+        place = tmp_path / name
+        place.mkdir()
+        for file in files:
+            (place / file).write_bytes(b"")
+        for path in (place, place / files[0]):
+            text = refusal(path)
+            assert needed in text and f"litlora convert {place}" not in text and "can run code" in text
     trainer = tmp_path / "trainer"
     trainer.mkdir()
     (trainer / "training_args.bin").write_bytes(b"")
@@ -616,7 +629,7 @@ def test_a_directory_of_pickles_is_refused_by_name(tmp_path: Path, name: str) ->
     (base / name).write_bytes(pickle.dumps(Bomb()))
     text = refusal(base)
     assert f"{name} can run code when it is read, and is not" in text
-    assert f"litlora convert {base} --to" in text
+    assert (f"litlora convert {base} --to hf" in text) == (name == "pytorch_model.bin") and "litlora convert" in text
     assert not Path("exploded").exists()
 
 

@@ -101,6 +101,15 @@ def check_outside(out_dir: Path, base: Path) -> None:
         raise UserError(f"no command writes into a base, and this is in {base}", where=out_dir, hint="--out_dir another directory")
 
 
+def check_new(out_dir: Path) -> None:
+    """UserError where a result that is no step of a training cannot go there: something is there, or the name is a training step's."""
+    if os.path.lexists(out_dir):
+        raise UserError("exists already; nothing is overwritten", where=out_dir, hint="--out_dir another directory")
+    if names.step_number(out_dir) is not None:
+        raise UserError("is the name of a training step, which this is none", where=out_dir, hint="--out_dir another name")
+    check_writable(out_dir)
+
+
 def check_writable(out_dir: Path) -> None:
     """UserError where a directory cannot be made there."""
     parent = next(step for step in out_dir.absolute().parents if step.exists())

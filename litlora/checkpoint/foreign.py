@@ -41,28 +41,47 @@ def recognise(path: Path) -> Foreign | None:
     found = {entry.name for entry in path.iterdir() if entry.is_file()}
     if names.LITGPT_WEIGHTS in found:
         lacking = "" if names.LITGPT_CONFIG in found else f", without the {names.LITGPT_CONFIG} that belongs to it"
-        return _pickled(path, "litgpt", f"a LitGPT checkpoint{lacking}", names.LITGPT_WEIGHTS, "hf")
+        return _pickled(path, "litgpt", f"a LitGPT checkpoint{lacking}", names.LITGPT_WEIGHTS)
     if adapter := next((name for name in names.LITGPT_ADAPTERS if name in found), None):
-        return _pickled(path, "litgpt adapter", "an adapter of LitGPT", adapter, "peft")
-    if names.ADAPTER_CONFIG in found and names.PICKLED_ADAPTER in found:
-        return _pickled(path, "pickled adapter", "a PEFT adapter whose weights are pickled", names.PICKLED_ADAPTER, "peft")
+        return _pickled(path, "litgpt adapter", "an adapter of LitGPT", adapter)
+    if pickled := next((name for name in names.PICKLED_ADAPTERS if name in found and names.ADAPTER_CONFIG in found), None):
+        return _pickled(path, "pickled adapter", "a PEFT adapter whose weights are pickled", pickled)
     if any(name.endswith(names.SAFETENSORS) for name in found):
         return None
     if gguf := next((name for name in sorted(found) if name.endswith(names.GGUF)), None):
         return _gguf(path / gguf, "gguf")
     if pickles := sorted(name for name in found if name.endswith(names.PICKLES) and name not in names.TRAINER_FILES):
         more = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
-        return _pickled(path, "pickled", "a directory of pickled weights", f"{pickles[0]}{more}", "hf")
+        return _pickled(path, "pickled", "a directory of pickled weights", f"{pickles[0]}{more}")
     return None
 
 
-def convert_hint(path: Path, target: str = "hf") -> str:
-    """The command that makes something readable of pickled weights."""
-    return f"litlora convert {shlex.quote(str(path))} --to {target} --out_dir DIR"
+# What `litlora convert` reads, by the names that must be there, and what becomes of it.
+CONVERTED: tuple[tuple[tuple[str, ...], str], ...] = (
+    ((names.LITGPT_WEIGHTS, names.LITGPT_CONFIG), "hf"),
+    ((names.LITGPT_LORA, names.LITGPT_CONFIG, names.LITGPT_HYPERPARAMETERS), "peft"),
+    ((names.PICKLED_WEIGHTS, names.CONFIG), "hf"),
+    ((names.PICKLED_INDEX, names.CONFIG), "hf"),
+    *(((name, names.ADAPTER_CONFIG), "peft") for name in names.PICKLED_ADAPTERS),
+)
 
 
-def _pickled(path: Path, kind: str, what: str, file: str, target: str) -> Foreign:
-    return Foreign(kind=kind, what=what, why=f"{file} can run code when it is read, and is not", command=convert_hint(path, target))
+def convert_hint(directory: Path) -> tuple[str, str]:
+    """The command that makes something readable of the pickled weights in a directory; where there is none, what is needed for one."""
+    for needed, target in CONVERTED:
+        if all((directory / name).is_file() for name in needed):
+            return f"litlora convert {shlex.quote(str(directory))} --to {target} --out_dir DIR", ""
+    begun = [needed for needed, _ in CONVERTED if (directory / needed[0]).is_file()]
+    if begun:
+        return "", f"litlora convert reads {begun[0][0]} where {' and '.join(begun[0][1:])} lies beside it"
+    read = [needed for needed, _ in CONVERTED if needed[0] not in (names.PICKLED_INDEX, *names.PICKLED_ADAPTERS[1:])]
+    known = ", ".join(f"{needed[0]} with {' and '.join(needed[1:])}" for needed in read)
+    return "", f"use a copy in safetensors format; of pickled weights litlora convert reads {known}"
+
+
+def _pickled(path: Path, kind: str, what: str, file: str) -> Foreign:
+    command, advice = convert_hint(path)
+    return Foreign(kind=kind, what=what, why=f"{file} can run code when it is read, and is not", command=command, advice=advice)
 
 
 def _gguf(file: Path, kind: str) -> Foreign:
@@ -83,7 +102,8 @@ def _file(path: Path) -> Foreign:
     parent = shlex.quote(str(path.parent))
     if path.name.endswith(names.PICKLES):
         why = "it can run code when it is read, and is not"
-        return Foreign(kind="file", what="a file of pickled weights", why=why, command=convert_hint(path.parent))
+        command, advice = convert_hint(path.parent)
+        return Foreign(kind="file", what="a file of pickled weights", why=why, command=command, advice=advice)
     if path.suffix == names.GGUF:
         return _gguf(path, "file")
     if path.suffix == names.SAFETENSORS:

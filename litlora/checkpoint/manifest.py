@@ -73,6 +73,11 @@ class Manifest:
         return seal(asdict(self))
 
 
+def records_of(directory: Path) -> dict[str, FileRecord]:
+    """The size and sha256 of every file in a directory that is about to get its manifest."""
+    return {path.name: FileRecord(size=path.stat().st_size, sha256=sha256(path)) for path in directory.iterdir()}
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a step. UserError where it is missing, altered, or written by a newer litlora."""
     path = directory / names.MANIFEST
@@ -144,8 +149,7 @@ def _from_fields(values: dict[str, Any]) -> Manifest:
     base = values.get("base")
     files = {name: FileRecord(**record) for name, record in values.get("files", {}).items()}
     lineage = values.get("lineage", [])
-    if not isinstance(lineage, list) or not all(isinstance(entry, dict) and isinstance(entry.get("event"), str) for entry in lineage):
-        raise ValueError("lineage: an entry is no event")
+    _check_lineage(lineage, "lineage")
     records = {"base": BaseRecord(**base) if base is not None else None, "files": files, "lineage": tuple(lineage)}
     manifest = Manifest(**{**values, **records})
     for name, record in files.items():
@@ -172,6 +176,27 @@ def _from_fields(values: dict[str, Any]) -> Manifest:
     if manifest.base and not all(isinstance(value, str) for value in asdict(manifest.base).values()):
         raise ValueError("base: its fields are no text")
     return manifest
+
+
+def _check_lineage(lineage: Any, where: str) -> None:
+    """Events of any name; of those that are read again, `combined`, what is needed of each parent. ValueError naming the field."""
+    if not isinstance(lineage, list) or not all(isinstance(entry, dict) and isinstance(entry.get("event"), str) for entry in lineage):
+        raise ValueError(f"{where}: an entry is no event")
+    for number, event in enumerate(lineage):
+        if event["event"] != "combined":
+            continue
+        parents, place = event.get("parents"), f"{where}[{number}].parents"
+        if not isinstance(parents, list) or not all(isinstance(parent, dict) for parent in parents):
+            raise ValueError(f"{place} is no list of parents")
+        for which, parent in enumerate(parents):
+            digest = "fingerprint" if "fingerprint" in parent else "sha256"
+            for name in ("path", digest):
+                if not isinstance(parent.get(name), str):
+                    raise ValueError(f"{place}[{which}].{name} is no text")
+            weight = parent.get("weight")
+            if not isinstance(weight, int | float) or isinstance(weight, bool) or not abs(weight) < math.inf:  # no NaN either
+                raise ValueError(f"{place}[{which}].weight is no finite number")
+            _check_lineage(parent.get("lineage", []), f"{place}[{which}].lineage")
 
 
 def is_texts(values: Any) -> bool:

@@ -109,9 +109,9 @@ def shard_name(number: int, count: int) -> str:
     return WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
 
 
-def gguf_name(what: str, dtype: str) -> str:
-    """`model-f16.gguf`, `adapter-f32.gguf`."""
-    return f"{what}-{dtype}{GGUF}"
+def gguf_name(what: str, kind: str) -> str:
+    """`model-f16.gguf`, `adapter-f32.gguf`: with llama.cpp's word for the type."""
+    return f"{what}-{kind.lower()}{GGUF}"
 
 
 def aside_name(name: str, count: int) -> str:

@@ -10,7 +10,7 @@ Tensors trained whole (modules_to_save, freeze, norms) take part as theta_0 + th
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -23,15 +23,13 @@ from litlora.checkpoint.commit import Tensors
 from litlora.combine.arithmetic import Array, Cut, Factors, factored, shortened, stacked
 from litlora.combine.parents import Parent, differences
 from litlora.combine.recipe import Recipe
-from litlora.config import Config
 from litlora.errors import UserError, WorkError
-from litlora.families import expected_tensors, linear_shapes, stored_name, tensor_name
+from litlora.families import expected_tensors, linear_shapes, tensor_name
 from litlora.merge.tensors import read_float32
-from litlora.methods import from_peft, linear_names, lora_config, module_names
+from litlora.methods import from_peft, lora_config, lora_options
 from litlora.methods.tuning import EMBEDDING, BottleneckSlot, LoRASlot, ScaleShiftSlot, Tuning
-from litlora.options import AdapterOptions, LoRAOptions
+from litlora.options import AdapterOptions
 from litlora.peft import adapter_config_to_peft, prompt_from_peft, scale
-from litlora.peft.targets import shortened as short_names
 from litlora.safetensors_file import SafetensorsFile
 
 MERGE_FIRST = "merge each with litlora merge_lora and combine the merged models, or --whole"
@@ -271,30 +269,3 @@ def described(tuning: Tuning, parents: tuple[Parent, ...], recipe: Recipe, kind:
     return Blend(
         parents=parents, recipe=recipe, kind=kind, tuning=tuning, method=first.method, options=recorded, described=values, rank=rank
     )
-
-
-def lora_options(tuning: Tuning, config: Config) -> LoRAOptions:
-    """The options that mean a tuning of LoRA, as `litlora finetune lora` would be given them."""
-    slots = {stored_name(slot.removesuffix(".adapter"), config): kind for slot, kind in tuning.slots.items() if isinstance(kind, LoRASlot)}
-    kinds = list(slots.values())
-    r, alpha = Counter(kind.r for kind in kinds).most_common(1)[0][0], Counter(kind.alpha for kind in kinds).most_common(1)[0][0]
-    saved = [stored_name(name.rpartition(".")[0], config) for name in tuning.whole]
-    return LoRAOptions(
-        r=r,
-        alpha=alpha,
-        target_modules=short_names(list(slots), linear_names(config)),
-        rank_pattern=patterns({name: kind.r for name, kind in slots.items()}, r),
-        alpha_pattern=patterns({name: kind.alpha for name, kind in slots.items()}, alpha),
-        use_dora=kinds[0].use_dora,
-        use_rslora=kinds[0].use_rslora,
-        modules_to_save=short_names(list(dict.fromkeys(saved)), module_names(config)) if saved else [],
-        untie=tuning.untied,
-    )
-
-
-def patterns(values: Mapping[str, float], default: float) -> list[str]:
-    """NAME=VALUE words for the modules that have another value than most."""
-    found = []
-    for value in sorted(set(values.values()) - {default}):
-        found += [f"{name}={value:.17g}" for name in short_names([name for name, own in values.items() if own == value], list(values))]
-    return found

@@ -24,9 +24,9 @@ from litlora.families import stored_name
 from litlora.merge.directory import config_bytes, copy_files
 from litlora.merge.effective import Effective
 from litlora.merge.outputs import Output
-from litlora.merge.tensors import DTYPES, write_at
+from litlora.merge.tensors import write_at
 from litlora.merge.weights import new_file
-from litlora.safetensors_file import SafetensorsFile, from_float32
+from litlora.safetensors_file import DTYPES, SafetensorsFile, from_float32
 
 # What two models may say differently in config.json: nothing that is computed with depends on it.
 NO_ARITHMETIC = {"torch_dtype", "initializer_range", "llama_pro_layers", "bos_token_id", "eos_token_ids", "pad_token_id"}

@@ -1,6 +1,5 @@
 """What is combined: checkpoints of one base, looked at before anything is written."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -111,7 +110,7 @@ def vocabulary(parent: Parent) -> str:
 def template_hash(parent: Parent) -> str:
     recorded = parent.checkpoint.manifest.chat_template if parent.checkpoint.manifest else ""
     prompts = None if recorded else prompts_of(parent.checkpoint)
-    return recorded or (hashlib.sha256(prompts.template.encode()).hexdigest() if prompts else "")
+    return recorded or (prompts.template_hash if prompts else "")
 
 
 def prompts_of(checkpoint: Checkpoint) -> Prompts | None:

@@ -1,7 +1,5 @@
 """The checkpoint that comes of a combination: a directory like a step's, whose manifest says what it was made of."""
 
-import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +10,9 @@ import numpy as np
 from litlora.checkpoint import names
 from litlora.checkpoint.card import model_card
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.commit import check_free_space, check_writable, commit_checkpoint, commit_directory, make_directory
+from litlora.checkpoint.commit import check_free_space, check_new, commit_checkpoint, commit_directory, make_directory
 from litlora.checkpoint.files import as_json, serving_files
-from litlora.checkpoint.manifest import FileRecord, Manifest
-from litlora.checkpoint.reading import sha256
+from litlora.checkpoint.manifest import Manifest, records_of
 from litlora.combine.adapters import Blend, Blended, blend_of, make
 from litlora.combine.models import ModelBlend, model_blend_of, write_model
 from litlora.combine.parents import Parent, check_parents, common, prompts_of
@@ -99,10 +96,7 @@ def prepare(
 
 def check_place(out_dir: Path, parents: Sequence[Parent], base: Checkpoint | None) -> None:
     """UserError where the result cannot go there, or would lie in what it is made from."""
-    if os.path.lexists(out_dir):
-        raise UserError("exists already; nothing is overwritten", where=out_dir, hint="--out_dir another directory")
-    if names.step_number(out_dir) is not None:
-        raise UserError("is the name of a training step, which this is none", where=out_dir, hint="--out_dir another name")
+    check_new(out_dir)
     real = out_dir.resolve()
     for path in [
         *(parent.path for parent in parents),
@@ -111,7 +105,6 @@ def check_place(out_dir: Path, parents: Sequence[Parent], base: Checkpoint | Non
     ]:
         if path.resolve() in real.parents:
             raise UserError(f"lies in {path}, from which it is made", where=out_dir, hint="--out_dir another directory")
-    check_writable(out_dir)
 
 
 def combine(
@@ -144,8 +137,7 @@ def combine(
         write_model(plan.blend, directory, progress)
         for name, data in {**files, names.COMBINE_REPORT: as_json(report)}.items():
             (directory / name).write_bytes(data)
-        written = {path.name: FileRecord(size=path.stat().st_size, sha256=sha256(path)) for path in directory.iterdir()}
-        (directory / names.MANIFEST).write_bytes(manifest.with_files(written).encode())
+        (directory / names.MANIFEST).write_bytes(manifest.with_files(records_of(directory)).encode())
     return report
 
 
@@ -164,7 +156,7 @@ def manifest_of(plan: Plan, event: dict[str, Any], val_loss: float | None) -> Ma
         val_loss=val_loss,
         base=blend.base.record(plan.out_dir.absolute().parent) if isinstance(blend, Blend) else None,
         tokenizer=prompts.tokenizer.hash if prompts else "",
-        chat_template=hashlib.sha256(prompts.template.encode()).hexdigest() if prompts else "",
+        chat_template=prompts.template_hash if prompts else "",
         data=common([one.data for one in known]) if len(known) == len(plan.parents) else "",
         lineage=(event,),
         versions={"litlora": __version__, "numpy": np.__version__},

@@ -90,16 +90,17 @@ def soup(options: Combine, parents: Sequence[Parent], recipe: Recipe) -> None:
         recorded = f" (recorded {manifest.val_loss:.4f})" if manifest and manifest.val_loss is not None else ""
         say(f"{parent.path}: loss {losses[-1]:.4f}{recorded}")
     out_dir = Path(options.out_dir).absolute()
-    place = out_dir.with_name(names.temporary_name(f"{out_dir.name}.attempt", os.getpid()))
+    trial = f"{out_dir.name}.attempt"
+    room = out_dir.with_name(names.temporary_name(trial, os.getpid()))  # what is half-written lies inside, and goes with it
     if out_dir.parent.is_dir():
-        remove_leftovers(out_dir.parent, f"{out_dir.name}.attempt")
+        remove_leftovers(out_dir.parent, trial)
 
     def measure(members: tuple[int, ...]) -> float:
         try:
-            write(planned(options, [parents[number] for number in members], share(recipe, len(members)), place))
-            return loss_of(options, place, samples)
+            write(planned(options, [parents[number] for number in members], share(recipe, len(members)), room / trial))
+            return loss_of(options, room / trial, samples)
         finally:
-            remove(place)
+            remove(room)
 
     attempts = greedy(losses, measure)
     for attempt in attempts[1:]:

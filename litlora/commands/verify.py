@@ -123,7 +123,7 @@ def of_extended(model: Checkpoint) -> Iterator[Finding]:
 def of_lineage(checkpoint: Checkpoint) -> Iterator[Finding]:
     """What it was combined from: whether that is still there, and still the same."""
     events = checkpoint.manifest.lineage if checkpoint.manifest else ()
-    for parent in (parent for event in events if event["event"] == "combined" for parent in event.get("parents", ())):
+    for parent in (parent for event in events if event["event"] == "combined" for parent in event["parents"]):
         what = f"what it was combined from: {parent['path']}"
         if not Path(parent["path"]).is_dir():
             yield Finding(str(checkpoint.path), what, warnings=("is not there any more",))

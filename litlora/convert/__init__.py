@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from litlora.checkpoint.commit import check_outside, check_writable
+from litlora.checkpoint.commit import check_new, check_outside
 from litlora.convert.sources import Adapter, Model, open_source
 from litlora.errors import UserError
 
@@ -27,15 +27,13 @@ __all__ = ["Adapter", "Model", "check", "convert", "open_source"]
 def check(source: Model | Adapter, to: str, out_dir: Path, dtype: str) -> None:
     """UserError of what cannot be asked for, before anything is read."""
     check_outside(out_dir, source.path)
-    if out_dir.exists() or out_dir.is_symlink():
-        raise UserError("exists already; nothing is overwritten", where=out_dir, hint="--out_dir another directory")
-    check_writable(out_dir)
+    check_new(out_dir)
     if isinstance(source, Model):
         if to in ("peft", "litlora"):
             what = f"is a whole model, and --to {to} is for adapters"
             raise UserError(what, where=source.path, hint="--to hf, or --to gguf")
         if to == "hf" and dtype == "q8_0":
-            raise UserError("q8_0 is a type of GGUF's alone", where="--dtype q8_0", hint="--dtype f32, f16 or bf16; or --to gguf")
+            raise UserError("q8_0 is a type of GGUF's alone", where="--dtype q8_0", hint="--dtype float32 (or the like), or --to gguf")
         return
     if to == "hf":
         if source.checkpoint is None:

@@ -1,8 +1,6 @@
 """An adapter as a PEFT directory, or as one of our own steps, which knows its base. The tensors are the same to the byte in both."""
 
-import hashlib
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,28 +10,22 @@ from litlora.checkpoint import names
 from litlora.checkpoint.card import model_card
 from litlora.checkpoint.commit import commit_directory, make_directory
 from litlora.checkpoint.files import as_json, serving_files
-from litlora.checkpoint.manifest import FileRecord, Manifest
+from litlora.checkpoint.manifest import Manifest, records_of
 from litlora.checkpoint.reading import file_in, read_bytes, sha256
 from litlora.config import Config
 from litlora.convert.parts import parts_of, refuse_not_finite, write_parts
 from litlora.convert.report import compared, made_from, make_report, write_report
 from litlora.convert.sources import Adapter, names_in
 from litlora.errors import UserError
-from litlora.families import linear_shapes
-from litlora.methods import from_manifest, from_peft
+from litlora.methods import from_manifest, from_peft, lora_options
 from litlora.methods.tuning import Tuning, why_unmergeable
-from litlora.options import LoRAOptions
 from litlora.peft import (
-    AdapterConfig,
     adapter_config_from_peft,
     check_tensors,
     copied_base_tensor,
     is_prompt,
-    plain_alpha,
     prompt_from_peft,
-    targets,
 )
-from litlora.peft.targets import shortened
 from litlora.prompts import Prompts
 from litlora.tokenizer import Tokenizer
 
@@ -72,12 +64,12 @@ def adapter_to_step(adapter: Adapter, out_dir: Path) -> dict[str, Any]:
     manifest = Manifest(
         method=method,
         options=options,
-        step=names.step_number(out_dir) or 0,
+        step=0,
         epoch=0.0,
         tokens=0,
         base=base.record(out_dir.absolute().parent),
         tokenizer=prompts.tokenizer.hash,
-        chat_template=hashlib.sha256(prompts.template.encode()).hexdigest(),
+        chat_template=prompts.template_hash,
         lineage=({"event": "converted", "from": origin["path"], "kind": adapter.kind, "sha256": digest},),
         versions={"litlora": __version__},
     )
@@ -90,8 +82,7 @@ def adapter_to_step(adapter: Adapter, out_dir: Path) -> dict[str, Any]:
         (directory / names.README).write_text(card, encoding="utf-8")
         report = make_report(adapter, "litlora", proof_of(adapter, directory), base=asdict(manifest.base) if manifest.base else None)
         write_report(directory, report)
-        written = {path.name: FileRecord(size=path.stat().st_size, sha256=sha256(path)) for path in directory.iterdir()}
-        (directory / names.MANIFEST).write_bytes(manifest.with_files(written).encode())
+        (directory / names.MANIFEST).write_bytes(manifest.with_files(records_of(directory)).encode())
     return report
 
 
@@ -129,28 +120,7 @@ def meaning(adapter: Adapter, config: Config) -> tuple[str, dict[str, Any], Tuni
         return "adapter", options, tuning
     described = adapter_config_from_peft(adapter.values, where)
     tuning = from_peft(described, config)
-    return "lora", asdict(lora_options(described, config, untied=tuning.untied)), tuning
-
-
-def lora_options(described: AdapterConfig, config: Config, *, untied: bool) -> LoRAOptions:
-    """The options of `finetune lora` that train such an adapter: with them training goes on from it."""
-    linears = list(linear_shapes(config))
-    return LoRAOptions(
-        r=described.r,
-        alpha=described.alpha,
-        dropout=described.dropout,
-        target_modules=shortened(targets(described, linears), linears),
-        rank_pattern=words(described.rank_pattern.items()),
-        alpha_pattern=words(described.alpha_pattern.items()),
-        use_dora=described.use_dora,
-        use_rslora=described.use_rslora,
-        modules_to_save=list(described.modules_to_save),
-        untie=untied,
-    )
-
-
-def words(pairs: Iterable[tuple[str, Any]]) -> list[str]:
-    return [f"{name}={plain_alpha(value)}" for name, value in pairs]
+    return "lora", asdict(lora_options(tuning, config)), tuning
 
 
 def peft_card(adapter: Adapter) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 from litlora.checkpoint import names
 from litlora.checkpoint.commit import commit_directory, make_directory
 from litlora.config import Config
-from litlora.convert.gguf_file import file_bytes, open_package, read_again, type_of, write_gguf
-from litlora.convert.gguf_model import add_general, architecture, config_word, gguf_names, in_its_order
+from litlora.convert.gguf_file import WORDS, file_bytes, open_package, read_again, type_of, write_gguf
+from litlora.convert.gguf_model import add_general, architecture, gguf_names, in_its_order, main_type
 from litlora.convert.parts import Floats, Part
 from litlora.convert.report import make_report, write_report
 from litlora.convert.sources import Adapter
@@ -53,7 +53,7 @@ def adapter_to_gguf(adapter: Adapter, out_dir: Path, *, dtype: str = "keep") -> 
     parts = tensors_of(held, slots, described, config)
     tensors = {name: (part, type_of(part, dtype)) for name, part in parts.items()}
     make_directory(out_dir.absolute().parent)
-    name = names.gguf_name("adapter", dtype if dtype != "keep" else config_word(tensors))
+    name = names.gguf_name("adapter", WORDS[dtype] if dtype != "keep" else main_type(tensors))
     with commit_directory(out_dir, needed_bytes=file_bytes(tensors) + 2**24) as directory:
         report = make_report(adapter, "gguf", {}, dtype=dtype, files=[name])
         digest = next(iter(report["from"]["files"].values()))["sha256"]
@@ -77,6 +77,8 @@ def plain_lora(adapter: Adapter) -> AdapterConfig:
     described = adapter_config_from_peft(adapter.values, adapter.path / names.ADAPTER_CONFIG)
     if described.use_dora:
         raise UserError("DoRA has no form in GGUF", where=adapter.path, hint=hint)
+    if described.alpha == 0:
+        raise UserError("lora_alpha is 0, and llama.cpp takes a scale of 0 for none at all", where=adapter.path, hint=hint)
     if described.modules_to_save:
         what = f"modules trained whole ({', '.join(described.modules_to_save)}) have no place in a GGUF adapter"
         raise UserError(what, where=adapter.path, hint=hint)

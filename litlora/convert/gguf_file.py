@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from litlora.convert.parts import DTYPES, ROUNDING, Floats, Part, beyond
+from litlora.convert.parts import ROUNDING, Floats, Part, beyond
 from litlora.errors import UserError, WorkError
+from litlora.safetensors_file import DTYPES
 
 Q8_0 = "Q8_0"
 BLOCK = 32  # numbers that share one scale in q8_0
@@ -37,7 +38,7 @@ def open_package() -> Any:
 def type_of(part: Part, dtype: str) -> str:
     """The GGML type to store a tensor as. Norms and biases stay fp32, as llama.cpp needs them; `keep`: as it is.
 
-    q8_0 takes rows of whole blocks of 32; a matrix with other rows becomes f16.
+    q8_0 takes rows of whole blocks of 32; a matrix with other rows becomes float16.
     """
     if len(part.shape) < 2:
         return "F32"
@@ -57,7 +58,7 @@ def stored(part: Part, kind: str, name: str) -> "np.ndarray[Any, Any]":
     if not np.isfinite(wide).all():
         raise WorkError(f"{name} holds values that are not finite", hint="convert another copy, or an earlier step")
     if kind in ("F16", Q8_0) and (largest := float(np.abs(wide).max(initial=0))) > (limit := 65504.0 * (127 if kind == Q8_0 else 1)):
-        raise WorkError(f"{name} reaches {largest:.4g}, and {kind.lower()} holds at most {limit:.4g}", hint="--dtype f32 or bf16")
+        raise WorkError(f"{name} reaches {largest:.4g}, and {kind.lower()} holds at most {limit:.4g}", hint="--dtype float32 or bfloat16")
     numbers: np.ndarray[Any, Any] = gguf.quants.quantize(wide, gguf.GGMLQuantizationType[kind])
     return numbers
 

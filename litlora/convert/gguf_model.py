@@ -17,7 +17,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.commit import commit_directory, make_directory
 from litlora.config import Config, Rope
 from litlora.console import warn
-from litlora.convert.gguf_file import WORDS, Kept, file_bytes, open_package, read_again, type_of, write_gguf
+from litlora.convert.gguf_file import Q8_0, WORDS, Kept, file_bytes, open_package, read_again, type_of, write_gguf
 from litlora.convert.gguf_tokens import add_tokens, token_table
 from litlora.convert.parts import Part
 from litlora.convert.report import make_report, write_report
@@ -41,7 +41,7 @@ def model_to_gguf(
     table = token_table(model.path, config.vocab_size)
     tensors = tensors_of(model.tensors, config, dtype)
     make_directory(out_dir.absolute().parent)
-    name = names.gguf_name("model", dtype if dtype != "keep" else config_word(tensors))
+    name = names.gguf_name("model", WORDS[dtype] if dtype != "keep" else main_type(tensors))
     with commit_directory(out_dir, needed_bytes=file_bytes(tensors) + 2**25) as directory:
         path = directory / name
         report = make_report(model, "gguf", {}, dtype=dtype, files=[name])
@@ -176,14 +176,13 @@ def add_sizes(writer: Any, config: Config) -> None:
 def file_type(tensors: Kept) -> int:
     """general.file_type: what most of it is stored as. For people; every tensor says its own."""
     types = open_package().LlamaFileType
-    word = config_word(tensors)
-    return int({"f32": types.ALL_F32, "f16": types.MOSTLY_F16, "bf16": types.MOSTLY_BF16, "q8_0": types.MOSTLY_Q8_0}[word])
+    found = {"F32": types.ALL_F32, "F16": types.MOSTLY_F16, "BF16": types.MOSTLY_BF16, Q8_0: types.MOSTLY_Q8_0}
+    return int(found[main_type(tensors)])
 
 
-def config_word(tensors: Kept) -> str:
-    """The option's word for the type that holds most of the numbers."""
+def main_type(tensors: Kept) -> str:
+    """The type that holds most of the numbers."""
     sizes: dict[str, int] = {}
     for part, kind in tensors.values():
         sizes[kind] = sizes.get(kind, 0) + math.prod(part.shape)
-    most = max(sizes, key=lambda kind: sizes[kind])
-    return next(word for word, kind in WORDS.items() if kind == most)
+    return max(sizes, key=lambda kind: sizes[kind])

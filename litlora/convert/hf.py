@@ -9,10 +9,11 @@ from litlora.checkpoint.commit import commit_directory, make_directory
 from litlora.checkpoint.files import as_json
 from litlora.checkpoint.reading import file_in, read_bytes
 from litlora.checkpoint.shards import find_shards
-from litlora.convert.parts import CONFIG_WORDS, DTYPES, Part, cast, parts_of, write_parts
+from litlora.convert.parts import Part, cast, parts_of, write_parts
 from litlora.convert.report import compared, make_report, write_report
 from litlora.convert.sources import Model
 from litlora.families import stored_name
+from litlora.safetensors_file import DTYPES
 
 GB = 10**9
 
@@ -62,7 +63,7 @@ def write_small_files(model: Model, directory: Path, dtype: str) -> None:
     if model.config_json is not None and dtype == "keep":
         (directory / names.CONFIG).write_bytes(model.config_json)
     else:
-        word = CONFIG_WORDS[DTYPES[dtype]] if dtype != "keep" else model.config.torch_dtype
+        word = dtype if dtype != "keep" else model.config.torch_dtype
         values = model.values()
         keys = [key for key in ("torch_dtype", "dtype") if key in values] or ["torch_dtype"]
         (directory / names.CONFIG).write_bytes(as_json(values | dict.fromkeys(keys, word)))

@@ -37,6 +37,7 @@ OUTSIDE = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.n
 FUSED, OLD_FUSED = "attn.qkv", "attn.attn"
 QKV = ("q_proj", "k_proj", "v_proj")
 EMBEDDING = "transformer.wte.weight"
+Order = np.ndarray[Any, np.dtype[np.intp]]
 
 # Keys of model_config.yaml and what they must be for the model to be one of those that litlora computes.
 NEEDED: dict[str, tuple[Any, ...]] = {
@@ -144,6 +145,8 @@ def model_type(values: Mapping[str, Any], reader: Reader, attention_only: bool) 
     """Told from the arithmetic; Mistral without a window computes what Llama does, and is known by its name."""
     window = values.get("sliding_window_size")
     slides = values.get("sliding_window_indices")
+    if window is not None and slides is not None and not isinstance(slides, list):
+        raise reader.refusal("sliding_window_indices", f"{slides!r} is no list with an entry for each layer")
     if window is not None and slides is not None and not all(slides[: reader.integer("n_layer")]):
         raise reader.refusal("sliding_window_indices", "layers of several types are not supported")
     if reader.flag("norm_qk"):
@@ -180,33 +183,49 @@ def model_in_hf(tensors: Mapping[str, Part], heads: Heads, where: Path) -> tuple
     found: dict[str, Part] = {}
     origins: dict[str, str] = {}
     for name, part in tensors.items():
-        module, _, kind = name.rpartition(".")
-        block = re.match(LAYER, name)
-        inside = module[block.end() :] if block else ""
-        if inside in (FUSED, OLD_FUSED) and block:
-            whole = part if inside == FUSED else part.in_order(ungrouped(heads))
-            for target, piece in apart(whole, heads.rows, name, where).items():
-                found[f"model.layers.{block[1]}.self_attn.{target}.{kind}"] = piece
-                origins[f"model.layers.{block[1]}.self_attn.{target}.{kind}"] = name
-            continue
-        plain = f"model.layers.{block[1]}.{RENAMED[inside]}" if block and inside in RENAMED else OUTSIDE.get(module)
-        if plain is None:
+        place = placed(name)
+        if place.inside in (FUSED, OLD_FUSED):
+            order = ungrouped(heads) if place.inside == OLD_FUSED else None
+            homes = {f"{place.block}.self_attn.{target}": piece for target, piece in apart(part, heads.rows, name, where, order).items()}
+        elif place.module is None:
             hint = "litlora convert --to peft takes a LitGPT LoRA" if "lora_" in name else "LitGPT's adapters cannot be converted"
             raise UserError(f"{name} is no tensor of a plain model", where=where, hint=hint)
-        found[f"{plain}.{kind}"] = part
-        origins[f"{plain}.{kind}"] = name
+        else:
+            homes = {place.module: part}
+        for module, piece in homes.items():
+            found[f"{module}.{place.kind}"], origins[f"{module}.{place.kind}"] = piece, name
     return found, origins
 
 
-def apart(whole: Part, rows: tuple[int, ...], name: str, where: Path) -> dict[str, Part]:
-    """q, k and v out of the rows of one tensor; 0 rows: that one is not among them."""
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where one of LitGPT's names belongs."""
+
+    block: str  # under Hugging Face's name; empty outside of the blocks
+    inside: str  # what LitGPT calls the module in its block
+    module: str | None  # Hugging Face's name of it; None: it has none, or several
+    kind: str  # weight, bias, lora_A ...
+
+
+def placed(name: str) -> Place:
+    module, _, kind = name.rpartition(".")
+    found = re.match(LAYER, name)
+    if found is None:
+        return Place(block="", inside="", module=OUTSIDE.get(module), kind=kind)
+    block, inside = f"model.layers.{found[1]}", module[found.end() :]
+    return Place(block=block, inside=inside, module=f"{block}.{RENAMED[inside]}" if inside in RENAMED else None, kind=kind)
+
+
+def apart(whole: Part, rows: tuple[int, ...], name: str, where: Path, order: Order | None = None) -> dict[str, Part]:
+    """q, k and v out of the rows of one tensor, which are put in `order` first; 0 rows: that one is not among them."""
     if not whole.shape or whole.shape[0] != sum(rows):
         raise UserError(f"{name} has the shape {whole.shape}, and {sum(rows)} rows are needed", where=where)
+    whole = whole if order is None else whole.in_order(order)
     starts = np.cumsum((0, *rows))
     return {target: whole.rows(int(starts[i]), int(starts[i + 1])) for i, target in enumerate(QKV) if rows[i]}
 
 
-def ungrouped(heads: Heads) -> np.ndarray[Any, np.dtype[np.intp]]:
+def ungrouped(heads: Heads) -> Order:
     """Rows of the older fused weight (for each key head: its query heads, itself, its value head) in the order q, k, v."""
     together = heads.query // heads.shared
     places = np.arange((heads.query + 2 * heads.shared) * heads.size).reshape(heads.shared, together + 2, heads.size)
@@ -230,22 +249,19 @@ def lora_in_peft(
     found: dict[str, Part] = {}
     origins: dict[str, str] = {}
     for name, part in tensors.items():
-        module, _, kind = name.rpartition(".")
-        block = re.match(LAYER, name)
-        inside = module[block.end() :] if block else ""
-        if inside == OLD_FUSED:
+        place = placed(name)
+        if place.inside == OLD_FUSED:
             hint = "merge it with the LitGPT that trained it (litgpt merge_lora), and convert the model"
             raise UserError(f"{name} is of an older LitGPT, whose fused rows mix q, k and v", where=where, hint=hint)
-        if inside == FUSED and block and kind in ("lora_A", "lora_B"):
-            pieces = apart(part, tuple(r if count else 0 for count in rows) if kind == "lora_A" else rows, name, where)
-            homes = {f"model.layers.{block[1]}.self_attn.{target}": piece for target, piece in pieces.items()}
+        if place.kind in ("lora_A", "lora_B") and place.inside == FUSED:
+            pieces = apart(part, tuple(r if count else 0 for count in rows) if place.kind == "lora_A" else rows, name, where)
+            homes = {f"{place.block}.self_attn.{target}": piece for target, piece in pieces.items()}
+        elif place.kind in ("lora_A", "lora_B") and place.module is not None:
+            homes = {place.module: part}
         else:
-            plain = f"model.layers.{block[1]}.{RENAMED[inside]}" if block and inside in RENAMED else OUTSIDE.get(module)
-            if plain is None or kind not in ("lora_A", "lora_B"):
-                raise UserError(f"{name} is no tensor of a LoRA", where=where)
-            homes = {plain: part}
-        for module_name, piece in homes.items():
-            stored = f"{PREFIX}{module_name}.{kind}.weight"
+            raise UserError(f"{name} is no tensor of a LoRA", where=where)
+        for module, piece in homes.items():
+            stored = f"{PREFIX}{module}.{place.kind}.weight"
             found[stored], origins[stored] = piece, name
     if not found:
         raise UserError("holds no LoRA", where=where)

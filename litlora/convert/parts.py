@@ -13,10 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from litlora.errors import UserError, WorkError
-from litlora.safetensors_file import DTYPE_BITS, FLOAT_BYTES, Raw, SafetensorsFile, from_float32, header_bytes, to_float32
-
-DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}  # the option's word: the file's
-CONFIG_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # the file's: config.json's
+from litlora.safetensors_file import DTYPE_BITS, DTYPES, FLOAT_BYTES, Raw, SafetensorsFile, from_float32, header_bytes, to_float32
 
 # How far a stored number may lie from x, as (relative, absolute): half the distance to the next one.
 ROUNDING = {"F32": (0.0, 0.0), "F16": (2.0**-11, 2.0**-25), "BF16": (2.0**-8, 2.0**-134)}
@@ -80,7 +77,8 @@ def cast(part: Part, dtype: str, name: str) -> Part:
             if not np.isfinite(wide).all():
                 raise WorkError(f"{name} holds values that are not finite", hint="convert another copy, or an earlier step")
             largest = float(np.abs(wide).max())
-            raise WorkError(f"{name} reaches {largest:.4g}, more than {CONFIG_WORDS[dtype]} holds", hint="--dtype f32 or bf16")
+            word = next(word for word, code in DTYPES.items() if code == dtype)
+            raise WorkError(f"{name} reaches {largest:.4g}, more than {word} holds", hint="--dtype float32 or bfloat16")
         return stored
 
     return Part(dtype=dtype, shape=part.shape, load=load)

@@ -16,8 +16,9 @@ from litlora.checkpoint.reading import file_in, parse_json, read_bytes, read_jso
 from litlora.families import changed_keys, expected_tensors
 from litlora.merge.outputs import NewModel
 from litlora.merge.plan import Plan
-from litlora.merge.tensors import DTYPES, Moved
+from litlora.merge.tensors import Moved
 from litlora.methods.tuning import HEAD, LoRASlot, ScaleShiftSlot, Tuning
+from litlora.safetensors_file import DTYPES
 
 TEMPLATE_FILES = (names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)
 

@@ -15,10 +15,10 @@ from litlora.checkpoint.reading import sha256
 from litlora.config import Config
 from litlora.errors import UserError
 from litlora.merge.outputs import LowRank, NewModel, Output, Rows, new_model
-from litlora.merge.tensors import BLOCK, DTYPES, Floats, read_float32
+from litlora.merge.tensors import BLOCK, Floats, read_float32
 from litlora.methods.tuning import Tuning, why_unmergeable
 from litlora.peft import check_tensors, copied_base_tensor
-from litlora.safetensors_file import FLOAT_BYTES, SafetensorsFile
+from litlora.safetensors_file import DTYPES, FLOAT_BYTES, SafetensorsFile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,11 @@ import numpy.typing as npt
 
 from litlora.checkpoint.fingerprint import TensorHash
 from litlora.errors import WorkError
-from litlora.safetensors_file import FLOAT_BYTES, SafetensorsFile, TensorInfo, to_float32
+from litlora.safetensors_file import DTYPES, FLOAT_BYTES, SafetensorsFile, TensorInfo, to_float32
 
 Floats = npt.NDArray[np.floating[Any]]  # fp32 where a model is written; whoever checks one may compute in fp64
 Bytes = npt.NDArray[np.uint8]
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # config.json's word: the file's
 WIDTH = {"F32": 4, "BF16": 2, "F16": 2}  # bytes of the dtypes that are computed with
 LARGEST = {"F32": 3.4028235e38, "BF16": 3.3895314e38, "F16": 65504.0}
 

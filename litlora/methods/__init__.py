@@ -5,6 +5,7 @@ attach.py   doing it: attach, save, load, compose, remove
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,7 +27,16 @@ from litlora.methods.tuning import (
 )
 from litlora.options import AdapterOptions, FreezeOptions, FullOptions, LoRAOptions, ProOptions
 from litlora.peft import AdapterConfig, adapter_config, doubled, rank_and_alpha, targets
-from litlora.peft.targets import is_named, layer_number, layers_meant, modules_ending, modules_named, modules_of, named_or_matched
+from litlora.peft.targets import (
+    is_named,
+    layer_number,
+    layers_meant,
+    modules_ending,
+    modules_named,
+    modules_of,
+    named_or_matched,
+    shortened,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +111,34 @@ def from_peft(described: AdapterConfig, config: Config, *, untied: bool | None =
             r=r, alpha=alpha, dropout=described.dropout, use_dora=described.use_dora, use_rslora=described.use_rslora
         )
     return Tuning(slots=slots, whole=whole_parameters(saved, separated(config, untied)), untied=untied, in_peft=True)
+
+
+def lora_options(tuning: Tuning, config: Config) -> LoRAOptions:
+    """The options that mean a tuning of LoRA, as `finetune lora` would be given them: with them training goes on from it."""
+    slots = {stored_name(slot.removesuffix(".adapter"), config): kind for slot, kind in tuning.slots.items() if isinstance(kind, LoRASlot)}
+    kinds = list(slots.values())
+    r, alpha = Counter(kind.r for kind in kinds).most_common(1)[0][0], Counter(kind.alpha for kind in kinds).most_common(1)[0][0]
+    saved = [stored_name(name.rpartition(".")[0], config) for name in tuning.whole]
+    return LoRAOptions(
+        r=r,
+        alpha=alpha,
+        dropout=kinds[0].dropout,
+        target_modules=shortened(list(slots), linear_names(config)),
+        rank_pattern=patterns({name: kind.r for name, kind in slots.items()}, r),
+        alpha_pattern=patterns({name: kind.alpha for name, kind in slots.items()}, alpha),
+        use_dora=kinds[0].use_dora,
+        use_rslora=kinds[0].use_rslora,
+        modules_to_save=shortened(list(dict.fromkeys(saved)), module_names(config)) if saved else [],
+        untie=tuning.untied,
+    )
+
+
+def patterns(values: Mapping[str, float], default: float) -> list[str]:
+    """NAME=VALUE words for the modules that have another value than most."""
+    found = []
+    for value in sorted(set(values.values()) - {default}):
+        found += [f"{name}={value:.17g}" for name in shortened([name for name, own in values.items() if own == value], list(values))]
+    return found
 
 
 # ---- the others --------------------------------------------------------------------------------------------------------

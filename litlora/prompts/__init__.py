@@ -3,6 +3,7 @@
 The text is the chat template's (`sandbox.py` runs it); here it becomes ids, and here the answers are found in it.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,6 +60,11 @@ class Prompts:
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         return self.tokenizer.eos_ids | frozenset(self._end_of_turn)
+
+    @property
+    def template_hash(self) -> str:
+        """sha256 of the template's text: what a manifest records."""
+        return hashlib.sha256(self.template.encode()).hexdigest()
 
     # ---- text --------------------------------------------------------------------------------------------------------
 

@@ -188,7 +188,7 @@ class Committer:
             val_loss=commit.val_loss,
             base=self.job.base,
             tokenizer=self.job.prompts.tokenizer.hash,
-            chat_template=template_hash(self.job.prompts),
+            chat_template=self.job.prompts.template_hash,
             data=self.job.data.fingerprint,
             parent=str(self.resumed.path.resolve()) if self.resumed else self.job.parent,
             lineage=self.lineage,
@@ -224,7 +224,7 @@ def what_may_not_change(job: Job) -> dict[str, Any]:
         "base": job.base.fingerprint if job.base else job.origin,
         "shape": hashlib.sha256(json.dumps(config_to_hf(job.config), sort_keys=True).encode()).hexdigest(),
         "tokenizer": job.prompts.tokenizer.hash,
-        "chat template": template_hash(job.prompts),
+        "chat template": job.prompts.template_hash,
         "data": job.data.fingerprint,
         "training rows": rows_hash(job.data.train),
         "seed": options.seed,
@@ -343,10 +343,6 @@ def rows_hash(samples: Sequence[Sample]) -> str:
     for sample in samples:
         state.update(sample.tokens.tobytes() + sample.targets.tobytes())
     return state.hexdigest()
-
-
-def template_hash(prompts: Prompts) -> str:
-    return hashlib.sha256(prompts.template.encode()).hexdigest()
 
 
 def plan_of(job: Job) -> Plan:

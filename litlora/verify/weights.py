@@ -22,9 +22,9 @@ from litlora.families import tensor_name
 from litlora.merge.directory import size_explained, summed
 from litlora.merge.effective import Effective, computed
 from litlora.merge.outputs import Output
-from litlora.merge.tensors import DTYPES, WIDTH, Added, Floats, Making, Moved, Scaled, cuts, load, squares
+from litlora.merge.tensors import WIDTH, Added, Floats, Making, Moved, Scaled, cuts, load, squares
 from litlora.methods.tuning import EMBEDDING
-from litlora.safetensors_file import SafetensorsFile
+from litlora.safetensors_file import DTYPES, SafetensorsFile
 
 UNIT = 2.0**-24  # half a unit in the last place of 1, in fp32
 SUMS = 16 * UNIT  # what a row's length of fp32 squares, its root and the division by it may err by, relatively
