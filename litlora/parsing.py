@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from litlora.errors import UserError, did_you_mean
 
 Options = TypeVar("Options")
+BARE = ("checkpoint_dir",)  # the option that a command's first bare word stands for, where its dataclass says nothing else
 Value = str | list[Any] | dict[str, Any] | None  # of one option, as it was written; a dict and what a list holds may be no value at all
 
 # What the same thing is called elsewhere: a user who types the name they know is told ours.
@@ -110,7 +111,7 @@ def leaves(kind: type, prefix: str = "") -> Iterator[Leaf]:
 def parse(kind: type[Options], words: Sequence[str], *, command: str) -> Options:
     """The options of `litlora <command> <words>`. Raises UserError for anything that is not an option, a value or a file."""
     known = {leaf.name: leaf for leaf in leaves(kind)}
-    pairs = list(as_pairs(words, known, command, getattr(kind, "bare", ("checkpoint_dir",))))
+    pairs = list(as_pairs(words, known, command, getattr(kind, "bare", BARE)))
     if any(name == "help" for name, _ in pairs):
         print(help_text(known.values(), kind, command))
         raise SystemExit(0)
@@ -127,7 +128,7 @@ def parse(kind: type[Options], words: Sequence[str], *, command: str) -> Options
 
 
 def as_pairs(
-    words: Sequence[str], known: Mapping[str, Leaf], command: str, bare: Sequence[str] = ("checkpoint_dir",)
+    words: Sequence[str], known: Mapping[str, Leaf], command: str, bare: Sequence[str] = BARE
 ) -> Iterator[tuple[str, str | list[str]]]:
     """The words as (name, value); the first bare words are the options `bare` (all of them where that is a list), a list's values are
     gathered into one list."""
@@ -230,9 +231,12 @@ def all_options(command: str) -> str:
 
 def help_text(known: Iterable[Leaf], kind: type, command: str) -> str:
     """`litlora COMMAND --help`: every option with its values, what it is for, and its default."""
-    lines = [f"usage: litlora {command} [--option value ...]", "", (kind.__doc__ or "").splitlines()[0]]
+    leaf_of = {leaf.name: leaf for leaf in known}
+    words = [f"[{name.upper()}{' ...' * leaf_of[name].is_list}]" for name in getattr(kind, "bare", BARE) if name in leaf_of]
+    usage = " ".join([f"usage: litlora {command}", *words, "[--option value ...]"])
+    lines = [usage, "", (kind.__doc__ or "").splitlines()[0]]
     above = None
-    for leaf in known:
+    for leaf in leaf_of.values():
         inside = leaf.name.rpartition(".")[0]
         if inside != above:
             lines.append("")

@@ -38,7 +38,7 @@ TYPED = {  # what comes after `litlora finetune`: every method, and the variants
     "pissa": "lora --lora.r 4 --lora.init pissa",
     "dora": "lora --lora.r 4 --lora.use_dora true",
     "lora whole": "lora --lora.r 4 --lora.modules_to_save norm lm_head",
-    "prompt": "adapter --adapter.kind prompt --adapter.layers last:3 --adapter.length 4",
+    "prompt": "adapter --adapter.kind prompt --adapter.layers last:3 --adapter.length 4 --train.lr 1e-1",  # one gate moves little
     "scale_shift": "adapter --adapter.kind scale_shift",
     "series": "adapter --adapter.kind series --adapter.width 6",
     "parallel": "adapter --adapter.kind parallel --adapter.width 6 --adapter.modules_to_save norm",
@@ -68,8 +68,9 @@ class Place:
 
     def typed(self, label: str, out: Path, *more: str, base: Path | None = None) -> list[str]:
         """The words of a run of TYPED[label] in `out`; words of `more` come last, and so win."""
-        words = f"finetune {TYPED.get(label, label)} --checkpoint_dir {base or self.base} --data {self.rows} --eval.data {self.heldout}"
-        return [*f"{words} --out_dir {out} {SMALL}".split(), *(word for each in more for word in each.split())]
+        method, _, own = TYPED.get(label, label).partition(" ")
+        words = f"finetune {method} --checkpoint_dir {base or self.base} --data {self.rows} --eval.data {self.heldout}"
+        return [*f"{words} --out_dir {out} {SMALL} {own}".split(), *(word for each in more for word in each.split())]
 
     def run(self, label: str) -> "Ran":
         """The run of twelve steps that this file's tests look at, trained when it is first asked for."""

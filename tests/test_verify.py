@@ -68,6 +68,17 @@ def test_what_is_whole_passes(place: Path, capsys: pytest.CaptureFixture[str]) -
         assert (code, [fault for finding in found for fault in finding["faults"]]) == (0, []) and found
 
 
+def test_the_best_of_a_run_is_looked_at_as_the_step_it_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its hashes and its training state too, as under its own name."""
+    assert verified(place / "out" / names.LAST, capsys) == verified(place / "out" / "step-2", capsys)
+
+
+def test_a_run_without_a_step_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / names.RUN_YAML).write_text("")
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "without a checkpoint" in capsys.readouterr().err
+
+
 def test_one_flipped_bit_of_a_step_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """YARDSTICK F03: also in a run, where the other step passes."""
     path = place / "out" / "step-1" / names.ADAPTER_WEIGHTS

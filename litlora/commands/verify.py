@@ -10,7 +10,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.fingerprint import combine, tensor_digests
 from litlora.checkpoint.reading import read_json, sha256
-from litlora.checkpoint.resolve import kind_of, list_step_paths, read_step, resolve
+from litlora.checkpoint.resolve import kind_of, list_step_paths, names_step_of_run, read_step, resolve
 from litlora.errors import Refusal, UserError, WorkError
 from litlora.options import Verify
 
@@ -57,9 +57,14 @@ def as_json(finding: Finding) -> dict[str, Any]:
 
 def findings(path: Path, options: Verify) -> Iterator[Finding]:
     """What can be checked of a run, a step, a merged model, an adapter or a base."""
+    if names_step_of_run(path):
+        path = resolve(path, base_dir=options.base_dir).path
     kind = kind_of(path)
-    if kind == "run" and not (path.name in (names.BEST, names.LAST) and not path.exists()):
-        for inside in list_step_paths(path):
+    if kind == "run":
+        steps = list_step_paths(path)
+        if not steps:
+            raise UserError("is a run without a checkpoint yet", where=path, hint="there is nothing to verify")
+        for inside in steps:
             yield from findings(inside, options)
         return
     if kind == "step":

@@ -143,10 +143,15 @@ def lineage_lines(found: Report) -> Iterator[str]:
     yield from block("lineage", texts)
 
 
+def weight_text(weight: object) -> str:
+    return f" ({weight:.4g})" if isinstance(weight, int | float) else ""
+
+
 def happened(event: Mapping[str, Any]) -> str:
     """One event of a manifest's lineage; whoever wrote it may have meant nothing by it."""
     parents = event.get("parents")
-    of = [f"{one.get('path')} ({one.get('weight')})" for one in parents if isinstance(one, dict)] if isinstance(parents, list) else []
+    named = [one for one in parents if isinstance(one, dict)] if isinstance(parents, list) else []
+    of = [f"{one.get('path')}{weight_text(one.get('weight'))}" for one in named]
     rest = options_text({name: value for name, value in event.items() if name not in ("event", "parents")})
     return f"{event['event']}{' of ' * bool(of)}{', '.join(of)}: {rest}".removesuffix(": ")
 
