@@ -60,12 +60,12 @@ class TrainOptions:
     keep: str = option(
         "all",
         "checkpoints that stay: all, or any of best, last and a number of the newest, as best,last,3; "
-        "the newest, the best and what you noted, merged or trained on always stay",
+        "the newest, the best, what the run began with and what you noted or merged always stay",
     )
     keep_states: str | None = option(
         None, "checkpoints that can be resumed from: all, or so many of the newest", unset="all; of a whole model the newest 2"
     )
-    patience: int = option(0, "stop after so many validations without a new lowest loss; 0: never", least=0)
+    patience: int = option(0, "stop after so many validations without a new lowest loss, each of which is committed; 0: never", least=0)
     log_interval: int = option(1, "a row of metrics every so many optimizer steps", least=1)
 
 

@@ -167,7 +167,7 @@ def test_a_rank_killed_in_a_save_ends_the_other_and_the_earlier_checkpoint_is_go
     killed = f"{AT_SAVE}\ndef before(n):\n  if n == 2: os.kill(os.getpid(), signal.SIGKILL)"
     codes = ranks.run(ranks.train(out), patches={victim: killed})
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, "hangs"), codes
-    assert steps_of(out) == ([4] if victim else steps_of(out)) and "step-8" not in os.listdir(out)
+    assert steps_of(out) in ([[4]] if victim else [[], [4]]) and "step-8" not in os.listdir(out)
     assert ranks.run(["finetune", "lora", "--resume", "--out_dir", str(out)]) == [0, 0], ranks.said(0)
     assert steps_of(out)[-2:] == [8, 12]
 
@@ -195,12 +195,12 @@ run.commit_step = failing
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(ranks: Ranks, tmp_path: Path, number: int) -> None:
-    """F11: it comes to the second process alone, in the sixth step; both stop after the seventh. Who only heard of it exits 143."""
+    """F11: it comes to the second process alone, in the sixth step, after which both stop. Who only heard of it exits 143."""
     out = tmp_path / "out"
     signalled = f"{AT_STEP}\ndef before(n, model):\n  if n == 6: os.kill(os.getpid(), {int(number)})"
     codes = ranks.run(ranks.train(out), patches={1: signalled})
     assert codes == [143, 128 + number], ranks.said(0)
-    assert steps_of(out) == [4, 7]
+    assert steps_of(out) == [4, 6]
     assert "--resume" in ranks.said(0)
 
 
@@ -212,7 +212,8 @@ def random_signals(ranks: Ranks, tmp_path: Path, count: int, seed: int) -> None:
     for turn in range(count):
         out, number = tmp_path / str(turn), rng.choice([signal.SIGTERM, signal.SIGINT])
         code = ranks.run(ranks.train(out, more), ranks=1, signalled=(number, rng.uniform(0, 1.2)))[0]
-        assert code in (0, 128 + number), ranks.said(0)
+        early = code == -number and not (out / names.RUN_YAML).exists()  # it came before there was anything to obey it
+        assert code in (0, 128 + number) or early, ranks.said(0)
         interrupted += code != 0
         assert all(step.is_resumable for step in list_steps(out)) and not list(out.glob(".tmp-*"))
         if code:
@@ -291,7 +292,7 @@ def test_patience_ends_all_ranks_at_the_same_step(ranks: Ranks, tmp_path: Path) 
     more = "--train.patience 2 --eval.interval 3 --train.lr 1e-6"
     assert ranks.run(ranks.train(out, more), patches={0: worse, 1: worse}) == [0, 0], ranks.said(0)
     assert "stopped: 2 validations" in ranks.said(0) and "stopped" not in ranks.said(1)
-    assert steps_of(out) == [4, 8, 9]
+    assert steps_of(out) == [3, 4, 8, 9]
 
 
 # ---- other numbers of processes --------------------------------------------------------------------------------------

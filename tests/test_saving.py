@@ -1,6 +1,7 @@
 """Commits beside training: what a step holds, when it is said to be committed, and what becomes of one that fails (YARDSTICK F05)."""
 
 import concurrent.futures
+import functools
 import json
 import os
 import signal
@@ -251,20 +252,26 @@ def test_free_memory_is_a_number_of_bytes_that_can_be_had() -> None:
 
 
 def test_what_a_container_may_take_counts_and_pages_of_files_do_not(tmp_path: Path) -> None:
-    """Mutations: the machine's memory alone; counting the cache as taken, so that a full one would end copying for ever."""
-    system, container = tmp_path / "meminfo", tmp_path / "cgroup"
+    """Also where the limit is that of a group further in or out (a batch system's job). Mutations: the machine's memory alone; counting
+    the cache as taken, so that a full one would end copying for ever; looking at the outermost group alone.
+    """
+    system, groups, own = tmp_path / "meminfo", tmp_path / "cgroup", tmp_path / "own"
+    free = functools.partial(saving.free_memory, system, groups, own)
     system.write_text("MemTotal:       64000000 kB\nMemAvailable:   32000000 kB\n")
-    container.mkdir()
-    assert saving.free_memory(system, container) == 32_000_000 * 1024
-    (container / "memory.max").write_text("1000000\n")
-    (container / "memory.current").write_text("900000\n")
-    (container / "memory.stat").write_text("anon 100000\nfile 800000\nactive_file 300000\ninactive_file 400000\nshmem 100000\n")
-    assert saving.free_memory(system, container) == 800_000
-    (container / "memory.current").write_text("1800000\n")
-    assert saving.free_memory(system, container) == 0
-    (container / "memory.max").write_text("max\n")
-    assert saving.free_memory(system, container) == 32_000_000 * 1024
-    assert saving.free_memory(tmp_path / "none", container) > 2**20
+    inside = groups / "job.slice" / "step"
+    inside.mkdir(parents=True)
+    for place, group in (("0::/\n", groups), ("0::/job.slice/step\n", inside), ("12:cpu:/\n0::/job.slice/step\n", groups / "job.slice")):
+        own.write_text(place)
+        assert free() == 32_000_000 * 1024
+        (group / "memory.max").write_text("1000000\n")
+        (group / "memory.current").write_text("900000\n")
+        (group / "memory.stat").write_text("anon 100000\nfile 800000\nactive_file 300000\ninactive_file 400000\nshmem 100000\n")
+        assert free() == 800_000
+        (group / "memory.current").write_text("1800000\n")
+        assert free() == 0
+        (group / "memory.max").write_text("max\n")
+        assert free() == 32_000_000 * 1024
+    assert saving.free_memory(tmp_path / "none", groups, own) > 2**20
 
 
 # ---- killed in the middle --------------------------------------------------------------------------------------------

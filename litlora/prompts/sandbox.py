@@ -24,7 +24,7 @@ from jinja2.visitor import NodeTransformer
 
 from litlora.errors import UserError, WorkError
 
-SECONDS = 0.4  # of this thread's CPU time, for one rendering; real templates take a thousandth of it
+SECONDS = 0.8  # of this thread's CPU time, for one rendering; real templates take a thousandth of it
 CHARACTERS = 1_000_000  # of what a template makes, beside four times what went in
 WIDTH = 1_000  # the widest indent or number
 NOT_OFFERED = "center filesizeformat forceescape pprint random slice batch striptags truncate urlize wordcount wordwrap xmlattr"
@@ -163,7 +163,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         self.guard = guard = Guard()
         extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=guard.value, cache_size=0)
+        settings = {"trim_blocks": True, "lstrip_blocks": True, "finalize": guard.value, "cache_size": 0}
+        super().__init__(**settings, extensions=extensions, optimized=False)  # nothing is computed before `render` counts the time
         self.concat = guard.concat  # type: ignore[method-assign]
         self.filters |= {"tojson": _tojson, "join": _join, "replace": _replace, "indent": _indent, "format": _format}
         offered = {name: function for name, function in self.filters.items() if name not in NOT_OFFERED.split()}

@@ -93,13 +93,14 @@ def fit(run: Run, start: Position) -> Position:
             seed_step(run.seed, position.step, run.fabric.global_rank)
             if every(run.options.log_interval, position.step + 1):
                 run.watch.before()
-            asked = (*run.signals.asked(), saver.look())
-            result = train_step(run.fabric, run.model, run.optimizer, batches, max_norm=run.options.max_norm, asked=asked)
+            result = train_step(
+                run.fabric, run.model, run.optimizer, batches, max_norm=run.options.max_norm,
+                asked=lambda: (*run.signals.asked(), saver.look()),
+            )  # fmt: skip
             if result.failed:
                 saver.finish()  # raises
             if result.graded == 0:  # nothing to learn from: no update, and the count of updates stands still
                 position = replace(position, epoch=window.epoch, window=window.number + 1)
-                run.signals.commit |= result.commit  # at the next step, then
                 progress.line(f"warning: window {window.number} of epoch {window.epoch} grades no token; skipped")
                 continue
             tokens = sum(len(run.samples[index].tokens) for index in window.indices)
@@ -121,7 +122,8 @@ def fit(run: Run, start: Position) -> Position:
                 record(run, progress, position, result, lr, seconds, tokens, val_loss)
             if val_loss is not None and not math.isfinite(val_loss):
                 raise not_finite(position.step, saver.newest(), f"the validation loss is {val_loss}")
-            if last or result.stop or result.commit or every(run.options.save_interval, position.step):
+            best = run.options.patience > 0 and val_loss is not None and position.waited == 0  # what patience will have waited for
+            if last or result.stop or result.commit or best or every(run.options.save_interval, position.step):
                 saver.save(Commit(position=position, loss=result.loss, val_loss=val_loss))
             if result.stop and not last:
                 saver.finish()
@@ -156,19 +158,19 @@ def train_step(
     batches: Sequence[Batch],
     *,
     max_norm: float = 0.0,
-    asked: tuple[bool, bool, bool] = (False, False, False),
+    asked: Callable[[], tuple[bool, bool, bool]] = lambda: (False, False, False),
 ) -> StepResult:
     """One update on `batches`, this rank's share of the global batch. The gradients stay in place until the next step.
 
-    `max_norm` 0 clips nothing. `asked`: this rank's wish to stop, its wish to commit, and whether a commit has failed; every rank learns
-    of them in the same step. A batch that grades nothing, or a loss or gradient that is not finite, makes no update.
+    `max_norm` 0 clips nothing. `asked`: this rank's wish to stop, its wish to commit, and whether a commit has failed; it is called when
+    the gradients are there, so that a signal is obeyed after the step that it came in, and every rank learns of the answers in the same
+    step. A batch that grades nothing (`asked` is not called then), or a loss or gradient that is not finite, makes no update.
     """
     optimizer.zero_grad()
-    here = [sum(batch.graded for batch in batches), *map(int, asked)]
-    counts = over_ranks(fabric, torch.tensor(here, dtype=torch.float64))  # over the whole global batch
-    graded, flags = int(counts[0].item()), [bool(number) for number in counts[1:].tolist()]
+    here = sum(batch.graded for batch in batches)
+    graded = int(over_ranks(fabric, torch.tensor(here, dtype=torch.float64)).item())  # over the whole global batch
     if graded == 0:
-        return StepResult(0.0, 0.0, 0, *flags)
+        return StepResult(0.0, 0.0, 0, stop=False, commit=False, failed=False)
     total = torch.zeros((), dtype=torch.float64, device=fabric.device)
     for i, batch in enumerate(batches):
         with fabric.no_backward_sync(model, enabled=i < len(batches) - 1):
@@ -176,7 +178,8 @@ def train_step(
             fabric.backward(loss * (fabric.world_size / graded))  # ranks are averaged, so undo it
         total += loss.detach()
     norm: Any = fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False)
-    result = StepResult(over_ranks(fabric, total).item() / graded, norm.item(), graded, *flags)
+    loss_sum, *wishes = over_ranks(fabric, torch.tensor([total.item(), *asked()], dtype=torch.float64)).tolist()
+    result = StepResult(loss_sum / graded, norm.item(), graded, *map(bool, wishes))
     if result.finite:
         optimizer.step()
     return result

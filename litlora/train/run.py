@@ -106,7 +106,8 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
     metrics = Metrics(
         out_dir / names.METRICS if fabric.is_global_zero else None, keep_until=start.step if resumed else -1, more=watch.columns
     )
-    committer = Committer(job, model, trained, digests(trained), optimizer, plan, fixed, resumed, lineage, metrics)
+    initial = {name: digest(parameter) for name, parameter in trained.items()}
+    committer = Committer(job, model, trained, initial, optimizer, plan, fixed, resumed, lineage, metrics)
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
     run = Run(
         fabric=fabric, model=wrapped, optimizer=wrapped_optimizer, plan=plan, samples=job.data.train, validation=job.data.validation,
@@ -203,13 +204,14 @@ class Committer:
         broken = [name for name, parameter in self.trained.items() if not torch.isfinite(parameter).all()]
         if broken:
             raise WorkError(f"{broken[0]} holds values that are not finite; nothing was committed", hint="lower --train.lr")
-        if digests(self.trained) == self.initial and self.job.options.train.lr:  # a rate of 0 is asked for by who wants to measure
+        same = all(digest(parameter) == self.initial[name] for name, parameter in self.trained.items())  # seldom reads beyond the first
+        if same and self.job.options.train.lr:  # a rate of 0 is asked for by who wants to measure
             raise WorkError("no trained tensor differs from its start; nothing was committed", hint="look at --train.lr and the data")
 
 
-def digests(trained: Mapping[str, torch.nn.Parameter]) -> dict[str, bytes]:
-    """Of every tensor's bytes: whether it changed can be told without keeping a copy."""
-    return {name: xxhash.xxh3_128_digest(raw_bytes(parameter)) for name, parameter in trained.items()}
+def digest(parameter: torch.nn.Parameter) -> bytes:
+    """Of a tensor's bytes: whether it changed can be told without keeping a copy."""
+    return xxhash.xxh3_128_digest(raw_bytes(parameter))
 
 
 # ---- taking a run up again -------------------------------------------------------------------------------------------

@@ -129,19 +129,24 @@ class Saver:
         return bool(waiting)
 
 
-def free_memory(system: Path = Path("/proc/meminfo"), container: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may still take without harm, roughly: what Linux and its container (cgroup v2) have left.
+def free_memory(system: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that this process may still take without harm, roughly: what Linux and every control group (v2) around it have left.
 
-    Elsewhere a quarter of what the machine has.
+    `own` says in which group below `groups` it is. Elsewhere a quarter of what the machine has.
     """
     if not system.exists():
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
     free = 1024 * numbers(system.read_text())["MemAvailable:"]
-    if (container / "memory.max").exists():
-        limit = (container / "memory.max").read_text().strip()
-        cached = numbers((container / "memory.stat").read_text())  # pages of files, which the system gives back when they are wanted
-        used = int((container / "memory.current").read_text()) - cached["active_file"] - cached["inactive_file"]
-        free = free if limit == "max" else min(free, max(0, int(limit) - used))
+    lines = own.read_text().splitlines() if own.exists() else []
+    place = next((line.removeprefix("0::").strip("/") for line in lines if line.startswith("0::")), "")
+    for group in (groups / place, *(groups / place).parents):
+        if group == groups.parent:
+            break
+        if (group / "memory.max").exists():
+            limit = (group / "memory.max").read_text().strip()
+            cached = numbers((group / "memory.stat").read_text())  # pages of files, which the system gives back when they are wanted
+            used = int((group / "memory.current").read_text()) - cached["active_file"] - cached["inactive_file"]
+            free = free if limit == "max" else min(free, max(0, int(limit) - used))
     return free
 
 
