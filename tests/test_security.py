@@ -134,7 +134,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_command_works_offline_beside_hostile_files_and_runs_none_of_them(hostile: Path) -> None:
     """S01: sockets blocked, no shell, no process, no pickle, no code out of the model's directory, which offers plenty.
 
-    Caught: an `import` of the directory's modeling file; a `torch.load` of training_state.pt; a `subprocess.run`.
+    Caught: an `import` of the directory's modeling file.
     """
     base, rows, out, adapter = (str(hostile / name) for name in ("base", "rows.jsonl", "out", "adapter"))
     fit = [base, "--data", rows, *SMALL]
@@ -204,7 +204,7 @@ def spoiled(hostile: Path) -> Iterator[tuple[Path, str]]:
 
 
 def test_a_pickle_under_any_name_that_is_read_is_refused_and_runs_nothing(hostile: Path) -> None:
-    """S01: by each command that reads a model; `convert`, which reads pickled weights, too. Caught: `weights_only=False` there."""
+    """S01: by each command that reads a model; `convert`, which reads pickled weights, too."""
     plans = []
     for number, (path, name) in enumerate(spoiled(hostile)):
         tokens = name in (names.TOKENIZER, names.TOKENIZER_CONFIG)
@@ -341,10 +341,7 @@ def try_names(root: Path, chosen: list[tuple[tuple[str, ...], Command, str, str]
 
 
 def test_a_path_of_any_name_is_only_a_name(tmp_path: Path) -> None:
-    """S06: each option that takes a path, of each command, with one of the names: no shell, no process, nothing made elsewhere.
-
-    Caught: a merge that calls `cp` by `os.system`.
-    """
+    """S06: each option that takes a path, of each command, with one of the names: no shell, no process, nothing made elsewhere."""
     several = list(NAMES.values())
     few = [case for case in CASES if case[0][0] != "finetune" or case[0] == ("finetune", "lora")]  # the five share their reading of paths
     try_names(tmp_path, [(*case, several[number % len(several)]) for number, case in enumerate(few)])
