@@ -2,17 +2,18 @@
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from extensions.reliability import alterations, others, runs, writers
 from extensions.reliability.place import Place, make_place, scratch
@@ -20,18 +21,19 @@ from extensions.reliability.processes import Server
 from extensions.reliability.tally import KINDS, Tally, table
 
 PACKAGES = ("torch", "lightning", "numpy", "safetensors")
+MACHINE = f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 def faults(trials: int, share: int) -> list[Callable[[Place], Tally]]:
     """What is tried; `trials` is the size of the random ones, and of the exhaustive ones each `share`-th point is tried."""
     points = partial(crash_points, share=share)
     found: list[Callable[[Place], Tally]] = [
-        partial(runs.kills, count=trials, inside=trials // 4),
         partial(runs.signals, count=trials // 2),
-        *(partial(points, lose=lose) for lose in (None, "all", 1)),
-        *(partial(points, lose=lose, keep=1) for lose in (None, "all")),
+        partial(runs.kills, count=trials, inside=trials // 4),
+        partial(others.full_disks, count=trials // 8),
+        *(partial(points, lose=lose) for lose in ("all", None, 1)),
+        *(partial(points, lose=lose, keep="best,last,1") for lose in ("all", None, 1)),
         partial(runs.file_limits, count=trials // 4),
-        partial(others.full_disks, count=trials // 3),
         partial(alterations.of_a_step, seeds=64),
         partial(alterations.of_a_merged_model, seeds=64),
         alterations.by_the_commands,
@@ -47,9 +49,9 @@ def faults(trials: int, share: int) -> list[Callable[[Place], Tally]]:
     return [*found, left_out_syncs]
 
 
-def crash_points(place: Place, lose: int | str | None, share: int, keep: int = 0) -> Tally:
+def crash_points(place: Place, lose: int | str | None, share: int, keep: str = "") -> Tally:
     """`keep`: old steps are deleted on the way."""
-    root, more = place.fresh("crash"), ("--train.keep", str(keep)) if keep else ()
+    root, more = place.fresh("crash"), ("--train.keep", keep) if keep else ()
     calls = runs.calls_of(place, place.finetune(root / "out", runs.STEPS, *more), root)
     tally = runs.crashes(place, lose, [0, *range(1, calls + 1, share)], "", *more)
     tally.name += f", --train.keep {keep}" if keep else ""
@@ -72,16 +74,51 @@ def left_out_syncs(place: Place) -> Tally:
     return tally
 
 
-def job(waiting: "SimpleQueue[tuple[int, Callable[[Place], Tally]]]", done: dict[int, Tally]) -> None:
+class Results:
+    """The JSON and the table, written anew after each fault: a round that is stopped keeps what it has."""
+
+    def __init__(self, directory: Path, count: int) -> None:
+        self.began, self.count = time.strftime("%Y-%m-%d %H:%M:%S"), count
+        self.path = directory / f"{self.began.replace(' ', '-').replace(':', '')}.json"
+        self.done: dict[int, Tally] = {}  # by their place in the round
+        self.one_at_a_time = threading.Lock()
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def add(self, number: int, tally: Tally) -> None:
+        with self.one_at_a_time:
+            self.done[number] = tally
+            tell(tally)
+            facts = {
+                "date": self.began,
+                "machine": MACHINE,
+                "versions": {name: version(name) for name in PACKAGES},
+                "disk": "in memory (tmpfs)" if str(scratch_parent()).startswith("/dev/shm") else "on disk",
+                "faults tried": f"{len(self.done)} of {self.count}",
+                "kinds of loss": KINDS,
+                "faults": [vars(self.done[number]) for number in sorted(self.done)],
+            }
+            self.path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+            self.path.with_suffix(".md").write_text(self.text())
+
+    def text(self) -> str:
+        packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+        where = "files in memory (tmpfs)" if str(scratch_parent()).startswith("/dev/shm") else "files on disk"
+        tried = f"{len(self.done)} of {self.count} faults tried"
+        return f"{self.began}, {MACHINE}, {packages}; {where}; {tried}.\n\n{table([self.done[number] for number in sorted(self.done)])}\n"
+
+
+def job(waiting: "SimpleQueue[tuple[int, Callable[[Place], Tally]]]", results: Results) -> None:
     """One server and one place, for as long as there is something to try."""
     path = scratch()
     try:
         with Server() as server:
             place = make_place(path, server)
-            while not waiting.empty():
-                number, fault = waiting.get()
-                done[number] = fault(place)
-                tell(done[number])
+            while True:
+                try:
+                    number, fault = waiting.get_nowait()
+                except Empty:
+                    break
+                results.add(number, fault(place))
     finally:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -108,31 +145,15 @@ def main() -> int:
     chosen = [
         fault for fault in faults(options.trials, options.share) if not options.only or any(word in repr(fault) for word in options.only)
     ]
-    began = time.strftime("%Y-%m-%d %H:%M:%S")
+    results = Results(options.results, len(chosen))
     waiting: SimpleQueue[tuple[int, Callable[[Place], Tally]]] = SimpleQueue()
     for each in enumerate(chosen):
         waiting.put(each)
-    done: dict[int, Tally] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        for ended in [pool.submit(job, waiting, done) for _ in range(options.jobs)]:
+        for ended in [pool.submit(job, waiting, results) for _ in range(options.jobs)]:
             ended.result()
-    tallies = [done[number] for number in sorted(done)]
-    facts = {
-        "date": began,
-        "machine": f"{platform.system()} {platform.release()}, {platform.machine()}, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in PACKAGES},
-        "disk": "in memory (tmpfs)" if str(scratch_parent()).startswith("/dev/shm") else "on disk",
-        "kinds of loss": KINDS,
-        "faults": [asdict(tally) for tally in tallies],
-    }
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"{began.replace(' ', '-').replace(':', '')}.json"
-    path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    packages = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())  # type: ignore[attr-defined]
-    text = f"{began}, {facts['machine']}, {packages}; files {facts['disk']}.\n\n{table(tallies)}\n"
-    path.with_suffix(".md").write_text(text)
-    print(text)
-    return int(any(tally.losses for tally in tallies))
+    print(results.text())
+    return int(any(tally.losses for tally in results.done.values()))
 
 
 def scratch_parent() -> Path:

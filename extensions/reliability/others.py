@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from extensions.reliability.place import Place, temporaries
-from extensions.reliability.processes import Fault
+from extensions.reliability.processes import FILLER, Fault
 from extensions.reliability.runs import STEPS, full_disk, go_on, judge, logged
 from extensions.reliability.tally import Tally
 from litlora.checkpoint import names
@@ -32,40 +32,47 @@ def small_disk(path: Path, size: int) -> Iterator[Path | None]:
 
 
 def full_disks(place: Place, count: int, seed: int = 0, *more: str) -> Tally:
-    """Half of them on disks of growing size, which may be refused before work; half on one that somebody else fills up meanwhile."""
+    """A third on disks of growing size, which may be refused before work; a third on one that somebody else fills up meanwhile, a third on
+    one that becomes full in the middle of a commit, at each of a step's files in turn."""
     tally, rng = Tally("training: the disk is full (tmpfs)"), random.Random(seed)
-    whole = sum(path.stat().st_size + 4096 for path in place.undisturbed(STEPS, *more).rglob("*"))
+    undisturbed = place.undisturbed(STEPS, *more)
+    whole = sum(path.stat().st_size + 4096 for path in undisturbed.rglob("*"))
+    files = sorted(path.name for path in (undisturbed / names.step_name(STEPS)).iterdir())
     for number in range(count):
-        filled = number % 2 == 1
-        with small_disk(place.path / "small", 2**26 if filled else 8192 + 36 * 2**20 * number // count) as disk:
+        kind, turn = ("in a commit", "meanwhile", "small")[number % 3], number // 3
+        with small_disk(place.path / "small", 8192 + 36 * 2**20 * number // count if kind == "small" else 2**26) as disk:
             if disk is None:
                 tally.notes["left out: no right to mount"] += 1
                 continue
             out = disk / "out"
             first = place.finetune(out, STEPS, *more)
+            committing = rf"/\.tmp-step-{(2, 4, 6)[turn % 3]}-\d+/{re.escape(files[turn % len(files)])}$"
             with tally.trial():
-                process = place.server.start(first, Fault(slow_sync=0.02 if filled else 0.0))
-                if filled:
-                    process.wait_for(lambda: logged(out) >= 1 + number % 4)  # noqa: B023
+                process = place.server.start(first, Fault(fills_at=committing) if kind == "in a commit" else Fault())
+                if kind == "meanwhile":
+                    process.wait_for(lambda: logged(out) >= 1 + turn % 4)  # noqa: B023
                     fill(disk, rng.randrange(whole // 3))
                 code, said = process.wait(), process.said
+                words = f"disk {number}, {kind}{f', {committing}' if kind == 'in a commit' else ''}"
                 if code == 0:
                     tally.notes["had room"] += 1
-                    judge(tally, out, STEPS, f"disk {number}")
+                    tally.expect("exit code", kind != "in a commit", f"{words}: it never became full: {said}")
+                    judge(tally, out, STEPS, words)
                     continue
-                full_disk(tally, place, out, [], code, said, f"disk {number}", resumable=False)
-                if filled:
-                    tally.expect("exit code", code == 1, f"disk {number}: {code}: {said}")
-                    (disk / "filler").unlink()
+                full_disk(tally, place, out, [], code, said, words, resumable=False)
+                if kind != "small":
+                    tally.expect("exit code", code == 1, f"{words}: {code}: {said}")
+                    tally.notes[f"full {kind}"] += 1
+                    (disk / FILLER).unlink()
                 subprocess.run(["mount", "-o", "remount,size=128m", disk], check=True)  # now there is room
                 if (out / names.RUN_YAML).exists():
-                    go_on(tally, place, out, first, STEPS, f"disk {number}", *more)
+                    go_on(tally, place, out, first, STEPS, words, *more)
     return tally
 
 
 def fill(disk: Path, room: int) -> None:
     """A foreign file that leaves so many bytes (and at most a page more)."""
-    with suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+    with suppress(OSError), open(disk / FILLER, "wb", buffering=0) as file:
         file.write(bytes(max(0, shutil.disk_usage(disk).free - room)))
 
 

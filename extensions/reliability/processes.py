@@ -4,6 +4,7 @@
 from `python -m litlora ...` in nothing but how it began. Linux only (`/proc`).
 """
 
+import contextlib
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from typing import Any
 
 from extensions.reliability import ROOT
 
+FILLER = "filler"  # the foreign file on a full disk
 LATEST = 120  # seconds after which a command counts as hanging
 
 
@@ -37,6 +39,7 @@ class Fault:
     largest_file: int | None = None  # RLIMIT_FSIZE, bytes
     as_nobody: bool = False  # without root's privileges, which ignore modes
     file_full: str = ""  # writing to the files whose path matches fails: the disk is full
+    fills_at: str = ""  # somebody else fills the disk in the moment in which a file whose path matches is opened to be written
 
 
 class Process:
@@ -202,7 +205,9 @@ def prepare(fault: Fault) -> Any:
     if fault.without_sync:
         skip_syncs(re.compile(fault.without_sync))
     if fault.file_full:
-        fill_files(re.compile(fault.file_full))
+        watch_opened(re.compile(fault.file_full), lambda path: "/dev/full")  # stands in for a disk without room
+    if fault.fills_at:
+        watch_opened(re.compile(fault.fills_at), fill_its_disk)
     if fault.slow_sync:
         slow_down(fault.slow_sync)
     return disk
@@ -229,18 +234,31 @@ def skip_syncs(left_out: re.Pattern[str]) -> None:
     os.fsync = fsync  # type: ignore[assignment]
 
 
-def fill_files(full: re.Pattern[str]) -> None:
-    """Their disk has no room: /dev/full stands in for them."""
+def watch_opened(watched: re.Pattern[str], instead: Callable[[str], str]) -> None:
+    """Where a file whose path matches is opened to be written, it is `instead` of it that is opened."""
     import builtins
 
     real = builtins.open
 
     def opened(path: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
-        if set(mode) & set("wax+") and isinstance(path, str | os.PathLike) and full.search(os.fspath(path)):
-            return real("/dev/full", "w", *more, **named)
+        if set(mode) & set("wax+") and isinstance(path, str | os.PathLike) and watched.search(os.fspath(path)):
+            path = instead(os.fspath(path))
         return real(path, mode, *more, **named)
 
     builtins.open = opened  # type: ignore[assignment]
+
+
+def fill_its_disk(path: str) -> str:
+    """A foreign file takes all the room there is on the disk of `path`; the path itself stays."""
+    top = Path(path).parent
+    while not top.is_mount():
+        top = top.parent
+    filler = os.open(top / FILLER, os.O_WRONLY | os.O_CREAT, 0o644)
+    with contextlib.suppress(OSError):  # the disk is full
+        while os.write(filler, bytes(2**20)):
+            pass
+    os.close(filler)
+    return path
 
 
 if __name__ == "__main__":
