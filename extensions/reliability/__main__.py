@@ -20,27 +20,31 @@ from extensions.reliability.place import Place, make_place, scratch
 from extensions.reliability.processes import Server
 from extensions.reliability.tally import KINDS, Tally, table
 
+PARTS = 4  # in which the long rounds are done, so that one that is stopped has tried something of each
 PACKAGES = ("torch", "lightning", "numpy", "safetensors")
 MACHINE = f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 def faults(trials: int, share: int) -> list[Callable[[Place], Tally]]:
     """What is tried; `trials` is the size of the random ones, and of the exhaustive ones each `share`-th point is tried."""
-    points = partial(crash_points, share=share)
     found: list[Callable[[Place], Tally]] = [
         partial(runs.signals, count=trials // 2),
         partial(runs.kills, count=trials, inside=trials // 4),
         partial(others.full_disks, count=trials // 8),
-        *(partial(points, lose=lose) for lose in ("all", None, 1)),
-        *(partial(points, lose=lose, keep="best,last,1") for lose in ("all", None, 1)),
-        partial(runs.file_limits, count=trials // 4),
         partial(alterations.of_a_step, seeds=64),
         partial(alterations.of_a_merged_model, seeds=64),
+        partial(runs.file_limits, count=trials // 4),
         alterations.by_the_commands,
-        partial(others.two_trainers, count=trials // 10),
+        partial(others.two_trainers, count=trials // 20),
         others.closed_places,
         others.full_logs,
         others.broken_values,
+    ]
+    found += [
+        partial(crash_points, lose=lose, keep=keep, share=share, part=part)
+        for part in range(PARTS)
+        for keep in ("", "best,last,1")
+        for lose in ("all", None, 1)
     ]
     for writer in writers.WRITERS:
         found += [partial(writers.crashes, writer=writer, lose=lose, share=share) for lose in (None, "all", 1)]
@@ -49,13 +53,15 @@ def faults(trials: int, share: int) -> list[Callable[[Place], Tally]]:
     return [*found, left_out_syncs]
 
 
-def crash_points(place: Place, lose: int | str | None, share: int, keep: str = "") -> Tally:
-    """`keep`: old steps are deleted on the way."""
+def crash_points(place: Place, lose: int | str | None, share: int, keep: str, part: int) -> Tally:
+    """One of PARTS, each spread over the whole run. `keep`: old steps are deleted on the way."""
     root, more = place.fresh("crash"), ("--train.keep", keep) if keep else ()
     calls = runs.calls_of(place, place.finetune(root / "out", runs.STEPS, *more), root)
-    tally = runs.crashes(place, lose, [0, *range(1, calls + 1, share)], "", *more)
+    points = [*range(1 + part * share, calls + 1, PARTS * share)]
+    tally = runs.crashes(place, lose, points if part else [0, *points], "", *more)
     tally.name += f", --train.keep {keep}" if keep else ""
-    tally.notes["calls of one run"] = calls
+    if part == 0:
+        tally.notes["calls in one run"] = calls
     return tally
 
 
@@ -80,22 +86,24 @@ class Results:
     def __init__(self, directory: Path, count: int) -> None:
         self.began, self.count = time.strftime("%Y-%m-%d %H:%M:%S"), count
         self.path = directory / f"{self.began.replace(' ', '-').replace(':', '')}.json"
-        self.done: dict[int, Tally] = {}  # by their place in the round
+        self.tallies: dict[str, Tally] = {}  # by name
+        self.done = 0
         self.one_at_a_time = threading.Lock()
         directory.mkdir(parents=True, exist_ok=True)
 
-    def add(self, number: int, tally: Tally) -> None:
+    def add(self, tally: Tally) -> None:
         with self.one_at_a_time:
-            self.done[number] = tally
             tell(tally)
+            self.done += 1
+            self.tallies.setdefault(tally.name, Tally(tally.name)).add(tally)
             facts = {
                 "date": self.began,
                 "machine": MACHINE,
                 "versions": {name: version(name) for name in PACKAGES},
                 "disk": "in memory (tmpfs)" if str(scratch_parent()).startswith("/dev/shm") else "on disk",
-                "faults tried": f"{len(self.done)} of {self.count}",
+                "faults tried": f"{self.done} of {self.count}",
                 "kinds of loss": KINDS,
-                "faults": [vars(self.done[number]) for number in sorted(self.done)],
+                "faults": [vars(tally) for tally in self.tallies.values()],
             }
             self.path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
             self.path.with_suffix(".md").write_text(self.text())
@@ -103,11 +111,11 @@ class Results:
     def text(self) -> str:
         packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
         where = "files in memory (tmpfs)" if str(scratch_parent()).startswith("/dev/shm") else "files on disk"
-        tried = f"{len(self.done)} of {self.count} faults tried"
-        return f"{self.began}, {MACHINE}, {packages}; {where}; {tried}.\n\n{table([self.done[number] for number in sorted(self.done)])}\n"
+        tried = f"{self.done} of {self.count} faults tried"
+        return f"{self.began}, {MACHINE}, {packages}; {where}; {tried}.\n\n{table(list(self.tallies.values()))}\n"
 
 
-def job(waiting: "SimpleQueue[tuple[int, Callable[[Place], Tally]]]", results: Results) -> None:
+def job(waiting: "SimpleQueue[Callable[[Place], Tally]]", results: Results) -> None:
     """One server and one place, for as long as there is something to try."""
     path = scratch()
     try:
@@ -115,10 +123,10 @@ def job(waiting: "SimpleQueue[tuple[int, Callable[[Place], Tally]]]", results: R
             place = make_place(path, server)
             while True:
                 try:
-                    number, fault = waiting.get_nowait()
+                    fault = waiting.get_nowait()
                 except Empty:
                     break
-                results.add(number, fault(place))
+                results.add(fault(place))
     finally:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -146,14 +154,14 @@ def main() -> int:
         fault for fault in faults(options.trials, options.share) if not options.only or any(word in repr(fault) for word in options.only)
     ]
     results = Results(options.results, len(chosen))
-    waiting: SimpleQueue[tuple[int, Callable[[Place], Tally]]] = SimpleQueue()
-    for each in enumerate(chosen):
-        waiting.put(each)
+    waiting: SimpleQueue[Callable[[Place], Tally]] = SimpleQueue()
+    for fault in chosen:
+        waiting.put(fault)
     with ThreadPoolExecutor(options.jobs) as pool:
         for ended in [pool.submit(job, waiting, results) for _ in range(options.jobs)]:
             ended.result()
     print(results.text())
-    return int(any(tally.losses for tally in results.done.values()))
+    return int(any(tally.losses for tally in results.tallies.values()))
 
 
 def scratch_parent() -> Path:

@@ -114,7 +114,7 @@ def by_the_commands(place: Place, files: int = 99) -> Tally:
         asked: list[tuple[list[str], int, str]] = [(["verify", str(step)], 1, name), (["verify", str(run)], 1, name)]
         if name not in STATE:  # the weights are whole without the training state
             asked += [(["generate", str(step), *said_state], 2, name), (["merge_lora", str(step)], 2, name)]
-            asked += [(["inspect", str(step)], 2, name), (["generate", f"{run}/last", *said_state], 0, name)]
+            asked += [(["inspect", str(step)], 0, name), (["generate", f"{run}/last", *said_state], 0, name)]
         asked.append((["list", str(run)], 0, "torn" if name not in STATE else ""))
         for words, wanted, named in asked:
             with tally.trial():

@@ -45,6 +45,14 @@ class Tally:
             self.loss(kind, words)
         return promise
 
+    def add(self, more: "Tally") -> None:
+        """More trials of the same fault."""
+        self.trials += more.trials
+        self.seconds += more.seconds
+        self.losses += more.losses
+        self.notes += more.notes
+        self.examples += more.examples
+
     def assert_none(self) -> None:
         """For the tests."""
         assert not self.losses, "\n".join([f"{self.name}: {dict(self.losses)} in {self.trials} trials", *self.examples[:5]])
