@@ -19,6 +19,7 @@ from extensions.reliability.processes import Server
 from extensions.reliability.writers import WRITERS, Writer
 from litlora.checkpoint import names
 from litlora.checkpoint.resolve import list_steps
+from litlora.errors import Interrupted
 from litlora.train.signals import Signals
 
 TRIALS = int(os.environ.get("LITLORA_TRIALS", "200"))
@@ -48,7 +49,7 @@ def some_points(place: Place, number: int, *more: str) -> list[int]:
 @LOSSES
 def test_a_run_that_crashes_anywhere_keeps_what_was_committed_and_resumes_to_the_same_bits(place: Place, lose: int | str | None) -> None:
     """F01, F02, R01. Caught: run.yaml written after metrics.csv; metrics that are not synced before their step is committed."""
-    runs.crashes(place, lose, some_points(place, 4)).assert_none()
+    runs.crashes(place, lose, some_points(place, 2)).assert_none()
 
 
 def test_a_power_cut_after_the_end_takes_nothing(place: Place) -> None:
@@ -58,7 +59,7 @@ def test_a_power_cut_after_the_end_takes_nothing(place: Place) -> None:
 
 def test_a_crash_while_old_steps_are_deleted_leaves_whole_ones(place: Place) -> None:
     """F09: between the commit and the end of the deletion, at several points."""
-    runs.crashes(place, "all", some_points(place, 5, "--train.keep", "1"), "", "--train.keep", "1").assert_none()
+    runs.crashes(place, "all", some_points(place, 2, "--train.keep", "1"), "", "--train.keep", "1").assert_none()
 
 
 @pytest.mark.slow
@@ -86,8 +87,7 @@ def test_leaving_out_any_one_fsync_of_a_command_is_noticed(place: Place, writer:
 @EACH
 def test_what_a_command_writes_is_whole_or_not_there_after_a_crash(place: Place, writer: Writer) -> None:
     """F01, F02 for the other writers: old or new, and the same command makes it again."""
-    for lose, share in ((None, 29), ("all", 37)):
-        writers.crashes(place, writer, lose, share=share).assert_none()
+    writers.crashes(place, writer, "all", share=23).assert_none()
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_every_altered_file_is_found_and_named(place: Place, seeds: int) -> None
     alterations.of_a_merged_model(place, seeds).assert_none()
 
 
-@pytest.mark.parametrize("files", [2, pytest.param(99, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("files", [1, pytest.param(99, marks=pytest.mark.slow)])
 def test_the_commands_refuse_an_altered_step_and_fall_back_in_its_run(place: Place, files: int) -> None:
     """F03: verify, inspect, generate, merge_lora, list and --resume."""
     alterations.by_the_commands(place, files).assert_none()
@@ -117,7 +117,7 @@ def test_the_commands_refuse_an_altered_step_and_fall_back_in_its_run(place: Pla
 # ---- F04, L07 --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("count", "inside"), [(4, 2), pytest.param(TRIALS, TRIALS // 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "inside"), [(3, 1), pytest.param(TRIALS, TRIALS // 4, marks=pytest.mark.slow)])
 def test_kill_9_in_and_between_commits_loses_nothing(place: Place, count: int, inside: int) -> None:
     """F04: `inside` kills and more land while the commit thread writes. What is left resumes to an undisturbed run's bits."""
     tally = runs.kills(place, count, inside, steps=16 if count < 10 else 120)
@@ -182,10 +182,10 @@ def test_a_command_never_reports_success_where_it_may_not_write(place: Place, wr
 # ---- F10, F16, F17 ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(TRIALS // 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(TRIALS // 2, marks=pytest.mark.slow)])
 def test_signals_at_any_time_end_in_a_commit_and_resume_to_the_same_bits(place: Place, count: int) -> None:
     """F10: before training, in steps, validations and commits; a second one ends it at once, and nothing is torn."""
-    runs.signals(place, count, steps=10 if count < 10 else 24).assert_none()
+    runs.signals(place, count, steps=10 if count < 10 else 24, within=60).assert_none()
 
 
 def test_a_signal_in_the_middle_of_a_print_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +200,24 @@ def test_a_signal_in_the_middle_of_a_print_is_obeyed(monkeypatch: pytest.MonkeyP
     signals.training = True
     signals.receive(signal.SIGINT, None)
     assert signals.asked() == (True, False)
+
+
+def test_a_signal_before_training_that_torch_takes_for_an_error_of_its_own_ends_the_run_as_asked() -> None:
+    """F10. Caught, twice in a hundred signals: "ValueError: could not determine the shape of object type" and exit code 1."""
+    signals = Signals()
+
+    def swallow() -> None:
+        with signals:
+            try:
+                signals.receive(signal.SIGTERM, None)
+            except Interrupted:
+                raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+
+    with pytest.raises(Interrupted) as caught:
+        swallow()
+    assert caught.value.exit_code == 143
+    with pytest.raises(ValueError, match="its own"), Signals():
+        raise ValueError("an error of its own")
 
 
 def test_values_that_are_not_finite_are_never_committed(place: Place) -> None:

@@ -68,6 +68,31 @@ WRITERS = [
         (WEIGHTS, rf"/\.tmp-[^/]+/{names.EXTEND_REPORT}$", *DIRECTORIES),
     ),
     Writer(
+        "combine",
+        lambda place, target: ["combine", str(step_of(place, 2)), str(step_of(place)), "--out_dir", str(target)],
+        (rf"/{names.ADAPTER_WEIGHTS}$", rf"/{names.ADAPTER_CONFIG}$", rf"/{names.COMBINE_REPORT}$", rf"/{names.MANIFEST}$", *DIRECTORIES),
+    ),
+    Writer(
+        "combine --whole",
+        lambda place, target: ["combine", str(step_of(place, 2)), str(step_of(place)), "--whole", "--out_dir", str(target)],
+        (WEIGHTS, MERGE[0], MERGE[1], rf"/{names.COMBINE_REPORT}$", *DIRECTORIES),
+    ),
+    Writer(
+        "convert to peft",
+        lambda place, target: ["convert", str(step_of(place)), "--to", "peft", "--out_dir", str(target)],
+        (rf"/{names.ADAPTER_WEIGHTS}$", rf"/{names.ADAPTER_CONFIG}$", rf"/{names.CONVERT_REPORT}$", *DIRECTORIES),
+    ),
+    Writer(
+        "convert to hf",
+        lambda place, target: ["convert", str(place.base), "--to", "hf", "--out_dir", str(target)],
+        (WEIGHTS, MERGE[0], MERGE[1], rf"/{names.CONVERT_REPORT}$", *DIRECTORIES),
+    ),
+    Writer(
+        "convert to gguf",
+        lambda place, target: ["convert", str(place.base), "--to", "gguf", "--out_dir", str(target)],
+        (r"\.gguf$", rf"/{names.CONVERT_REPORT}$", *DIRECTORIES),
+    ),
+    Writer(
         "note",
         lambda place, target: ["note", str(noted(place, target)), "new words " * 100],
         (r"/\.tmp-note\.md-", r"/made$"),

@@ -32,6 +32,10 @@ class Signals:
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.number and not self.training and isinstance(error[1], Exception) and not isinstance(error[1], Interrupted):
+            raise Interrupted(self.number) from error[
+                1
+            ]  # torch, in the middle of a call, makes an error of its own of what `receive` raises
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
