@@ -88,11 +88,6 @@ WRITERS = [
         (WEIGHTS, MERGE[0], MERGE[1], rf"/{names.CONVERT_REPORT}$", *DIRECTORIES),
     ),
     Writer(
-        "convert to gguf",
-        lambda place, target: ["convert", str(place.base), "--to", "gguf", "--out_dir", str(target)],
-        (r"\.gguf$", rf"/{names.CONVERT_REPORT}$", *DIRECTORIES),
-    ),
-    Writer(
         "note",
         lambda place, target: ["note", str(noted(place, target)), "new words " * 100],
         (r"/\.tmp-note\.md-", r"/made$"),
