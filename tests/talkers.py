@@ -34,6 +34,22 @@ def byte_tokenizer(directory: Path, template: str | None = TEMPLATE) -> Path:
     return directory
 
 
+def in_two_files(directory: Path, swapped: tuple[str, str] | None = None) -> Path:
+    """The directory's tokenizer.json as vocab.json and merges.txt, as GPT-2's; two letters' ids `swapped`."""
+    vocabulary = json.loads((directory / names.TOKENIZER).read_text())["model"]["vocab"]
+    if swapped is not None:
+        first, second = swapped
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (directory / names.TOKENIZER).unlink()
+    (directory / "vocab.json").write_text(json.dumps(vocabulary))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    config = json.loads((directory / names.TOKENIZER_CONFIG).read_text())
+    added = {str(number): {"content": token, "special": True} for number, token in enumerate((BOS, END, TURN), 256)}
+    config |= {"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": added}
+    (directory / names.TOKENIZER_CONFIG).write_text(json.dumps(config))
+    return directory
+
+
 def letters() -> dict[int, str]:
     """Each byte's letter in a byte-level vocabulary (GPT-2's: printable Latin-1 stands for itself, the others follow from 256 on)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -17,7 +17,7 @@ from checkpoint_samples import flip, make_adapter
 from conftest import ROOT, random_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from talkers import TEMPLATE, make_talker
+from talkers import TEMPLATE, in_two_files, make_talker
 from talkers import make_step as make_talking_step
 from test_combine import PLAIN, any_tensors, assert_close, made, noisy, pair, steps_on, weights_of
 from test_merge import make_base, make_step, merged
@@ -329,6 +329,21 @@ def test_other_tokenizers_are_refused_and_other_templates_named(tmp_path: Path, 
     made(tmp_path / "result", [base, copy])
     assert f"{copy}: another chat template than {base}" in capsys.readouterr().err
     assert (tmp_path / "result" / names.CHAT_TEMPLATE).read_text() == TEMPLATE
+
+
+def test_a_vocabulary_in_other_files_is_compared_and_carried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """vocab.json with merges.txt: other ids are refused, the same ids in whichever form are not, and the result can be talked to."""
+    base = make_talker(tmp_path / "base")
+    two, swapped = (Path(shutil.copytree(base, tmp_path / name)) for name in ("two", "swapped"))
+    in_two_files(two)
+    in_two_files(swapped, ("a", "b"))
+    assert "another tokenizer" in refused(tmp_path, [two, swapped]).what
+    assert "another tokenizer" in refused(tmp_path, [base, swapped]).what
+    ends = Path(shutil.copytree(base, tmp_path / "ends"))
+    (ends / names.GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": [257, 258]}))
+    made(tmp_path / "both", [base, ends])
+    result = made(tmp_path / "result", [two, base])
+    assert main(["generate", str(result), "--prompt", "x", "--max_new_tokens", "2"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from checkpoint_samples import ADAPTER, adapter_tensors, flip, make_adapter, manifest_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from talkers import make_talker
+from talkers import in_two_files, make_talker
 
 from litlora.__main__ import main
 from litlora.checkpoint import names
@@ -220,6 +220,15 @@ def test_what_is_large_is_read_only_where_that_is_asked_for(
 
 
 # ---- other things ----------------------------------------------------------------------------------------------------
+
+
+def test_a_vocabulary_in_two_files_is_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = in_two_files(make_talker(tmp_path / "base"))
+    found = inspected(base, capsys)
+    assert found["tokenizer"] == {"tokenizer": "own", "template": "own"} and "chat" in commands(found)
+    (base / "vocab.json").unlink()
+    found = inspected(base, capsys)
+    assert found["tokenizer"]["tokenizer"] is None and reasons(found)["talk to it"] == "it has no tokenizer"
 
 
 def test_every_kind_of_path_is_named(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

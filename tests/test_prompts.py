@@ -667,8 +667,8 @@ def test_a_hostile_template_is_refused_within_two_seconds_and_200_mb() -> None:
         assert megabytes < 200, (template[:100], megabytes)
 
 
-def test_a_long_message_is_not_taken_for_a_hostile_template(tmp_path: Path) -> None:
+def test_a_long_message_is_not_taken_for_a_hostile_template() -> None:
     """F14: a 50 MB row is a long row."""
     long = "word " * 1_000_000
-    prompts = Prompts(Tokenizer(byte_level(tmp_path)), CHATML.replace("m['content']", "m['content']|trim"))
-    assert len(prompts.prompt_text([user(long)])) > 4_900_000
+    template = compile_template(CHATML.replace("m['content']", "m['content']|trim"))
+    assert len(render(template, messages=[user(long)], add_generation_prompt=True)) > 4_900_000

@@ -1,5 +1,9 @@
 """litlora/data/store.py: samples in memory and on disk are the same; what is kept is found again only where nothing changed."""
 
+import errno
+import io
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +123,69 @@ def test_a_home_that_cannot_be_written_to_costs_time_alone(tmp_path: Path, promp
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert len(load(jsonl(tmp_path / "rows.jsonl", pairs(3)), prompts).train) == 3
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(
+    tmp_path: Path,
+    prompts: Prompts,  # noqa: F811
+    kept: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A disk that is full in the middle: every row is there once, counted once, and it is said once."""
+    store._warn_once.cache_clear()
+    paths = [jsonl(tmp_path / f"{n}.jsonl", [*pairs(n), {"prompt": "q"}]) for n in (3, 4)]
+    good = [shown(load(path, prompts, on_error="skip")) for path in paths]
+    original = store._write
+
+    def full(made: Any, name: str, streams: Any) -> None:
+        original(made, name, streams)
+        if not isinstance(streams["tokens"], io.BytesIO):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store, "_write", full)
+    data = [load(path, prompts, on_error="skip") for path in paths]
+    assert [shown(one) for one in data] == good and all(len(one.skipped) == 1 for one in data)
+    assert list(kept.iterdir()) == []
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+def test_one_file_read_as_another_kind_is_other_rows(tmp_path: Path, prompts: Prompts) -> None:  # noqa: F811
+    """The bytes are the same: rows of a .jsonl, one text of a .txt."""
+    rows = jsonl(tmp_path / "rows.jsonl", pairs(5))
+    text = Path(shutil.copy(rows, tmp_path / "rows.txt"))
+    first, second = load(rows, prompts), load(text, prompts)
+    assert (len(first.train), second.formats) == (5, {str(text): "text"}) and len(second.train) == 1
+    assert first.fingerprint != second.fingerprint and first.fingerprint == load(rows, prompts).fingerprint
+
+
+def test_an_entry_that_comes_while_it_is_looked_for_stays(
+    tmp_path: Path,
+    prompts: Prompts,  # noqa: F811
+    kept: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another process puts it there just after this one saw that there is none."""
+    path = jsonl(tmp_path / "rows.jsonl", pairs(5))
+    good = shown(load(path, prompts))
+    (entry,) = kept.iterdir()
+    theirs, elsewhere = entry.stat().st_ino, entry.rename(tmp_path / "theirs")
+    read_bytes, read_text = Path.read_bytes, Path.read_text
+
+    def late(original: Any) -> Any:
+        def read(self: Path, *args: Any, **more: Any) -> Any:
+            try:
+                return original(self, *args, **more)
+            finally:
+                if self == entry / store.ABOUT and elsewhere.exists():
+                    elsewhere.rename(entry)
+
+        return read
+
+    monkeypatch.setattr(Path, "read_bytes", late(read_bytes))
+    monkeypatch.setattr(Path, "read_text", late(read_text))
+    assert shown(load(path, prompts)) == good
+    assert [found.stat().st_ino for found in kept.iterdir()] == [theirs]
 
 
 READ = """

@@ -367,6 +367,7 @@ def test_the_hash_changes_with_what_changes_ids(tmp_path: Path) -> None:
     assert first.hash != Tokenizer(pieces(tmp_path / "c")).hash
     (tmp_path / "b" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     assert first.hash != Tokenizer(tmp_path / "b").hash
+    assert first.vocabulary_hash == Tokenizer(tmp_path / "b").vocabulary_hash  # another end, the same ids
 
 
 @pytest.mark.parametrize("listed", [True, {"": {}}, {"258": None}, {"258": {"content": 3}}, [1]])
@@ -377,3 +378,31 @@ def test_a_table_of_added_tokens_that_is_none_is_refused(tmp_path: Path, listed:
     path.write_text(json.dumps({**json.loads(path.read_text()), "added_tokens_decoder": listed}))
     with pytest.raises(UserError, match="added_tokens_decoder: not a table"):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"added_tokens_decoder": {}}, "a qrs"),  # one more
+        ({"legacy": True}, "</s>a"),
+        ({"add_prefix_space": False}, "a"),
+        ({"model_type": "gemma"}, "</s>a"),
+    ],
+)
+def test_the_hash_changes_with_tokens_and_flags_beside_the_vocabulary(tmp_path: Path, change: dict[str, Any], text: str) -> None:
+    """M08: one tokenizer.json, other ids; and however the file is laid out, the same hash for the same ids."""
+    config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizer"}
+    pieces(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    first = Tokenizer(tmp_path)
+    shape = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(shape, indent=1))
+    assert Tokenizer(tmp_path).hash == first.hash
+    assert max(token["id"] for token in shape["added_tokens"]) < first.size
+    if "added_tokens_decoder" in change:
+        change = {"added_tokens_decoder": {str(first.size): {"content": "qrs"}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | change))
+    (tmp_path / "config.json").write_text(json.dumps({name: change[name] for name in ("model_type",) if name in change}))
+    other = Tokenizer(tmp_path)
+    assert other.encode(text, special=True) != first.encode(text, special=True)
+    assert other.hash != first.hash and other.vocabulary_hash != first.vocabulary_hash

@@ -1,4 +1,4 @@
-"""Every file name that litlora reads or writes, in one place. No other room spells one.
+"""Every file name that litlora reads or writes, in one place. No other room spells one, but `tokenizer`, which lies below.
 
 The first block is Hugging Face's layout, the second PEFT's, the third our own.
 """

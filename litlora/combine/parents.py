@@ -9,7 +9,7 @@ from typing import Any
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.files import open_tokenizer
-from litlora.checkpoint.reading import file_in, sha256
+from litlora.checkpoint.reading import sha256
 from litlora.console import warn
 from litlora.errors import UserError
 from litlora.merge.plan import check_values
@@ -52,6 +52,11 @@ class Parent:
     def stored(self) -> dict[str, str]:
         """Parameter -> the tensor of its file. (Of a matrix that stands there under two names, one.)"""
         return {parameter: name for name, parameter in self.tuning.file_names(self.checkpoint.config()).items()}
+
+    @cached_property
+    def prompts(self) -> Prompts | None:
+        """How it is spoken to; None where it has no tokenizer."""
+        return Prompts(open_tokenizer(self.checkpoint)) if names.has_vocabulary(self.checkpoint.tokenizer_dir()) else None
 
     def record(self, weight: float) -> dict[str, Any]:
         """What the lineage of the result says of it."""
@@ -102,22 +107,13 @@ def check_tokenizers(parents: Sequence[Parent]) -> None:
 
 
 def vocabulary(parent: Parent) -> str:
-    """The hash of its tokenizer.json; empty where it has none."""
-    place = parent.checkpoint.tokenizer_dir()
-    return sha256(file_in(place, names.TOKENIZER)) if (place / names.TOKENIZER).exists() else ""
+    """What its ids mean, as a hash; empty where it has no tokenizer. What ends an answer may differ: a base and what was made of it."""
+    return parent.prompts.tokenizer.vocabulary_hash if parent.prompts else ""
 
 
 def template_hash(parent: Parent) -> str:
     recorded = parent.checkpoint.manifest.chat_template if parent.checkpoint.manifest else ""
-    prompts = None if recorded else prompts_of(parent.checkpoint)
-    return recorded or (prompts.template_hash if prompts else "")
-
-
-def prompts_of(checkpoint: Checkpoint) -> Prompts | None:
-    """How it is spoken to; None where it has no tokenizer."""
-    if not (checkpoint.tokenizer_dir() / names.TOKENIZER).exists():
-        return None
-    return Prompts(open_tokenizer(checkpoint))
+    return recorded or (parent.prompts.template_hash if parent.prompts else "")
 
 
 def common(values: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from litlora.checkpoint.files import as_json, serving_files
 from litlora.checkpoint.manifest import Manifest, records_of
 from litlora.combine.adapters import Blend, Blended, blend_of, make
 from litlora.combine.models import ModelBlend, model_blend_of, write_model
-from litlora.combine.parents import Parent, check_parents, common, prompts_of
+from litlora.combine.parents import Parent, check_parents, common
 from litlora.combine.recipe import Recipe
 from litlora.errors import UserError
 from litlora.methods.tuning import LoRASlot, why_unmergeable
@@ -84,7 +84,7 @@ def prepare(
     else:
         blend = blend_of(parents, recipe, rank)
     check_free_space(out_dir, blend.bytes + 2**24)
-    prompts = prompts_of(parents[0].checkpoint)
+    prompts = parents[0].prompts
     options = {
         **recipe.values,
         **({"rank": rank} if rank else {}),

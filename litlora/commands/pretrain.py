@@ -98,7 +98,7 @@ def vocabulary(options: Pretrain, place: Path) -> Tokenizer:
     """The tokenizer named by --tokenizer_dir; without one, a vocabulary learnt from the rows, kept so that resuming finds it."""
     if options.tokenizer_dir is not None:
         return Tokenizer(options.tokenizer_dir)
-    if not (place / names.TOKENIZER).exists():
+    if not names.has_vocabulary(place):
         if not is_first_process():
             raise UserError(
                 "every process would learn a vocabulary of its own", where="--tokenizer_dir", hint="give one, or use one process"

@@ -44,7 +44,7 @@ class DataSet:
     validation       the held-out samples, none of which has a double among the training samples (after `split`)
     formats          file -> the format that was found in it
     skipped          "file:line:column: reason" of each row that was skipped
-    fingerprint      sha256 over the files' bytes and everything that makes samples of them
+    fingerprint      sha256 over the files' bytes, what each is read as, and everything that makes samples of them
     """
 
     train: Samples
@@ -253,19 +253,26 @@ class _Maker:
     def samples_of(self, file: DataFile, weight: float) -> Stored:
         """The samples of one file; those of a large one on disk, from an earlier run where nothing has changed."""
         digest = file.sha256()
-        self._hashes.append([digest, weight])
+        self._hashes.append([digest, file.kind, weight])
         if file.size < LARGE:
             return store(self._made(file), file.name)
         before = asdict(self.counts)
-        fixed = [FORMAT, __version__, self._fixed, digest]
+        skipped = len(self.skipped)
+        fixed = [FORMAT, __version__, self._fixed, digest, file.kind]
         key = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+        def make() -> Iterator[Made]:
+            """From the file's beginning: what an attempt counted that could not be written to the end is forgotten."""
+            self.counts, self._left = Counts(**before), ([], [])
+            del self.skipped[skipped:]
+            return self._made(file)
 
         def about() -> dict[str, Any] | None:
             """What has to be known again; None where rows were skipped, for these are listed by their places."""
             now = {name: value - before[name] for name, value in asdict(self.counts).items()}
             return None if now["skipped"] else {"format": self.formats.get(file.name, ""), "counts": now}
 
-        stored, said = store_on_disk(key, file.name, lambda: self._made(file), about, self.keep)
+        stored, said = store_on_disk(key, file.name, make, about, self.keep)
         if said is not None:
             self.formats[file.name] = said["format"]
             self.counts = Counts(**{name: before[name] + value for name, value in said["counts"].items()})

@@ -11,12 +11,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
 import numpy as np
 import xxhash
+
+from litlora.console import warn
 
 IGNORE = -100  # a target that is not graded
 ENTRIES = 8  # that are kept
@@ -119,32 +123,47 @@ def store_on_disk(
     if keep and (found := _open(folder / key, name)) is not None:
         return found
     try:
+        return _on_disk(folder, key, name, make, about, keep)
+    except OSError as error:  # a full disk, a quota
+        _warn_once(f"tokenized rows are held in memory: {folder} could not be written to ({error.strerror or error})")
+        return store(make(), name), about()
+
+
+def _on_disk(
+    folder: Path, key: str, name: str, make: Callable[[], Iterator[Made]], about: Callable[[], dict[str, Any] | None], keep: bool
+) -> tuple[Stored, dict[str, Any] | None]:
+    """What `make` makes, in files. OSError where these cannot be written."""
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         holder = tempfile.TemporaryDirectory(prefix=f".tmp-{key[:8]}-", dir=folder if keep else None)
     except OSError:  # a home that cannot be written to
         keep, holder = False, tempfile.TemporaryDirectory(prefix="litlora-")
     place = Path(holder.name)
-    streams: dict[str, BinaryIO] = {array: open(place / array, "wb") for array in ARRAYS}  # noqa: SIM115
     try:
-        _write(make(), name, streams)
+        with ExitStack() as stack:
+            _write(make(), name, {array: stack.enter_context(open(place / array, "wb")) for array in ARRAYS})
+        said = about()
+        keep = keep and said is not None
+        if keep:
+            digests = {array: _digest(place / array) for array in ARRAYS}
+            (place / ABOUT).write_text(json.dumps({"digests": digests, "about": said}), encoding="utf-8")
+        stored = Stored(name, **_mapped(place), holder=holder)  # before it has a name that another process may take away
     except BaseException:
         holder.cleanup()
         raise
-    finally:
-        for stream in streams.values():
-            stream.close()
-    said = about()
-    if keep and said is not None:
-        digests = {array: _digest(place / array) for array in ARRAYS}
-        (place / ABOUT).write_text(json.dumps({"digests": digests, "about": said}), encoding="utf-8")
+    if keep:
         try:
             os.replace(place, folder / key)
             holder._finalizer.detach()  # type: ignore[attr-defined]  # nothing is left to delete
-            place = folder / key
             _prune(folder)
         except OSError:  # another process was first; ours goes when the samples go
             pass
-    return Stored(name, **_mapped(place), holder=holder), said
+    return stored, said
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warn(text)
 
 
 def cache_dir() -> Path:
@@ -174,10 +193,16 @@ def _mapped(place: Path) -> dict[str, np.ndarray]:
 def _open(place: Path, name: str) -> tuple[Stored, dict[str, Any]] | None:
     """A whole entry; None where it is missing, and where a byte of it was altered: then it is taken away."""
     try:
-        read = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+        description = (place / ABOUT).read_bytes()
+    except OSError:  # nothing to take away; what comes there from now on is another process's
+        return None
+    try:
+        read = json.loads(description)
+        stored = Stored(name, **_mapped(place))
         if read["digests"] == {array: _digest(place / array) for array in ARRAYS}:
-            os.utime(place)
-            return Stored(name, **_mapped(place)), read["about"]
+            with suppress(OSError):  # of somebody else
+                os.utime(place)
+            return stored, read["about"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
     shutil.rmtree(place, ignore_errors=True)

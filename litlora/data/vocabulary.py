@@ -61,7 +61,7 @@ def tokenizer_files(tokenizer: Tokenizer, max_length: int, chat_template: str = 
         "model_max_length": max_length,
         "chat_template": chat_template,
     }
-    vocabulary, settings, _, template = FILES
+    vocabulary, settings, template = FILES
     return {
         vocabulary: tokenizer.to_str(pretty=True).encode() + b"\n",
         settings: json.dumps(config, indent=2).encode() + b"\n",

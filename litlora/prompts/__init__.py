@@ -68,10 +68,6 @@ class Prompts:
 
     # ---- text --------------------------------------------------------------------------------------------------------
 
-    def prompt_text(self, messages: Messages) -> str:
-        """The prompt as text, ready for an answer to follow."""
-        return self._render(messages, "", ask=True)
-
     def _render(self, messages: Messages, mark: str, *, ask: bool) -> str:
         """The template's text. With a mark, control strings in the messages carry it (see `Tokenizer.shield`)."""
         plain: list[dict[str, Any]] = []

@@ -23,7 +23,7 @@ from tokenizers import AddedToken, normalizers
 from litlora.errors import UserError
 from litlora.tokenizer.vocabularies import SPACE, added_tokens, byte_letters, named_pieces, read_vocabulary
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # all that a tokenizer is read from
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # in which a new vocabulary is kept
 BORDERS = ("<s>", "</s>", "<bos>", "<eos>", "<unk>", "<pad>")  # never said by a model, however a file flags them
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -48,7 +48,7 @@ class Tokenizer:
         model_dir = self.directory if model_dir is None else Path(model_dir)
         self._config = _read_json(self.directory / "tokenizer_config.json")
         self.special_tokens = self._named_tokens()
-        self._tokenizer, raw = self._read_vocabulary()
+        self._tokenizer = self._read_vocabulary()
         self._tokenizer.no_padding()  # some are published with the padding of their last use
         self._tokenizer.no_truncation()
 
@@ -61,23 +61,21 @@ class Tokenizer:
         self.eos_id = named_end if named_end is not None else next(iter(ends), None)
         self.eos_ids = frozenset([*ends, *([] if self.eos_id is None else [self.eos_id])])
         self.adds_bos = self._begins_plain_text()
-        self.hash = hashlib.sha256(raw + json.dumps([self.special_tokens, self.adds_bos], sort_keys=True).encode()).hexdigest()
         self._prepare_control()
 
     # ---- reading the directory ---------------------------------------------------------------------------------------
 
-    def _read_vocabulary(self) -> tuple[tokenizers.Tokenizer, bytes]:
-        """The vocabulary with all its added tokens, and bytes that stand for it."""
+    def _read_vocabulary(self) -> tokenizers.Tokenizer:
+        """The vocabulary with all its added tokens."""
         path = self.directory / "tokenizer.json"
         self._of_pieces = False
         if path.is_file():
-            raw = path.read_bytes()
             try:
-                vocabulary = tokenizers.Tokenizer.from_buffer(raw)
+                vocabulary = tokenizers.Tokenizer.from_buffer(path.read_bytes())
             except Exception as error:  # the package raises Exception itself
                 raise UserError(f"not a tokenizer that the tokenizers package reads: {error}", where=path) from error
             self._add_tokens(vocabulary, only_missing=True)
-            return vocabulary, raw
+            return vocabulary
         other = read_vocabulary(self.directory, self._config)
         if other is None:
             found = sorted(p.name for p in self.directory.iterdir())[:12] if self.directory.is_dir() else []
@@ -93,7 +91,7 @@ class Tokenizer:
         self._add_tokens(other, only_missing=False)
         named = [token for token in self.special_tokens.values() if other.token_to_id(token) is not None]
         other.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in named])
-        return other, other.to_str().encode()
+        return other
 
     def _add_tokens(self, vocabulary: tokenizers.Tokenizer, *, only_missing: bool) -> None:
         """Tokens that are listed beside the vocabulary get their ids (Qwen 3 has Qwen 2.5's vocabulary and more of them)."""
@@ -138,6 +136,20 @@ class Tokenizer:
             self.bos_id = framed[0]
             self.special_tokens["bos_token"] = str(self._tokenizer.id_to_token(framed[0]))
         return framed[0] == self.bos_id
+
+    @cached_property
+    def vocabulary_hash(self) -> str:
+        """sha256 of what makes ids of a text, whatever files it was read from: where it is equal, ids have one meaning.
+
+        Of the package's own form of it, once all tokens are added and the prefix is taken over (`legacy`, `add_prefix_space`).
+        """
+        return hashlib.sha256(json.dumps([self._tokenizer.to_str(), self._prefix]).encode()).hexdigest()
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of all that bears on the ids of a sample: the vocabulary, and what begins and ends a text and an answer."""
+        borders = [self.special_tokens, self.bos_id, self.adds_bos, self.eos_id, sorted(self.eos_ids)]
+        return hashlib.sha256(json.dumps([self.vocabulary_hash, borders], sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def chat_templates(self) -> dict[str, str]:

@@ -274,7 +274,7 @@ def tokenizer_of(path: Path, base: Path | None) -> dict[str, Any]:
     """Whose tokenizer and template go with it: `own`, `base` or nothing."""
     places = {"own": path, **({"base": base} if base and base != path else {})}
     return {
-        "tokenizer": next((whose for whose, place in places.items() if (place / names.TOKENIZER).exists()), None),
+        "tokenizer": next((whose for whose, place in places.items() if names.has_vocabulary(place)), None),
         "template": next((whose for whose, place in places.items() if has_template(place)), None),
     }
 

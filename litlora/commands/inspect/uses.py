@@ -34,7 +34,7 @@ def uses_of_model(checkpoint: Checkpoint, found: "Report") -> tuple[Can, Cannot]
         return [], [why_not("use it", found.faults[0] if found.faults else "it is no model that litlora knows"), merging]
     cannot = [merging]
     if found.tokenizer and found.tokenizer["tokenizer"] is None:
-        return [], [why_not("talk to it", f"it has no {names.TOKENIZER}"), merging]
+        return [], [why_not("talk to it", "it has no tokenizer"), merging]
     can = [
         use("chat", f"litlora chat {here}"),
         use("generate", f"litlora generate {here} --prompt TEXT"),
