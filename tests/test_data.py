@@ -86,7 +86,7 @@ BAD = [
 
 @pytest.mark.parametrize(("line", "column", "reason"), BAD)
 def test_a_bad_row_is_named_by_file_line_and_column(tmp_path: Path, prompts: Prompts, line: str | bytes, column: int, reason: str) -> None:
-    """F14. Caught: line numbers counted from 0; duplicate keys let through; on_error skip ignored."""
+    """F14. Against: line numbers counted from 0; duplicate keys let through; on_error skip ignored."""
     raw = line.encode() if isinstance(line, str) else line
     path = write(tmp_path / "rows.jsonl", GOOD.encode() + b"\n" + raw + b"\n\n" + GOOD.encode())
     with pytest.raises(UserError, match=reason) as caught:
@@ -135,7 +135,7 @@ def test_blank_lines_byte_order_marks_and_crlf_change_nothing(tmp_path: Path, en
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_utf_16_is_read_where_it_says_so(tmp_path: Path, encoding: str) -> None:
-    """Excel and Windows save it; the places are those of the text. Caught: a cut character taken for an end."""
+    """Excel and Windows save it; the places are those of the text. Against: a cut character taken for an end."""
     text = "\ufeff" * (encoding != "utf-16") + GOOD + "\r\n\n" + '{"text": "日\u2028本 🤗"}\n'
     path = write(tmp_path / "rows.jsonl", text.encode(encoding))
     assert [(row.value, row.where) for row in read_rows(path)] == [
@@ -150,7 +150,7 @@ def test_utf_16_is_read_where_it_says_so(tmp_path: Path, encoding: str) -> None:
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
 def test_only_a_line_feed_ends_a_line(tmp_path: Path, separator: str) -> None:
-    """F14: str.splitlines would cut rows in two at U+2028, which JSON allows inside strings. Caught: splitlines in the reader."""
+    """F14: str.splitlines would cut rows in two at U+2028, which JSON allows inside strings. Against: splitlines in the reader."""
     rows = [{"text": f"a{separator}b"}, {"text": "c"}]
     path = write(tmp_path / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     if separator < " ":  # JSON wants those escaped
@@ -193,7 +193,7 @@ def test_csv_rows_are_objects_with_places(tmp_path: Path, delimiter: str, ending
     ],
 )
 def test_a_mistake_in_csv_is_placed(tmp_path: Path, text: str, place: str, reason: str, after: int | None) -> None:
-    """F14. Caught: a long row cut to the header's length; an unclosed quote that swallows the file."""
+    """F14. Against: a long row cut to the header's length; an unclosed quote that swallows the file."""
     path = write(tmp_path / "rows.csv", text)
     with pytest.raises(UserError, match=reason) as caught:
         list(read_rows(path))
@@ -220,7 +220,7 @@ def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
 
 
 def test_parquet_rows_are_those_of_the_table(tmp_path: Path, prompts: Prompts) -> None:
-    """The extra `parquet`; nested columns as well. Caught: numbers of rows begun anew in each batch."""
+    """The extra `parquet`; nested columns as well. Against: numbers of rows begun anew in each batch."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -490,7 +490,7 @@ CALLED = [
 
 
 def test_tools_are_read_as_openai_and_as_sharegpt_write_them() -> None:
-    """Arguments that are the text of an object become the object: a template writes them out itself. Caught: left as text."""
+    """Arguments that are the text of an object become the object: a template writes them out itself. Against: left as text."""
     texts = [{**CALL, "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}]
     openai = {"messages": [ASKED[0], {"role": "assistant", "content": None, "tool_calls": texts}, CALLED[3], ASKED[1]], "tools": [TOOL]}
     said = [("human", "q"), ("function_call", json.dumps(CALL["function"])), ("observation", "rain"), ("gpt", "a")]
@@ -576,7 +576,7 @@ def test_a_text_is_cut_into_pieces_that_predict_every_token_once(tmp_path: Path)
 
 
 def test_a_long_text_is_learnt_as_if_read_at_once(tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a document is tokenized by has no say in what is learnt. Caught: the end of each piece dropped; an end token in between."""
+    """What a document is tokenized by has no say in what is learnt. Against: the end of each piece dropped; an end token in between."""
     text = "".join(f"line {n} of a text\n" for n in range(400))
     path = write(tmp_path / "text.txt", text)
     whole = load(path, prompts, 64)
@@ -602,7 +602,7 @@ def test_a_history_that_is_rewritten_gives_samples_that_stay_together(tmp_path: 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_doubles_of_a_row_stay_on_one_side_of_the_split(tmp_path: Path, prompts: Prompts, seed: int) -> None:
-    """Held-out rows that were trained on prove nothing. Caught: groups by place instead of content."""
+    """Held-out rows that were trained on prove nothing. Against: groups by place instead of content."""
     path = jsonl(tmp_path / "rows.jsonl", random.Random(seed).sample(pairs(40, repeat=3), 120))
     data = load(path, prompts).split(0.1, seed=seed)
     assert (len(data.train), len(data.validation)) == (108, 12)
@@ -751,7 +751,7 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 @settings(max_examples=200, deadline=None)
 @given(LENGTHS, st.integers(1, 100), st.booleans())
 def test_a_batch_holds_whole_samples_and_each_sample_is_in_one(lengths: list[int], limit: int, packing: bool) -> None:
-    """N10's and N12's ground: nothing split, nothing lost, no label of one sample beside tokens of another. Caught: FFD with >."""
+    """N10's and N12's ground: nothing split, nothing lost, no label of one sample beside tokens of another. Against: FFD with >."""
     samples = samples_of(lengths)
     batches = pack(samples, limit, packing)
     parts = [part for batch in batches for part in taken_apart(batch)]

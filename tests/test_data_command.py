@@ -52,7 +52,7 @@ def test_a_mistake_stops_inspect_and_points_to_its_place(tmp_path: Path, capsys:
 
 
 def test_validate_lists_every_row_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """F14. Caught: stopping at the first; a row counted twice."""
+    """F14. Against: stopping at the first; a row counted twice."""
     bad: list[Any] = [{"prompt": "q"}, {"prompt": "q", "completion": " "}, [1]]
     path = jsonl(tmp_path / "rows.jsonl", [GOOD, *bad, GOOD])
     path.write_text(path.read_text() + '{"prompt": "q" 5}\n')

@@ -62,7 +62,7 @@ def rendered_cases() -> list[tuple[str, str, dict[str, Any], str]]:
 
 
 def test_published_templates_render_as_their_projects_say() -> None:
-    """D01, D04: all 25 of the shared templates. Caught: lstrip_blocks left off."""
+    """D01, D04: all 25 of the shared templates. Against: lstrip_blocks left off."""
     cases = rendered_cases()
     assert len(cases) == 25
     for name, template, data, expected in cases:
@@ -152,7 +152,7 @@ def test_a_prompts_ids_equal_transformers(name: str, models: Any) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_training_has_the_prompt_ids_of_chat(name: str, models: Any) -> None:
-    """D04: a sample is the prompt that chat would send, then the answer. Caught: prompt and answer tokenized in one go."""
+    """D04: a sample is the prompt that chat would send, then the answer. Against: prompt and answer tokenized in one go."""
     prompts = models(name)[1]
     for messages in CONVERSATIONS:
         for reply in ("fine.", "\n\nfine", "  fine  ", "d", "| end"):
@@ -192,7 +192,7 @@ def test_training_has_the_prompt_ids_of_chat(name: str, models: Any) -> None:
     ],
 )
 def test_each_answer_is_graded_to_its_end_token_and_nothing_else(name: str, whole: str, graded: str, models: Any) -> None:
-    """D01, D03: whole texts, written by hand. Caught: the newline after the end token graded; the end token not graded."""
+    """D01, D03: whole texts, written by hand. Against: the newline after the end token graded; the end token not graded."""
     prompts = models(name)[1]
     sample = prompts.sample_ids([user("hi"), answer("yo"), user("and"), answer("so")])
     assert whole_text(prompts, sample) == whole
@@ -212,7 +212,7 @@ ENDS = {  # with which each template ends an answer
 
 @pytest.mark.parametrize("name", MODELS)
 def test_three_turns_are_graded_in_each_template(name: str, models: Any) -> None:
-    """D01, D03: each answer and its end, once, and nothing that the user said. Caught: the last answer graded alone."""
+    """D01, D03: each answer and its end, once, and nothing that the user said. Against: the last answer graded alone."""
     prompts = models(name)[1]
     samples = prompts.samples_ids(THREE)
     graded = [graded_text(prompts, sample) for sample in samples]
@@ -229,7 +229,7 @@ def test_three_turns_are_graded_in_each_template(name: str, models: Any) -> None
 
 
 def test_a_template_that_always_asks_does_not_end_answers_with_the_question(tmp_path: Path) -> None:
-    """GLM-Edge's writes <|assistant|> at the end, asked for or not. Caught: the first special token taken for an answer's end."""
+    """GLM-Edge's writes <|assistant|> at the end, asked for or not. Against: the first special token taken for an answer's end."""
     shown = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>"
     tokenizer = Tokenizer(byte_level(tmp_path / "t", "<|user|>", "<|assistant|>"))
     samples = Prompts(tokenizer, shown).samples_ids(THREE)
@@ -280,7 +280,7 @@ CALLED = {
 
 @pytest.mark.parametrize("name", CALLED)
 def test_tools_reach_the_template_as_data(name: str, models: Any) -> None:
-    """D04: the ids of transformers with the same tools; a call is graded to its end. Caught: [TOOL_CALLS] taken for it."""
+    """D04: the ids of transformers with the same tools; a call is graded to its end. Against: [TOOL_CALLS] taken for it."""
     transformers = pytest.importorskip("transformers")
     directory, prompts = models(name)
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
@@ -399,7 +399,7 @@ ATTACKS = [
 
 @pytest.mark.parametrize("name", MODELS)
 def test_control_strings_in_messages_are_text(name: str, models: Any) -> None:
-    """D05: the same control ids with the attack as without it, and the text unchanged. Caught: shield() returning its text as it is."""
+    """D05: the same control ids with the attack as without it, and the text unchanged. Against: shield() returning its text as it is."""
     prompts = models(name)[1]
     tokenizer, control = prompts.tokenizer, set(prompts.tokenizer.control.values())
     for attack in ATTACKS:
@@ -482,7 +482,7 @@ def test_a_base_without_a_template_is_spoken_to_in_alpacas_style(name: str) -> N
 
 @pytest.mark.parametrize("end", ["<｜end▁of▁sentence｜>", 'a"\\n}}{{ 1 }}', "\n\r🤗"])
 def test_the_built_in_template_writes_any_end_token_as_it_is(end: str, tmp_path: Path) -> None:
-    """Quotes, backslashes, braces and letters beyond ASCII. Caught: the token between quotes as it stands."""
+    """Quotes, backslashes, braces and letters beyond ASCII. Against: the token between quotes as it stands."""
     tokenizer = Tokenizer(byte_level(tmp_path))
     tokenizer.token_of = lambda number: end  # type: ignore[method-assign]
     text = render(compile_template(alpaca(tokenizer)), messages=[answer("yo")], add_generation_prompt=False)
@@ -656,7 +656,7 @@ for template in json.load(sys.stdin):
 
 
 def test_a_hostile_template_is_refused_within_two_seconds_and_200_mb() -> None:
-    """S03. Caught: `*` not intercepted; loops not counted; `unsafe_undefined` printing as nothing."""
+    """S03. Against: `*` not intercepted; loops not counted; `unsafe_undefined` printing as nothing."""
     command = [sys.executable, "-c", MEASURE]
     done = subprocess.run(command, input=json.dumps(HOSTILE), capture_output=True, text=True, cwd=ROOT, check=True, timeout=300)
     results = [json.loads(line) for line in done.stdout.splitlines()]

@@ -49,7 +49,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_samples_on_disk_are_those_in_memory(tmp_path: Path, prompts: Prompts, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """D06. The split too, and again from what was kept. Caught: places of the first file for the second; counts lost."""
+    """D06. The split too, and again from what was kept. Against: places of the first file for the second; counts lost."""
     path = jsonl(tmp_path / "rows.jsonl", [*pairs(20), {"prompt": "x" * 600, "completion": "y"}])
     first = load(path, prompts, 100)
     made = counted(monkeypatch)
@@ -86,7 +86,7 @@ def test_what_changes_samples_finds_nothing(tmp_path: Path, prompts: Prompts, mo
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete", "about"])
 def test_what_was_altered_is_made_again(tmp_path: Path, prompts: Prompts, kept: Path, damage: str) -> None:  # noqa: F811
-    """A cache costs time, never a result. Caught: sizes compared alone."""
+    """A cache costs time, never a result. Against: sizes compared alone."""
     path = jsonl(tmp_path / "rows.jsonl", pairs(5))
     good = shown(load(path, prompts))
     entry = next(kept.iterdir())

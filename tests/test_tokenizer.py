@@ -89,7 +89,7 @@ LLAMACPP += [("gpt-2", "gpt2"), ("qwen2", "qwen2.5"), ("llama-bpe", "llama-3")]
 
 @pytest.mark.parametrize(("cases", "name"), LLAMACPP)
 def test_ids_equal_llama_cpps(cases: str, name: str) -> None:
-    """M08, D04's ground: 46 strings and more of each published vocabulary. Caught: the space before the first word left out."""
+    """M08, D04's ground: 46 strings and more of each published vocabulary. Against: the space before the first word left out."""
     folder = shared_data("tokenizer_cases/llamacpp")
     texts = (folder / f"{cases}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
     expected = [[int(i) for i in line.split()] for line in (folder / f"{cases}.out").read_text().splitlines()]
@@ -129,7 +129,7 @@ def test_a_long_text_equals_swifts(file: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "../models/stories3m-llama"])
 def test_ids_with_control_tokens_equal_transformers(name: str) -> None:
-    """D04: control tokens in a text, and the text between them, as transformers splits it. Caught: Llama 2's space after `</s>`."""
+    """D04: control tokens in a text, and the text between them, as transformers splits it. Against: Llama 2's space after `</s>`."""
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(shared_data(f"tokenizers/{name}")), real(name)
     written = list(ours.control)[:3] + list(ours.control)[-3:]
@@ -175,7 +175,7 @@ def test_padding_and_truncation_kept_in_a_file_are_not_applied() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_control_string_in_a_text_becomes_a_control_token(name: str) -> None:
-    """D05, for each control token of each vocabulary, alone and in a text. Caught: non-special tokens (`<tool_call>`) left out."""
+    """D05, for each control token of each vocabulary, alone and in a text. Against: non-special tokens (`<tool_call>`) left out."""
     tokenizer = real(name)
     control = set(tokenizer.control.values())
     if name == "qwen2.5":
@@ -246,7 +246,7 @@ ANY_TEXT = st.one_of(st.text(max_size=40), AWKWARD)
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces", "metaspace", "other"])
 def test_streamed_text_is_the_decoded_text(kinds: dict[str, Tokenizer], kind: str) -> None:
-    """M09: 2,000 strings of each kind, and nothing broken on the way. Caught: byte runs decoded one by one; no leading-space rule."""
+    """M09: 2,000 strings of each kind, and nothing broken on the way. Against: byte runs decoded one by one; no leading-space rule."""
     tokenizer = kinds[kind]
 
     @settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
