@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -172,7 +172,7 @@ def cache_dir() -> Path:
     return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "litlora" / "rows"
 
 
-def _write(made: Iterable[Made], name: str, streams: "dict[str, BinaryIO] | dict[str, io.BytesIO]") -> None:
+def _write(made: Iterable[Made], name: str, streams: Mapping[str, BinaryIO | io.BytesIO]) -> None:
     end = 0
     for sample, group in made:
         end += len(sample.tokens)
