@@ -48,7 +48,8 @@ def full_disks(place: Place, count: int, seed: int = 0, *more: str) -> Tally:
             first = place.finetune(out, STEPS, *more)
             committing = rf"/\.tmp-step-{(2, 4, 6)[turn % 3]}-\d+/{re.escape(files[turn % len(files)])}$"
             with tally.trial():
-                process = place.server.start(first, Fault(fills_at=committing) if kind == "in a commit" else Fault())
+                slow = 0.02 if kind == "meanwhile" else 0.0  # else it is done before the disk is full
+                process = place.server.start(first, Fault(fills_at=committing) if kind == "in a commit" else Fault(slow_sync=slow))
                 if kind == "meanwhile":
                     process.wait_for(lambda: logged(out) >= 1 + turn % 4)  # noqa: B023
                     fill(disk, rng.randrange(whole // 3))
