@@ -8,21 +8,38 @@ from collections.abc import Sequence
 from typing import Any
 
 from litlora.commands import COMMANDS, Command, Commands
+from litlora.console import say
 from litlora.errors import Interrupted, Refusal, UserError, did_you_mean
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code (errors.py says what each means)."""
+    open_what_is_closed()
     rest = list(sys.argv[1:] if words is None else words)
     debug = "--debug" in rest
     if debug:
         rest.remove("--debug")
     try:
-        return run(rest)
+        code = run(rest)
+        sys.stdout.flush()  # here its error can still be told
+        return code
     except (Exception, KeyboardInterrupt) as error:  # the last place where anything can be said of it
         if debug:
             raise
         return exit_code_of(error)
+
+
+def open_what_is_closed() -> None:
+    """`2>&-`, `>&-`: a file opened later must not get the number of a standard stream, for whoever writes to that writes into the file."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w")
 
 
 def run(words: list[str]) -> int:
@@ -102,20 +119,20 @@ def exit_code_of(error: BaseException) -> int:
     """Tell the user in a few lines what happened; the traceback is for --debug."""
     if isinstance(error, Interrupted):
         if error.message:
-            print(error.message, file=sys.stderr)
+            say(error.message)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        print("\ninterrupted", file=sys.stderr)
+        say("\ninterrupted")
         return 130
     if isinstance(error, BrokenPipeError):  # the reader of our output went away (litlora list | head): not an error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if isinstance(error, Refusal):
-        print(error.report(), file=sys.stderr)
+        say(error.report())
         return int(getattr(error, "exit_code", 1))
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror or error}\nhint: --debug shows where", file=sys.stderr)
+        say(f"error: {place}{error.strerror or error}\nhint: --debug shows where")
         return 1
     first_line = next(iter(str(error).splitlines()), "")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in first_line:
@@ -124,7 +141,7 @@ def exit_code_of(error: BaseException) -> int:
         what = f"{type(error).__name__}: {first_line}".removesuffix(": ")
         known = isinstance(error, (ValueError, RuntimeError))  # what other packages raise where they cannot do what is asked
         hint = "--debug shows where" if known else "this is a bug, please report it; --debug shows where"
-    print(f"error: {what}\nhint: {hint}", file=sys.stderr)
+    say(f"error: {what}\nhint: {hint}")
     return 1
 
 

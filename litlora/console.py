@@ -1,9 +1,11 @@
 """What the user sees on the way: header, warnings, one live line. All of it goes to standard error; results (a table) are printed.
 
 On a terminal progress is one line that is redrawn; elsewhere, or with TERM=dumb, it is a `key=value` line now and then.
-NO_COLOR (https://no-color.org) is honoured.
+NO_COLOR (https://no-color.org) is honoured. Where it can no longer be written (its reader or the terminal is gone, the disk of a log is
+full) nothing is said, and the work goes on: what is said is not the work.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -27,7 +29,8 @@ def style(text: str, name: str) -> str:
 
 
 def say(text: str = "") -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def warn(text: str, hint: str = "") -> None:
@@ -106,7 +109,8 @@ class Progress:
     def update(self, done: int, **fields: str) -> None:
         """Show that `done` of `total` are done, and the fields beside it (loss, tokens/s ...)."""
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, shown="  ".join(f"{name} {value}" for name, value in fields.items()))
+            with contextlib.suppress(OSError):
+                self.bar.update(self.task, completed=done, shown="  ".join(f"{name} {value}" for name, value in fields.items()))
         elif not self.quiet and (done >= self.total or time.monotonic() - self.shown >= 1.0):
             self.shown = time.monotonic()
             say(" ".join([f"{self.unit}={done}/{self.total}", *(f"{name}={value.replace(' ', '')}" for name, value in fields.items())]))
@@ -114,14 +118,16 @@ class Progress:
     def line(self, text: str) -> None:
         """A lasting line above the live one."""
         if self.bar is not None:
-            self.bar.console.print(text, markup=False, highlight=False)
+            with contextlib.suppress(OSError):
+                self.bar.console.print(text, markup=False, highlight=False)
         elif not self.quiet:
             say(text)
 
     def close(self) -> None:
         """Leave the live line where it is and go on below it."""
         if self.bar is not None:
-            self.bar.stop()
+            with contextlib.suppress(OSError):
+                self.bar.stop()
             self.bar = None
 
     def __enter__(self) -> "Progress":

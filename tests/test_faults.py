@@ -115,8 +115,14 @@ def test_every_altered_file_is_found_and_named(place: Place, seeds: int) -> None
 
 @pytest.mark.parametrize("files", [1, pytest.param(99, marks=pytest.mark.slow)])
 def test_the_commands_refuse_an_altered_step_and_fall_back_in_its_run(place: Place, files: int) -> None:
-    """F03: verify, inspect, generate, merge_lora, list and --resume."""
+    """F03: verify, inspect, generate, evaluate, merge_lora, convert, combine, diff, list and --resume."""
     alterations.by_the_commands(place, files).assert_none()
+
+
+@pytest.mark.parametrize("files", [1, pytest.param(99, marks=pytest.mark.slow)])
+def test_no_command_meets_a_bad_file_of_a_merged_model_with_a_bug(place: Place, files: int) -> None:
+    """F03: verify, inspect, generate and convert."""
+    alterations.merged_by_the_commands(place, files).assert_none()
 
 
 # ---- F04, L07 --------------------------------------------------------------------------------------------------------
@@ -171,6 +177,12 @@ def test_a_full_disk_ends_a_command_with_its_bytes_and_takes_nothing(place: Plac
 def test_a_full_disk_for_the_metrics_costs_one_warning(place: Place) -> None:
     """F07: a logger is not the run."""
     others.full_logs(place).assert_none()
+
+
+def test_a_run_whose_words_nobody_hears_is_taken_to_its_end(place: Place) -> None:
+    """F07. Caught: a reader that went away (`2>&1 | head`) ended the run with exit code 0, a terminal that went away with 1, a full disk of
+    the log with 1 and no word, and a closed standard error with a bug's message before it began."""
+    others.unwritable_outputs(place).assert_none()
 
 
 @AS_NOBODY

@@ -1,8 +1,12 @@
 """GGUF files: what the format's own reader finds in them, and what llama.cpp itself computes with them, where it is installed."""
 
+import contextlib
+import io
 import json
+import re
+import resource
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 import torch
 from checkpoint_samples import ADAPTER, make_adapter
 from conftest import FAMILIES, random_tokens, shared_data, tiny_config, tiny_gpt, tiny_hf_config
+from crashing_disk import in_child
 from talkers import byte_tokenizer, make_step, make_talker
 
 from litlora import GPT
@@ -224,6 +229,25 @@ def test_a_number_too_large_for_the_type_is_named_and_leaves_nothing_behind(tmp_
         to_gguf(base, tmp_path / "out", "float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
     to_gguf(base, tmp_path / "out", "bfloat16")
+
+
+def test_a_disk_that_becomes_full_between_any_two_bytes_is_said_to_be_full(tmp_path: Path) -> None:
+    """F07. Caught: numpy's `tofile`, with which the gguf package writes tensors, drops the last bytes unsaid, and says of others only
+    how many were written."""
+    base, whole = make_talker(tmp_path / "base"), tmp_path / "whole"
+    assert main(["convert", str(base), "--to", "gguf", "--out_dir", str(whole)]) == 0
+    size = (whole / names.gguf_name("model", "F32")).stat().st_size
+    for limit in (size // 3, size - 1):
+
+        def work(say: Callable[[str], None], limit: int = limit) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            with contextlib.redirect_stderr(io.StringIO()) as told:
+                code = main(["convert", str(base), "--to", "gguf", "--out_dir", str(tmp_path / "out")])
+            say(f"{code} {told.getvalue()}")
+
+        said = in_child(work)[1]
+        assert re.match(r"1 (?s:.*) may not become that large here.*: [\d,]+ bytes needed, [\d,]+ free", said), said
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "whole"]
 
 
 def test_without_the_package_the_message_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

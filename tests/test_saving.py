@@ -116,7 +116,7 @@ def test_a_commit_that_fails_ends_the_run_at_the_next_step(
         return commit_step(place, manifest, **more)
 
     def patient(self: Saver) -> bool:
-        concurrent.futures.wait([self.flight[1]] if self.flight else [])
+        concurrent.futures.wait([self.flight[2]] if self.flight else [])
         return look(self)
 
     monkeypatch.setattr(run, "commit_step", full)
@@ -201,6 +201,50 @@ def test_one_commit_is_on_its_way_at_a_time_and_is_said_once_it_is_durable(one: 
         assert events[:3] == ["copied 1", "written 1", "copied 2"] and said == ["COMMITTED step=1"]
         assert saver.newest() == 2
     assert said == ["COMMITTED step=1", "COMMITTED step=2"]
+
+
+def test_what_is_old_goes_only_after_the_new_step_was_said_to_be_there(
+    talker: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DESIGN section 3, F09: by the command, at each deletion. Mutation: deleting in the commit itself, which is said when it is over."""
+    drop, said, dropped = run.drop_old_steps, "", list[str]()
+
+    def watched(place: Path, *more: Any, **named: Any) -> Any:
+        nonlocal said
+        said += capsys.readouterr().err
+        newest = list_steps(place)[-1].number
+        assert threading.current_thread() is not threading.main_thread()
+        dropped.append(f"{newest} {said.count(f'COMMITTED step={newest}')}")
+        return drop(place, *more, **named)
+
+    monkeypatch.setattr(run, "drop_old_steps", watched)
+    assert main(words(talker, tmp_path / "out", more="--train.keep 1")) == 0
+    assert dropped == ["4 1", "8 1", "12 1"]
+    assert [step.number for step in list_steps(tmp_path / "out")] == [12]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_what_fails_after_a_commit_is_not_lost_unsaid(one: Any, failing: int) -> None:
+    """The step it came after is durable, and was said. Mutations: not looking at it before the next commit, or at the end."""
+    said, written = list[str](), list[int]()
+
+    def prepare(commit: Commit) -> Prepared:
+        step = commit.position.step
+
+        def after() -> None:
+            if step == failing:
+                raise OSError("the cable is out")
+
+        return Prepared(write=lambda: written.append(step), after=after)
+
+    def work() -> None:
+        with Saver(one, prepare, 0, said.append) as saver:
+            for step in (1, 2):
+                saver.save(commit_of(step))
+
+    with pytest.raises(OSError, match="the cable is out"):
+        work()
+    assert written == [1, 2][:failing] and said == ["COMMITTED step=1", "COMMITTED step=2"][:failing]
 
 
 def test_what_is_not_copied_is_written_before_training_goes_on(one: Any) -> None:

@@ -35,9 +35,11 @@ def faults(trials: int, share: int) -> list[Callable[[Place], Tally]]:
         partial(alterations.of_a_merged_model, seeds=64),
         partial(runs.file_limits, count=trials // 4),
         alterations.by_the_commands,
+        alterations.merged_by_the_commands,
         partial(others.two_trainers, count=trials // 20),
         others.closed_places,
         others.full_logs,
+        others.unwritable_outputs,
         others.broken_values,
     ]
     found += [

@@ -114,6 +114,10 @@ def by_the_commands(place: Place, files: int = 99) -> Tally:
         asked: list[tuple[list[str], int, str]] = [(["verify", str(step)], 1, name), (["verify", str(run)], 1, name)]
         if name not in STATE:  # the weights are whole without the training state
             asked += [(["generate", str(step), *said_state], 2, name), (["merge_lora", str(step)], 2, name)]
+            asked += [(["evaluate", str(step), "--data", str(place.rows), "--max_new_tokens", "2"], 2, name)]
+            asked += [(["convert", str(step), "--to", "peft", "--out_dir", str(place.path / "not-made")], 2, name)]
+            asked += [(["combine", str(step), f"{run}/step-{STEPS - 2}", "--out_dir", str(place.path / "not-made")], 2, name)]
+            asked += [(["diff", str(step), f"{run}/step-{STEPS - 2}"], 2, name)]
             asked += [(["inspect", str(step)], 0, name), (["generate", f"{run}/last", *said_state], 0, name)]
         asked.append((["list", str(run)], 0, "torn" if name not in STATE else ""))
         for words, wanted, named in asked:
@@ -121,9 +125,43 @@ def by_the_commands(place: Place, files: int = 99) -> Tally:
                 code, said = place.server.run(words)
                 tally.expect("undetected", named in said, f"{name}: litlora {words[0]}: {code}: {said}")
                 tally.expect("exit code", code == wanted, f"{name}: litlora {words[0]}: {code} instead of {wanted}: {said}")
+        tally.expect("torn", not (place.path / "not-made").exists(), f"{name}: something was made of it")
         with tally.trial():
             shutil.rmtree(run / names.MERGED, ignore_errors=True)
             code, said = place.server.run(["finetune", "lora", "--resume", "--out_dir", str(run)])
             tally.expect("exit code", code == 0 and name in said and f"step-{STEPS - 2}" in said, f"{name}: resume: {code}: {said}")
             tally.expect("differs", ending(run, STEPS) == place.reference(STEPS), f"{name}: the resumed run differs")
+    return tally
+
+
+def merged_by_the_commands(place: Place, files: int = 99) -> Tally:
+    """Each file of a merged model (or so many of them) with a flipped bit, cut, and missing: `verify` finds it, and no command meets it
+    with a bug of its own. What cannot be read at all is refused by its name."""
+    tally = Tally("commands on a merged model with a bad file")
+    merged, other = place.fresh("merged-by-commands") / "merged", place.path / "merged-by-commands" / "hf"
+    code, said = place.server.run(["merge_lora", str(place.undisturbed(STEPS) / names.step_name(STEPS)), "--out_dir", str(merged)])
+    assert code == 0, said
+    found = sorted(path.name for path in merged.iterdir())
+    needed = (names.WEIGHTS, names.CONFIG, names.TOKENIZER)
+    for number, name in enumerate(found[:: max(1, len(found) // files)]):
+        path, good = merged / name, (merged / name).read_bytes()
+        bit = random.Random(number).randrange(8 * len(good))
+        damaged = (("flipped", flipped(good, bit)), ("cut", good[: len(good) // 2]), ("missing", None))
+        for words, data in damaged:
+            path.unlink() if data is None else path.write_bytes(data)
+            with tally.trial():  # without its report it is a model like any other
+                code, said = place.server.run(["verify", str(merged)])
+                plain = name == names.MERGE_REPORT and data is None
+                tally.expect("undetected", plain or code in (1, 2), f"verify, {name} {words}: {code}: {said}")
+            for command in ("inspect", "generate", "convert"):
+                more = {"generate": ["--prompt", "say 1", "--max_new_tokens", "2"], "convert": ["--to", "hf", "--out_dir", str(other)]}
+                with tally.trial():
+                    code, said = place.server.run([command, str(merged), *more.get(command, [])])
+                    shutil.rmtree(other, ignore_errors=True)
+                    told = f"{command}, {name} {words}: {code}: {said}"
+                    tally.expect("exit code", code in (0, 1, 2) and "this is a bug" not in said, told)
+                    refused = code == 2 and (name in said or words == "missing")
+                    unread = words != "flipped" and name in needed and command == "generate"
+                    tally.expect("undetected", refused or not unread, told)
+            path.write_bytes(good)
     return tally

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from extensions.reliability.place import Place, temporaries
+from extensions.reliability.place import Place, ending, temporaries
 from extensions.reliability.processes import FILLER, Fault
 from extensions.reliability.runs import STEPS, full_disk, go_on, judge, logged
 from extensions.reliability.tally import Tally
@@ -102,11 +102,11 @@ def two_trainers(place: Place, count: int, seed: int = 0) -> Tally:
     """F17: the second one is refused, also while the first is in its last moments; the lock of a killed one is taken over."""
     tally, rng = Tally("training: two trainers on one directory"), random.Random(seed)
     out = place.path / "shared"
-    steps = 30
+    steps = 24
     for number in range(count):
         with tally.trial():
             shutil.rmtree(out, ignore_errors=True)
-            first = place.server.start(place.finetune(out, steps), Fault(slow_sync=0.002))
+            first = place.server.start(place.finetune(out, steps), Fault(slow_sync=0.1))  # it is not done before they come
             first.wait_for(lambda: len(list_steps(out)) > 0 if out.exists() else False)
             words = f"{number}"
             for second in (["finetune", "lora", "--resume", "--out_dir", str(out)], place.finetune(out, steps, "--overwrite")):
@@ -118,6 +118,7 @@ def two_trainers(place: Place, count: int, seed: int = 0) -> Tally:
                     tally.notes["the first ended meanwhile"] += 1
                     break
                 tally.expect("exit code", refused, f"{words}: {code}: {said}")
+                tally.notes["refused beside the first"] += refused
             time.sleep(rng.uniform(0, 0.05))
             first.kill()
             first.wait()
@@ -142,6 +143,25 @@ def full_logs(place: Place) -> Tally:
         code, said = place.server.run(place.finetune(out, STEPS), Fault(file_full=rf"/{names.METRICS}$"))
         tally.expect("exit code", code == 0 and said.count("warning") == 1 and names.METRICS in said, f"{code}: {said}")
         judge(tally, out, STEPS, said)
+    return tally
+
+
+def unwritable_outputs(place: Place) -> Tally:
+    """What is said is not the work: outputs that are closed, go to a full disk, or have nobody who reads them any more. The run is taken to
+    its end all the same; only where its result cannot be printed (a full disk, a terminal that is gone) it then ends with exit code 1."""
+    tally = Tally("training: outputs that are closed, full or unheard")
+    gone = [Fault(unheard_after=word, terminal=terminal) for terminal in (False, True) for word in ("model", "COMMITTED step=2")]
+    found = [Fault(closed=(1,)), Fault(closed=(2,)), Fault(closed=(1, 2)), Fault(full=(1,)), Fault(full=(2,)), Fault(full=(1, 2)), *gone]
+    out = place.path / "unheard"
+    for fault in found:
+        shutil.rmtree(out, ignore_errors=True)
+        with tally.trial():
+            code, said = place.server.run(place.finetune(out, STEPS), fault)
+            words = f"{fault}: {code}: {said}"
+            tally.expect("exit code", code == (1 if 1 in fault.full or fault.terminal else 0), words)
+            tally.expect("exit code", fault.full != (1,) or "No space left" in said, words)
+            judge(tally, out, STEPS, words)
+            tally.expect("differs", ending(out, STEPS) == place.reference(STEPS), words)
     return tally
 
 

@@ -7,6 +7,7 @@ from `python -m litlora ...` in nothing but how it began. Linux only (`/proc`).
 import contextlib
 import json
 import os
+import pty
 import random
 import re
 import resource
@@ -39,6 +40,10 @@ class Fault:
     largest_file: int | None = None  # RLIMIT_FSIZE, bytes
     as_nobody: bool = False  # without root's privileges, which ignore modes
     file_full: str = ""  # writing to the files whose path matches fails: the disk is full
+    closed: tuple[int, ...] = ()  # of the outputs 1 and 2, those that are closed when it begins
+    full: tuple[int, ...] = ()  # those that go to a full disk
+    unheard_after: str = ""  # whoever reads the outputs is gone once he has heard this
+    terminal: bool = False  # the outputs are a terminal
     fills_at: str = ""  # somebody else fills the disk in the moment in which a file whose path matches is opened to be written
 
 
@@ -46,19 +51,28 @@ class Process:
     """A command under way."""
 
     def __init__(self, server: "Server", words: list[str], fault: Fault) -> None:
-        self.server, self.words = server, words
-        pipe = Path(server.place.name) / f"{server.started}.pipe"
-        os.mkfifo(pipe)
+        self.server, self.words, self.fault = server, words, fault
         self.heard = bytearray()
-        self.ears = threading.Thread(target=self._listen, args=(pipe,), daemon=True)
+        self.held = -1  # the terminal's other end: without it there is no terminal before the command has opened it
+        ear: int | str
+        if fault.terminal:
+            ear, self.held = pty.openpty()
+            pipe = os.ttyname(self.held)
+        else:
+            ear = pipe = f"{server.place.name}/{server.started}.pipe"
+            os.mkfifo(pipe)
+        self.ears = threading.Thread(target=self._listen, args=(ear,), daemon=True)
         self.ears.start()
-        self.pid = int(server.ask({"words": words, "fault": asdict(fault), "pipe": str(pipe)}))
+        self.pid = int(server.ask({"words": words, "fault": asdict(fault), "pipe": pipe}))
 
-    def _listen(self, pipe: Path) -> None:
-        with open(pipe, "rb", buffering=0) as file:
+    def _listen(self, ear: int | str) -> None:
+        with open(ear, "rb", buffering=0) as file, contextlib.suppress(OSError):  # a terminal's word for: the other end is closed
             while piece := file.read(65536):
                 self.heard += piece
-        pipe.unlink()
+                if self.fault.unheard_after and self.fault.unheard_after in self.said:
+                    break
+        if isinstance(ear, str):
+            os.unlink(ear)
 
     @property
     def said(self) -> str:
@@ -92,6 +106,8 @@ class Process:
         if not self.wait_for(lambda: self.ended, seconds, every=0.005):
             self.kill()
         code = int(self.server.ask({"wait": self.pid}))
+        if self.held >= 0:
+            os.close(self.held)
         self.ears.join(5)
         return code
 
@@ -163,9 +179,16 @@ def child(words: list[str], fault: Fault, pipe: str) -> None:
     """Become the command. Never returns."""
     code = 99
     try:
-        out = os.open(pipe, os.O_WRONLY)
+        out = os.open(pipe, os.O_WRONLY | os.O_NOCTTY)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(out, 1), os.dup2(out, 2), os.close(out)
+        for number in fault.full:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        for number in fault.closed:  # as Python finds them when it begins
+            os.close(number)
+            setattr(sys, {1: "stdout", 2: "stderr"}[number], None)
+        if fault.terminal:
+            os.environ["TERM"] = "xterm"
         sys.argv = ["litlora", *words]
         disk = prepare(fault)
         from litlora.__main__ import main

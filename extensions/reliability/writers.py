@@ -7,6 +7,8 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 
 from extensions.reliability import ROOT
@@ -86,6 +88,15 @@ WRITERS = [
         "convert to hf",
         lambda place, target: ["convert", str(place.base), "--to", "hf", "--out_dir", str(target)],
         (WEIGHTS, MERGE[0], MERGE[1], rf"/{names.CONVERT_REPORT}$", *DIRECTORIES),
+    ),
+    *(  # what the extra `gguf` adds
+        Writer(
+            f"convert {what} to gguf",
+            lambda place, target, of=of: ["convert", str(of(place)), "--to", "gguf", "--out_dir", str(target)],  # type: ignore[misc]
+            (rf"/{what}-f32\.gguf$", rf"/{names.CONVERT_REPORT}$", *DIRECTORIES),
+        )
+        for what, of in (("model", attrgetter("base")), ("adapter", step_of))
+        if find_spec("gguf")
     ),
     Writer(
         "note",
@@ -204,7 +215,7 @@ def kills(place: Place, writer: Writer, count: int, seed: int = 0) -> Tally:
     for number in range(count):
         with tally.trial():
             bench.reset()
-            process = place.server.start(bench.words, Fault(slow_sync=0.01))
+            process = place.server.start(bench.words, Fault(slow_sync=0.05))
             if number % 4:
                 process.wait_for(lambda: bool(temporaries(bench.parent)))
                 time.sleep(rng.uniform(0, 0.15))

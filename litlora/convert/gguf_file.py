@@ -66,7 +66,10 @@ def stored(part: Part, kind: str, name: str) -> "np.ndarray[Any, Any]":
 def write_gguf(
     path: Path, arch: str, metadata: Callable[[Any], None], tensors: Kept, progress: Callable[[int], None] = lambda done: None
 ) -> None:
-    """Write `path`. `metadata` puts the keys into the package's writer; one tensor at a time is in memory."""
+    """Write `path`. `metadata` puts the keys into the package's writer; one tensor at a time is in memory.
+
+    The tensors' bytes are written here: numpy's `tofile`, with which the package does it, says nothing where the disk is full.
+    """
     gguf = open_package()
     writer = gguf.GGUFWriter(path, arch)
     try:
@@ -79,12 +82,15 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, (part, kind) in tensors.items():
-            numbers = np.ascontiguousarray(stored(part, kind, name))
-            writer.write_tensor_data(numbers)
-            progress(numbers.nbytes)
     finally:
         writer.close()
+    with open(path, "ab") as file:
+        file.write(bytes(-file.tell() % ALIGNMENT))
+        for name, (part, kind) in tensors.items():
+            numbers = np.ascontiguousarray(stored(part, kind, name))
+            file.write(numbers.data)
+            file.write(bytes(-numbers.nbytes % ALIGNMENT))
+            progress(numbers.nbytes)
 
 
 def file_bytes(tensors: Kept) -> int:

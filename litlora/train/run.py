@@ -161,9 +161,8 @@ class Committer:
         def write() -> None:
             self.metrics.sync()
             commit_step(run, manifest, tensors=tensors, files=files, state=state)
-            self.drop_what_is_old(run)
 
-        return Prepared(write=write, in_background=room)
+        return Prepared(write=write, after=lambda: self.drop_what_is_old(run), in_background=room)
 
     def drop_what_is_old(self, run: Path) -> None:
         """Only after a commit, so that what goes is never the newest. What cannot be deleted is no reason to stop training."""

@@ -37,6 +37,7 @@ class Prepared:
     """A commit ready to be written."""
 
     write: Callable[[], object]  # durable once it returns
+    after: Callable[[], object] = lambda: None  # what is done in the background once that is said: older steps go
     in_background: bool = True  # it writes from copies, so training may go on meanwhile
 
 
@@ -50,7 +51,8 @@ class Saver:
         self.fabric, self.prepare, self.say = fabric, prepare, say
         self.durable = durable  # the newest step known to be on the disk; on other ranks, the newest they heard of
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
-        self.flight: tuple[Commit, Future[object]] | None = None
+        self.flight: tuple[Commit, Prepared, Future[object]] | None = None
+        self.tidying: Future[object] | None = None  # what comes after the newest durable commit
 
     def save(self, commit: Commit) -> None:
         """Begin to commit, once the earlier commit is done. Called on every rank; WorkError and the like on every rank."""
@@ -62,34 +64,33 @@ class Saver:
             except Exception as error:  # whatever it is, the other ranks must not wait for what will not come
                 failure = error
         wait = prepared is not None and not prepared.in_background
-        if self._agree(failure, wait):
-            if prepared is not None:
-                self.flight = commit, self.thread.submit(prepared.write)
+        waits = self._agree(failure, wait)
+        if prepared is not None:
+            self.flight = commit, prepared, self.thread.submit(self._write, prepared)
+        if waits:
             self.finish()
-        elif prepared is not None:
-            self.flight = commit, self.thread.submit(prepared.write)
 
     def look(self) -> bool:
         """Whether the commit in flight has failed. One that has succeeded is said. Waits for nothing."""
-        if self.flight is None or not self.flight[1].done():
+        if self.flight is None or not self.flight[2].done():
             return False
-        if self.flight[1].exception() is not None:
+        if self.flight[2].exception() is not None:
             return True
         self._settle()
         return False
 
     def finish(self) -> None:
-        """Wait for the commit in flight. Called on every rank; its error is raised on every rank."""
+        """Wait for the commit in flight and what comes after it. Called on every rank; its error is raised on every rank."""
         failure = None
         try:
-            self._settle()
+            self._end()
         except Exception as error:
             failure = error
         self._agree(failure)
 
     def newest(self) -> int:
         """The newest step that is on the disk, once the commit in flight is done; 0: none. Called on every rank; raises nothing."""
-        if self.flight is not None and self.flight[1].exception() is None:
+        if self.flight is not None and self.flight[2].exception() is None:
             self._settle()
         here = self.durable if self.fabric.is_global_zero else 0
         return int(over_ranks(self.fabric, torch.tensor(here)).item())
@@ -101,8 +102,8 @@ class Saver:
         try:
             if error is None:
                 self.finish()
-            elif self.flight is not None:
-                self._settle()
+            else:
+                self._end()
         except Exception as failure:
             if error is None:
                 raise
@@ -110,14 +111,28 @@ class Saver:
         finally:
             self.thread.shutdown()
 
+    def _write(self, prepared: Prepared) -> None:
+        """In the thread: what came after the earlier commit is done by now, and must have gone well."""
+        if self.tidying is not None:
+            self.tidying.result()
+        prepared.write()
+
     def _settle(self) -> None:
-        """Wait for the commit in flight, and say that it is durable. Raises its error, once."""
+        """Wait for the commit in flight, say that it is durable, and begin what comes after it. Raises its error, once."""
         if self.flight is None:
             return
-        (commit, future), self.flight = self.flight, None
+        (commit, prepared, future), self.flight = self.flight, None
         future.result()
         self.durable = commit.position.step
         self.say(f"COMMITTED step={self.durable}" + ("" if commit.val_loss is None else f" val_loss={commit.val_loss:.4f}"))
+        self.tidying = self.thread.submit(prepared.after)
+
+    def _end(self) -> None:
+        """Wait for all that was begun. Raises its error, once."""
+        self._settle()
+        tidying, self.tidying = self.tidying, None
+        if tidying is not None:
+            tidying.result()
 
     def _agree(self, failure: Exception | None, wait: bool = False) -> bool:
         """Whether the first rank wants all to wait. Raises on every rank where it failed."""
