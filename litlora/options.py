@@ -91,6 +91,7 @@ class EvalOptions:
     data: str | None = option(None, "validate on this file instead of held-out rows")
 
 
+TEMPLATE = "a .jinja file, or a name: one of the tokenizer's own templates, or alpaca"
 LAYERS = "0-based numbers, ranges (4-7), last:N or first:N"
 
 
@@ -236,6 +237,7 @@ class Finetune(FitOptions):
     method: ClassVar[str]
     checkpoint_dir: str | None = option(None, "a Hugging Face directory or a step of the same method", unset="the embedded demo base")
     base_dir: str | None = option(None, "where a step's base is now, if it moved")
+    chat_template: str | None = option(None, TEMPLATE, unset="the model's own, else the Alpaca style; every step keeps it")
 
 
 @dataclass(kw_only=True)
@@ -285,7 +287,7 @@ class Pretrain(FitOptions):
     method: ClassVar[str] = "full"
     checkpoint_dir: str | None = option(None, "go on from this model, with its tokenizer and dtype", unset="a new model")
     tokenizer_dir: str | None = option(None, "directory with a tokenizer.json", unset="one is trained on the data")
-    chat_template: str | None = option(None, "file with a chat template for the model", unset="the tokenizer's own")
+    chat_template: str | None = option(None, TEMPLATE, unset="the tokenizer's own")
     dtype: Literal["float32", "bfloat16"] = option("bfloat16", "dtype of a new model in out_dir/model; its steps are float32")
     model: ModelOptions = group(ModelOptions, "the new model's shape")
     train: TrainOptions = group(TrainOptions, "training", weight_decay=0.1, beta2=0.95, lr_warmup_steps=100, mask_prompt=False)
@@ -304,12 +306,19 @@ class MergeLoRA:
 
 
 @dataclass(kw_only=True)
-class Generate(ComputeOptions, SamplingOptions):
-    """Answer one prompt, or many."""
+class TalkOptions(ComputeOptions):
+    """Which model is spoken to, and how."""
 
     checkpoint_dir: str | None = option(None, "a model, a step or a run", unset="the run in out, else the demo base")
     base_dir: str | None = option(None, "where a step's base is now, if it moved")
     adapter: list[str] = option([], "add an adapter at run time, PATH or PATH:WEIGHT; repeatable")
+    chat_template: str | None = option(None, TEMPLATE, unset="the one it was trained with, else the model's own")
+
+
+@dataclass(kw_only=True)
+class Generate(TalkOptions, SamplingOptions):
+    """Answer one prompt, or many."""
+
     prompt: str | None = option(None, "the prompt")
     prompts: str | None = option(None, "a file with one prompt per line, or JSONL rows as for training")
     system: str | None = option(None, "system prompt")
@@ -319,12 +328,9 @@ class Generate(ComputeOptions, SamplingOptions):
 
 
 @dataclass(kw_only=True)
-class Chat(ComputeOptions, SamplingOptions):
+class Chat(TalkOptions, SamplingOptions):
     """Talk to a model in the terminal."""
 
-    checkpoint_dir: str | None = option(None, "a model, a step or a run", unset="the run in out, else the demo base")
-    base_dir: str | None = option(None, "where a step's base is now, if it moved")
-    adapter: list[str] = option([], "add an adapter at run time, PATH or PATH:WEIGHT; repeatable")
     system: str | None = option(None, "system prompt")
     compare: bool = option(False, "answer with the base as well, below it")
 
@@ -391,31 +397,34 @@ class ExtendVocab:
 
 
 @dataclass(kw_only=True)
-class InspectData:
-    """What rows hold, how long they are as samples, what of them is graded, and some of them as the model sees them."""
+class DataOptions:
+    """Which rows are looked at, and with which tokenizer and template."""
 
     bare: ClassVar[tuple[str, ...]] = ("data",)
     data: list[str] = option(["demo"], "files or directories, as for finetune")
     checkpoint_dir: str | None = option(None, "the model whose tokenizer and chat template are used", unset="the embedded demo base")
     base_dir: str | None = option(None, "where a step's base is now, if it moved")
+    chat_template: str | None = option(None, TEMPLATE, unset="the model's own, else the Alpaca style")
     rows: RowsOptions = group(RowsOptions, "rows of your data")
-    number: int = option(3, "rows that are shown, the graded part between « and »", least=0)
-    max_seq_length: int | None = option(None, "longest sample, in tokens", unset="the model's context", least=2)
-    mask_prompt: bool = option(True, "grade answers only (false: every token)")
     json: bool = option(False, "print one JSON object")
 
 
 @dataclass(kw_only=True)
-class ValidateData:
+class InspectData(DataOptions):
+    """What rows hold, how long they are as samples, what of them is graded, and some of them as the model sees them."""
+
+    number: int = option(3, "rows that are shown, the graded part between « and »", least=0)
+    max_seq_length: int | None = option(None, "longest sample, in tokens", unset="the model's context", least=2)
+    mask_prompt: bool = option(True, "grade answers only (false: every token)")
+
+
+@dataclass(kw_only=True)
+class ValidateData(DataOptions):
     """Every row that cannot be used, by file, line and column. Exit code 1 where there is one."""
 
-    bare: ClassVar[tuple[str, ...]] = ("data",)
     data: list[str] = option(["demo"], "files or directories, as for finetune; rows of preferences too")
     checkpoint_dir: str | None = option(None, "refuse what this model's chat template refuses, too", unset="the rows alone are looked at")
-    base_dir: str | None = option(None, "where a step's base is now, if it moved")
-    rows: RowsOptions = group(RowsOptions, "rows of your data")
     show: int = option(20, "print at most so many reasons; 0: all of them", least=0)
-    json: bool = option(False, "print one JSON object")
 
 
 @dataclass(kw_only=True)
@@ -496,12 +505,9 @@ class WriteNote:
 
 
 @dataclass(kw_only=True)
-class Evaluate(ComputeOptions):
+class Evaluate(TalkOptions):
     """Loss, perplexity and exact match on rows."""
 
-    checkpoint_dir: str | None = option(None, "a model, a step or a run", unset="the run in out, else the demo base")
-    base_dir: str | None = option(None, "where a step's base is now, if it moved")
-    adapter: list[str] = option([], "add an adapter at run time, PATH or PATH:WEIGHT; repeatable")
     data: list[str] = option(["demo"], "demo (its held-out rows), a file or a directory; repeatable")
     rows: RowsOptions = group(RowsOptions, "rows of your data")
     max_samples: int | None = option(None, "at most so many rows", least=1)

@@ -93,6 +93,17 @@ def test_validate_tries_the_models_template(tmp_path: Path, capsys: pytest.Captu
     assert code == 1 and f"{path}:1:1: the chat template refused this conversation: no system here" in out and "2 rows, 1 refused" in out
 
 
+def test_rows_are_shown_and_tried_with_the_chosen_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template, path = tmp_path / "mine.jinja", jsonl(tmp_path / "rows.jsonl", [GOOD])
+    template.write_text("{% for m in messages %}{{ '[' + m.role[0] + ']' }}{% if m.role != 'user' %}{{ m.content }}{% endif %}{% endfor %}")
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}{{ '[a]' }}{% endif %}")
+    code, out, err = run("inspect", path, "--chat_template", template, capsys=capsys)
+    assert code == 0 and "[u][a]«One!<|end|>»\n" in out and f"template  {template}\n" in err
+    template.write_text("{{ messages[0].content }}")
+    code, out, _ = run("validate", path, "--chat_template", template, capsys=capsys)
+    assert code == 1 and f"{path}:1:1: the chat template does not show the answer" in out
+
+
 def test_preference_rows_are_validated_and_not_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = jsonl(
         tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "a"}]

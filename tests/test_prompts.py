@@ -499,6 +499,47 @@ def test_the_templates_name_says_where_it_is_from(models: Any, tmp_path: Path) -
         Prompts(Tokenizer(tmp_path))
 
 
+def with_named_templates(directory: Path, **named: str) -> Path:
+    config = json.loads((byte_level(directory) / "tokenizer_config.json").read_text())
+    listed = [{"name": name, "template": text} for name, text in named.items()]
+    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": listed}))
+    return directory
+
+
+def test_the_template_that_was_chosen_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--chat_template`: a name of the tokenizer's, the built-in one, or a file; ./NAME is the file where both are there."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer(with_named_templates(tmp_path / "t", rag="{{ 1 }}", other="{{ 2 }}"))  # and none is the default
+    Path("rag").write_text("{{ 3 }}", encoding="utf-8")
+    for choice, text, name in (
+        ("rag", "{{ 1 }}", "rag, of tokenizer_config.json"),
+        ("./rag", "{{ 3 }}", "./rag"),
+        ("alpaca", alpaca(tokenizer), "alpaca (built in)"),
+    ):
+        prompts = Prompts.chosen(tokenizer, choice)
+        assert (prompts.template, prompts.template_name) == (text, name)
+    with pytest.raises(UserError, match="none of them named default") as caught:
+        Prompts.chosen(tokenizer, None)
+    assert "--chat_template" in caught.value.hint
+    own = Tokenizer(with_named_templates(tmp_path / "own", default="{{ 4 }}", tool_use="{{ 5 }}"))
+    assert Prompts.chosen(own, None).template == Prompts.chosen(own, "default").template == "{{ 4 }}"
+    assert Prompts.chosen(own, "default").tool_template == "{{ 5 }}" and Prompts.chosen(own, "alpaca").tool_template is None
+
+
+def test_a_chosen_template_that_is_none_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(with_named_templates(tmp_path / "t", default="{{ 1 }}", rag="{{ 2 }}"))
+    (tmp_path / "latin").write_bytes(b"\xe9")
+    (tmp_path / "broken").write_text("\n{% if %}")
+    (tmp_path / "empty").write_text("\n")
+    files = {"latin": "is not UTF-8", "broken": "line 2", "empty": "is empty"}
+    for choice, said in {"rga": "No such file", ".": "directory", "a\0b": "null", **files}.items():
+        path = str(tmp_path / choice) if choice in files else choice
+        with pytest.raises(UserError, match=said) as caught:
+            Prompts.chosen(tokenizer, path)
+        assert caught.value.where == f"--chat_template {path}"
+        assert choice in files or caught.value.hint == "give a .jinja file, or one of default, rag, alpaca"
+
+
 def test_prompt_and_answer_meet_at_a_token_border(tmp_path: Path) -> None:
     """D01's rule: where a token would reach from the prompt into the answer, the prompt's ids stay those of chat."""
     for make in (byte_level, pieces):

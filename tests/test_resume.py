@@ -108,6 +108,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], None] | None, str, str]] = {
     "batch": (None, "--train.global_batch_size 3", "train.global_batch_size: 2 then, 3 now"),
     "rows": (another_row, "", "data: "),
     "template": (another_template, "", "chat template: "),
+    "chosen template": (None, "--chat_template alpaca", "chat template: "),
     "tokenizer": (another_token, "", "tokenizer: "),
     "base": (another_base, "", "base: xxh3:"),
 }

@@ -1,5 +1,6 @@
 """What is trained is what is served: prompts and end ids of a base, of a step that finetune wrote, and of transformers on that step."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -12,10 +13,9 @@ from talkers import make_talker
 
 from litlora.__main__ import main
 from litlora.checkpoint import names
-from litlora.checkpoint.files import open_tokenizer
+from litlora.checkpoint.files import open_prompts
 from litlora.checkpoint.resolve import resolve
 from litlora.commands.generate import prompts_for
-from litlora.prompts import Prompts
 from litlora.tokenizer import Tokenizer
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -46,11 +46,11 @@ def make_served(place: Path, name: str, method: str) -> tuple[Path, Path]:
     return base, train(base, place, method)
 
 
-def train(base: Path, place: Path, method: str = "lora") -> Path:
+def train(base: Path, place: Path, method: str = "lora", more: str = "") -> Path:
     rows = place / "rows.jsonl"
     rows.write_text("".join(json.dumps({"instruction": f"Say {n}.", "output": f"{n}!"}) + "\n" for n in range(8)))
     words = f"--checkpoint_dir {base} --data {rows} --out_dir {place / 'out'} --train.max_steps 1 --train.global_batch_size 1 --threads 1"
-    assert main(["finetune", method, *words.split(), "--eval.max_samples", "1"]) == 0
+    assert main(["finetune", method, *words.split(), "--eval.max_samples", "1", *more.split()]) == 0
     return place / "out" / "step-1"
 
 
@@ -77,6 +77,33 @@ def test_a_step_is_served_as_it_was_trained(name: str, method: str, tmp_path: Pa
         assert served.stop_ids == {128001, 128008, 128009}
 
 
+def test_the_chosen_template_is_trained_with_and_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D04: `--chat_template` of finetune is the step's own from then on, for every command; another one is said."""
+    base, mine = make_talker(tmp_path / "base"), tmp_path / "mine.jinja"
+    template = "{% for m in messages %}{{ m.role + '>' + m.content + '<|end|>' }}{% endfor %}"
+    mine.write_text(template + "{{ 'assistant>' if add_generation_prompt }}")
+    step = train(base, tmp_path, more=f"--chat_template {mine}")
+    mine.unlink()
+    assert f"template  {mine}" in capsys.readouterr().err
+    checkpoint = resolve(step)
+    served = prompts_for(checkpoint, [(checkpoint, 1.0)])
+    asked = [{"role": "user", "content": "hi"}]
+    assert served.tokenizer.decode(served.prompt_ids(asked), skip_special=False) == "user>hi<|end|>assistant>"
+    assert served.template_hash == checkpoint.manifest.chat_template != open_prompts(resolve(base)).template_hash  # type: ignore[union-attr]
+    short = "--max_new_tokens 1 --threads 1"
+    capsys.readouterr()
+    for command in ("chat", "generate --prompt hi --json", f"evaluate --data {tmp_path / 'rows.jsonl'}"):
+        name, *words = command.split()
+        monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/tokens\n"))
+        assert main([name, str(step), *words, "--chat_template", "alpaca", *short.split()]) == 0
+        said = capsys.readouterr()
+        assert f"warning: {step} was trained with another chat template than alpaca (built in)" in said.err
+        assert ("### Instruction:\nhi" in said.out) == (name == "chat")
+    assert main(["generate", str(step), "--raw", "--chat_template", "alpaca", "--prompt", "hi"]) == 2
+
+
 def test_end_ids_that_only_the_bases_config_names_end_a_steps_answer_too(tmp_path: Path) -> None:
     """D03: no eos_token in the tokenizer's files; config.json has it. The built-in template writes it out."""
     base = make_talker(tmp_path / "base", template=None)
@@ -84,7 +111,7 @@ def test_end_ids_that_only_the_bases_config_names_end_a_steps_answer_too(tmp_pat
     (base / names.TOKENIZER_CONFIG).write_text(json.dumps({key: value for key, value in values.items() if key != "eos_token"}))
     config = json.loads((base / names.CONFIG).read_text())
     (base / names.CONFIG).write_text(json.dumps({**config, "eos_token_id": 257}))
-    trained, served = Prompts(open_tokenizer(resolve(base))), Prompts(open_tokenizer(resolve(train(base, tmp_path))))
+    trained, served = open_prompts(resolve(base)), open_prompts(resolve(train(base, tmp_path)))
     assert served.stop_ids == trained.stop_ids == {257}
     assert served.tokenizer.eos_id == trained.tokenizer.eos_id == 257
     sample = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]

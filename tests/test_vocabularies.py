@@ -13,10 +13,9 @@ from conftest import shared_data
 from test_tokenizer import LLAMACPP, TEXTS, real
 
 from litlora.__main__ import main
-from litlora.checkpoint.files import open_tokenizer
+from litlora.checkpoint.files import open_prompts, open_tokenizer
 from litlora.checkpoint.resolve import resolve
 from litlora.errors import UserError
-from litlora.prompts import Prompts
 from litlora.tokenizer import Tokenizer
 
 WITHOUT = [  # vocabularies that are published in both forms
@@ -113,7 +112,7 @@ def test_a_base_with_tokenizer_model_alone_is_trained_and_served(tmp_path: Path)
     assert main(["finetune", "lora", *words.split()]) == 0
     (base / "chat_template.jinja").unlink()
     step = resolve(tmp_path / "out" / "step-1")
-    assert step.tokenizer_dir() == step.path and "{{ eos_token }}" in Prompts(open_tokenizer(step)).template
+    assert step.tokenizer_dir() == step.path and "{{ eos_token }}" in open_prompts(step).template
     assert open_tokenizer(step).encode("Hello  world", special=False) == real("tinyllama-chat").encode("Hello  world", special=False)
     assert main(["generate", str(step.path), "--prompt", "q", "--max_new_tokens", "2"]) == 0
 

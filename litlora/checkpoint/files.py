@@ -11,7 +11,9 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.reading import file_in, parse_json, read_bytes
 from litlora.config import Config
+from litlora.console import warn
 from litlora.families import changed_keys
+from litlora.prompts import Prompts
 from litlora.tokenizer import Tokenizer
 
 
@@ -35,6 +37,15 @@ def model_files(base: Checkpoint, config: Config) -> dict[str, bytes]:
 def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer that goes with `checkpoint`: an adapter's own files, and what its base's config says of end ids and model type."""
     return Tokenizer(checkpoint.tokenizer_dir(), checkpoint.base().path)
+
+
+def open_prompts(checkpoint: Checkpoint, chat_template: str | None = None) -> Prompts:
+    """How `checkpoint` is spoken to: as it was trained, or with the template of `--chat_template`, which is said where it differs."""
+    prompts = Prompts.chosen(open_tokenizer(checkpoint), chat_template)
+    trained = checkpoint.manifest.chat_template if checkpoint.manifest else ""
+    if chat_template is not None and trained not in ("", prompts.template_hash):
+        warn(f"{checkpoint.path} was trained with another chat template than {prompts.template_name}")
+    return prompts
 
 
 def as_json(values: dict[str, Any]) -> bytes:

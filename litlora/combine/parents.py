@@ -8,7 +8,7 @@ from typing import Any
 
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.files import open_tokenizer
+from litlora.checkpoint.files import open_prompts
 from litlora.checkpoint.reading import sha256
 from litlora.console import warn
 from litlora.errors import UserError
@@ -56,7 +56,7 @@ class Parent:
     @cached_property
     def prompts(self) -> Prompts | None:
         """How it is spoken to; None where it has no tokenizer."""
-        return Prompts(open_tokenizer(self.checkpoint)) if names.has_vocabulary(self.checkpoint.tokenizer_dir()) else None
+        return open_prompts(self.checkpoint) if names.has_vocabulary(self.checkpoint.tokenizer_dir()) else None
 
     def record(self, weight: float) -> dict[str, Any]:
         """What the lineage of the result says of it."""

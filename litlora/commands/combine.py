@@ -123,12 +123,11 @@ def share(recipe: Recipe, count: int) -> Recipe:
 
 def samples_of(options: Combine, parents: Sequence[Parent]) -> "Sequence[Sample]":
     """The rows that are measured on: `--data`, else what the run of all candidates held out."""
-    from litlora.checkpoint.files import open_tokenizer
+    from litlora.checkpoint.files import open_prompts
     from litlora.data.samples import load_data
-    from litlora.prompts import Prompts
 
     first = parents[0].checkpoint
-    prompts, context = Prompts(open_tokenizer(first)), first.config().max_position_embeddings
+    prompts, context = open_prompts(first), first.config().max_position_embeddings
     if options.data:
         found = load_data(options.data, prompts, rows=options.rows, max_seq_length=context, heldout=True).train
     else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from litlora.checkpoint.files import open_tokenizer
+from litlora.checkpoint.files import open_prompts
 from litlora.checkpoint.resolve import demo_base, resolve
 from litlora.console import header
 from litlora.data.formats import NOT_LEARNT, Message, Pair, Text, Verdict, format_of, parse_mapping, read_row
@@ -35,7 +35,7 @@ def data(options: InspectData | ValidateData) -> None:
 def inspect(options: InspectData) -> None:
     """Formats, lengths and the graded share of the samples that fine-tuning would make, and some of them as text."""
     checkpoint = resolve(options.checkpoint_dir, base_dir=options.base_dir) if options.checkpoint_dir else demo_base()
-    prompts = Prompts(open_tokenizer(checkpoint))
+    prompts = open_prompts(checkpoint, options.chat_template)
     judged = [file for file in files_of(options.data) if kind_of(file, options) in NOT_LEARNT]
     if judged:
         hint = f"litlora data validate {judged[0].name} checks them as they are"
@@ -133,8 +133,9 @@ class Report:
 def validate(options: ValidateData) -> None:
     """Read every row of every file as fine-tuning would, and go on behind each one that cannot be used."""
     prompts = None
-    if options.checkpoint_dir is not None:
-        prompts = Prompts(open_tokenizer(resolve(options.checkpoint_dir, base_dir=options.base_dir)))
+    if options.checkpoint_dir is not None or options.chat_template is not None:
+        checkpoint = resolve(options.checkpoint_dir, base_dir=options.base_dir) if options.checkpoint_dir else demo_base()
+        prompts = open_prompts(checkpoint, options.chat_template)
     reports = [validated(file, options, prompts) for file in files_of(options.data)]
     refused = [reason for report in reports for reason in report.refused]
     if options.json:

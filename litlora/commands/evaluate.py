@@ -19,7 +19,7 @@ BATCH_TOKENS = 2048  # computed at once for the loss
 
 def evaluate(options: Evaluate) -> None:
     """Print one line of figures for the checkpoint, and one for its base alone with `--compare_base`."""
-    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter)
+    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter, options.chat_template)
     config = opened.model.config
     data = load_data(options.data, opened.prompts, rows=options.rows, max_seq_length=config.max_position_embeddings, heldout=True)
     samples = data.train[: options.max_samples]

@@ -14,7 +14,7 @@ from litlora import console
 from litlora.checkpoint import names
 from litlora.checkpoint.card import model_card
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.files import as_json, model_files, open_tokenizer, serving_files
+from litlora.checkpoint.files import as_json, model_files, open_prompts, serving_files
 from litlora.checkpoint.manifest import Manifest
 from litlora.checkpoint.resolve import demo_base, resolve
 from litlora.checkpoint.weights import adapter_tensors, as_files_name, base_tensors, load_base
@@ -44,7 +44,7 @@ def finetune(options: Finetune) -> None:
         base.shards()  # whatever is wrong with the model is said before anything is written
         if start is not base:
             refuse_another_method(start, work)
-        prompts = Prompts(open_tokenizer(start))
+        prompts = open_prompts(start, options.chat_template)
         check_run(options, [start.path, base.path])
         data = load_rows(options, prompts, context=work.config.max_position_embeddings)
         job = job_of(work, f"finetune {options.method}", prompts, data)
@@ -148,7 +148,7 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
         data=data,
         base=None if work.is_full else base.record(Path(options.out_dir)),
         parent=str(start.path.resolve()) if work.is_full or start is not base else None,
-        facts=facts(work, stored),
+        facts=[*facts(work, stored), ("template", prompts.template_name)],
         build=build,
         restore=restore,
         contents=contents,

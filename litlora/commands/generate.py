@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.files import open_tokenizer
+from litlora.checkpoint.files import open_prompts
 from litlora.checkpoint.resolve import resolve
 from litlora.console import say, style
 from litlora.errors import UserError
@@ -31,7 +31,7 @@ Message = dict[str, Any]
 
 def generate(options: Generate) -> None:
     questions = read_questions(options)
-    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter)
+    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter, options.chat_template)
     from litlora.generation import Conversation
 
     prompts = [question.prompt_ids(opened.prompts) for question in questions]
@@ -99,6 +99,8 @@ def read_questions(options: Generate) -> list[Question]:
         raise UserError("--prompt and --prompts cannot be used together", hint="put the prompt into the file, as one more line")
     if options.raw and options.system is not None:
         raise UserError("--system needs the chat template that --raw leaves out", hint="put the text in front of the prompt yourself")
+    if options.raw and options.chat_template is not None:
+        raise UserError("--raw takes no chat template", where="--chat_template", hint="leave one of the two out")
     if options.prompts is not None:
         questions = list(questions_of(Path(options.prompts), options))
         if not questions:
@@ -196,18 +198,21 @@ class Opened:
     on: list[tuple[Checkpoint, float]]  # the adapters on it, with their weights; a step's own is one
     model: "GPT"
     prompts: Prompts
+    chat_template: str | None = None  # what --chat_template said: it stays when the adapters change
 
     @property
     def base(self) -> Checkpoint:
         return self.checkpoint.base()
 
 
-def open_model(options: ComputeOptions, path: str | None, base_dir: str | None, adapters: Sequence[str]) -> Opened:
+def open_model(
+    options: ComputeOptions, path: str | None, base_dir: str | None, adapters: Sequence[str], chat_template: str | None = None
+) -> Opened:
     """Load what a command names. What can be refused without torch is refused before it is imported."""
     checkpoint = resolve(path, base_dir=base_dir)
     added = [(open_adapter(name, checkpoint.base()), weight) for name, weight in map(split_weight, adapters)]
     on = [*([] if checkpoint.is_model else [(checkpoint, 1.0)]), *added]
-    prompts = prompts_for(checkpoint, on)
+    prompts = prompts_for(checkpoint, on, chat_template)
 
     import torch
 
@@ -218,7 +223,7 @@ def open_model(options: ComputeOptions, path: str | None, base_dir: str | None, 
         torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(checkpoint, dtype=choose_dtype(options.precision, device), adapters=added, device=device)
-    return Opened(checkpoint, on, model.eval(), prompts)
+    return Opened(checkpoint, on, model.eval(), prompts, chat_template)
 
 
 def split_weight(word: str) -> tuple[str, float]:
@@ -246,9 +251,9 @@ def open_adapter(path: str | Path, base: Checkpoint) -> Checkpoint:
     return adapter
 
 
-def prompts_for(checkpoint: Checkpoint, on: Sequence[tuple[Checkpoint, float]]) -> Prompts:
-    """The tokenizer and the template that the first adapter was trained with, else the model's own."""
-    return Prompts(open_tokenizer(on[0][0] if on else checkpoint))
+def prompts_for(checkpoint: Checkpoint, on: Sequence[tuple[Checkpoint, float]], chat_template: str | None = None) -> Prompts:
+    """The tokenizer and the template that the first adapter was trained with, else the model's own; or the template of --chat_template."""
+    return open_prompts(on[0][0] if on else checkpoint, chat_template)
 
 
 def put_on(opened: Opened, adapters: Sequence[tuple[str, float]]) -> None:
@@ -257,7 +262,7 @@ def put_on(opened: Opened, adapters: Sequence[tuple[str, float]]) -> None:
     from litlora.methods.attach import put_back, remove, snapshot
 
     wanted = [(open_adapter(path, opened.base), weight) for path, weight in adapters]
-    prompts = prompts_for(opened.base, wanted)
+    prompts = prompts_for(opened.base, wanted, opened.chat_template)
     before = snapshot(opened.model)
     try:
         remove(opened.model)

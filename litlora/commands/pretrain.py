@@ -12,9 +12,8 @@ from litlora.checkpoint import names
 from litlora.checkpoint.card import model_card
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import commit_directory, remove
-from litlora.checkpoint.files import as_json, open_tokenizer, serving_files
+from litlora.checkpoint.files import as_json, open_prompts, serving_files
 from litlora.checkpoint.manifest import Manifest
-from litlora.checkpoint.reading import read_bytes
 from litlora.checkpoint.resolve import resolve
 from litlora.checkpoint.weights import as_files_name, base_tensors, load_base, raw_tensors
 from litlora.commands.finetune import Work, job_of, with_rate
@@ -25,7 +24,7 @@ from litlora.errors import UserError
 from litlora.families import config_to_hf
 from litlora.model import GPT, init_weights
 from litlora.options import FullOptions, ModelOptions, Pretrain
-from litlora.prompts import Prompts
+from litlora.prompts import Prompts, chosen_template
 from litlora.safetensors_file import write_safetensors
 from litlora.tokenizer import Tokenizer
 from litlora.train.run import Job, check_run, compute_text, is_first_process, load_rows, open_run, show_samples, train
@@ -43,7 +42,7 @@ def pretrain(options: Pretrain) -> None:
         else:
             refuse_odd_shapes(options)
             options = replace(options, train=replace(options.train, lr=RATE if options.train.lr is None else options.train.lr))
-        template_of(options)  # whatever is wrong with it is said before anything is written
+        check_template(options)
         check_run(options, [resolve(options.checkpoint_dir).path] if options.checkpoint_dir is not None else [])
         if options.dry_run:
             with TemporaryDirectory() as scratch:
@@ -77,20 +76,21 @@ def going_on(options: Pretrain) -> Pretrain:
     return with_rate(options, "full", start)
 
 
-def template_of(options: Pretrain) -> str | None:
-    """The chat template that was asked for; UserError where it cannot be read."""
-    return None if options.chat_template is None else read_bytes(Path(options.chat_template)).decode("utf-8", "replace")
+def check_template(options: Pretrain) -> None:
+    """Whatever is wrong with --chat_template is said before anything is written."""
+    if options.chat_template is not None:
+        start = resolve(options.checkpoint_dir).tokenizer_dir() if options.checkpoint_dir is not None else options.tokenizer_dir
+        chosen_template(options.chat_template, {} if start is None else Tokenizer(start).chat_templates)
 
 
 def prepared(options: Pretrain, place: Path) -> Job:
     """Vocabulary (learnt into `place` if none is given), prompts and rows."""
-    template = template_of(options)
     if options.checkpoint_dir is not None:
         start = resolve(options.checkpoint_dir)
-        prompts = Prompts(open_tokenizer(start), template=template)
+        prompts = open_prompts(start, options.chat_template)
         work = Work(options, "full", FullOptions(), start, start)
         return job_of(work, "pretrain", prompts, load_rows(options, prompts, context=work.config.max_position_embeddings))
-    prompts = Prompts(vocabulary(options, place), template=template)
+    prompts = Prompts.chosen(vocabulary(options, place), options.chat_template)
     return model_job(options, prompts, load_rows(options, prompts, context=options.model.max_position_embeddings))
 
 

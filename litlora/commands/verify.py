@@ -251,12 +251,11 @@ def of_loss(checkpoints: Sequence[Checkpoint], options: Verify) -> Iterator[Find
 
 def samples_of(checkpoint: Checkpoint, options: Verify) -> "Sequence[Sample]":
     """The rows of `--data` as the checkpoint's own tokenizer and template make samples of them."""
-    from litlora.checkpoint.files import open_tokenizer
+    from litlora.checkpoint.files import open_prompts
     from litlora.data.samples import load_data
-    from litlora.prompts import Prompts
 
     context = checkpoint.config().max_position_embeddings
-    data = load_data(options.data, Prompts(open_tokenizer(checkpoint)), rows=options.rows, max_seq_length=context, heldout=True)
+    data = load_data(options.data, open_prompts(checkpoint), rows=options.rows, max_seq_length=context, heldout=True)
     return data.train[: options.max_samples]
 
 

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from litlora.errors import UserError
@@ -31,6 +32,7 @@ ALPACA = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "\\n\\n### Response:\\n" }}{% endif %}
 """  # EOS stands for the end token: see `alpaca`
+BUILT_IN = "alpaca"  # the name of the one above
 SHOWN = ("tool_calls", "tool_call_id", "name")  # of a message, beside role and content
 MARKS = [chr(code) for code in (*range(0xFDD2, 0xFDF0), *range(0xE000, 0xF900))]  # noncharacters, then private use
 
@@ -43,19 +45,31 @@ class Prompts:
     stop_ids                  the ids that end an answer: the tokenizer's, and the template's end of a turn
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None = None, name: str = "given") -> None:
+    def __init__(self, tokenizer: Tokenizer, template: str | None = None, name: str = "") -> None:
         """`template` None: the model's own, else the built-in Alpaca style."""
         self.tokenizer = tokenizer
         built_in = template is None and tokenizer.chat_template is None
         self.template = template or tokenizer.chat_template or alpaca(tokenizer)
-        own = template in (None, tokenizer.chat_template)
-        self.template_name = "alpaca (built in)" if built_in else "the model's own" if own else name
+        self.template_name = name or (
+            f"{BUILT_IN} (built in)" if built_in else "the model's own" if template in (None, tokenizer.chat_template) else "given"
+        )
         self._begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
         self._values = dict(tokenizer.special_tokens)
         self._compiled = compile_template(self.template)
         named = tokenizer.chat_templates
         self.tool_template = named.get("tool_use") if self.template == named.get("default") else None
         self._with_tools = compile_template(self.tool_template) if self.tool_template else self._compiled
+
+    @classmethod
+    def chosen(cls, tokenizer: Tokenizer, choice: str | None) -> "Prompts":
+        """With the template of `--chat_template` (None: the model's own). UserError where there is none, or it is no template."""
+        if choice is None:
+            return cls(tokenizer)
+        text, name = chosen_template(choice, tokenizer.chat_templates)
+        try:
+            return cls(tokenizer, alpaca(tokenizer) if text is None else text, name)
+        except UserError as error:
+            raise UserError(error.what, where=f"--chat_template {choice}", hint=error.hint) from error
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -235,7 +249,7 @@ class Prompts:
         after = self._frame[1]
         end = len(full) - len(after) if full.endswith(content + after) else full.rfind(content, len(prompt)) + len(content)
         if end < len(prompt) + len(content):
-            raise UserError("the chat template does not show the answer as it is written in the row", hint="pass another template")
+            raise UserError("the chat template does not show the answer as it is written in the row", hint="--chat_template takes another")
         return Draft(full[:end], mark, [Span(len(prompt), end, graded, False)])
 
     def _answer_text(self, full: str, content: str, calls: bool) -> str:
@@ -248,7 +262,7 @@ class Prompts:
         if before is None or (before + content) not in full or calls:
             raise UserError(
                 "the chat template writes this prompt differently once it is answered, so the answer cannot be told from it",
-                hint="pass another template",
+                hint="--chat_template takes another",
             )
         return before + content + after
 
@@ -298,6 +312,29 @@ class Prompts:
         except UserError:
             return []
         return [ids[-1]] if graded[-1] and ids[-1] in self.tokenizer.special_ids else []
+
+
+def chosen_template(choice: str, named: Mapping[str, str]) -> tuple[str | None, str]:
+    """(text, where it is from): the one that a tokenizer has under this name, else the built-in one (None), else a file.
+
+    A file that is called as one of them is ./NAME. UserError where there is none.
+    """
+    if choice in named:
+        return named[choice], f"{choice}, of tokenizer_config.json"
+    if choice == BUILT_IN:
+        return None, f"{BUILT_IN} (built in)"
+    known = ", ".join(dict.fromkeys([*named, BUILT_IN]))
+    try:
+        text = Path(choice).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError("is not UTF-8 text", where=f"--chat_template {choice}") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in it
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
+        hint = f"give a .jinja file, or one of {known}"
+        raise UserError(f"cannot be read: {why}", where=f"--chat_template {choice}", hint=hint) from error
+    if not text.strip():
+        raise UserError("is empty", where=f"--chat_template {choice}")
+    return text, choice
 
 
 def alpaca(tokenizer: Tokenizer) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes, pass_environment
-from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.filters import do_format, do_indent, make_attrgetter
 from jinja2.parser import Parser
@@ -44,6 +44,8 @@ def compile_template(text: str) -> jinja2.Template:
         raise WorkError(f"jinja2 {jinja2.__version__} lets templates out of its sandbox", hint='pip install "jinja2>=3.1.6"')
     try:
         return Sandbox().from_string(text)
+    except TemplateSyntaxError as error:
+        raise UserError(f"the chat template is no Jinja template: line {error.lineno}: {error.message}") from error
     except (*FAULTS, SyntaxError) as error:
         raise _refused(error) from error
 

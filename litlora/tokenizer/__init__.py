@@ -174,7 +174,7 @@ class Tokenizer:
             raise UserError(
                 f"several chat templates ({', '.join(named)}), none of them named default",
                 where=self.directory / "tokenizer_config.json",
-                hint="write the one you want into chat_template.jinja",
+                hint="say which with --chat_template, or write it into chat_template.jinja",
             )
         return named.get("default") or next(iter(named.values()), None)
 

@@ -13,7 +13,7 @@ from litlora.options import Chat
 def chat(options: Chat) -> None:
     """Read a message, answer it, until the end of the input. On a pipe each line or block is a message, and replies are all that
     is printed; a line that was refused makes the exit code 1 at the end."""
-    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter)
+    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter, options.chat_template)
     interactive = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
     banner(opened, interactive)
     session = Session(opened, options, interactive=interactive)

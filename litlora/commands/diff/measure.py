@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.files import open_tokenizer
+from litlora.checkpoint.files import open_prompts
 from litlora.config import Config
 from litlora.errors import UserError
 from litlora.merge.effective import Effective
 from litlora.merge.plan import blocks, check_values
 from litlora.merge.tensors import Floats
 from litlora.methods.tuning import why_unmergeable
-from litlora.prompts import Prompts
 from litlora.safetensors_file import SafetensorsFile
 
 LAYER = re.compile(r"model\.layers\.(\d+)(\.inserted)?\.(.+)")
@@ -294,7 +293,7 @@ def tokenizers(a: Checkpoint, b: Checkpoint) -> dict[str, tuple[Any, Any]]:
     found: list[dict[str, str | None]] = []
     for one in (a, b):
         try:
-            prompts = Prompts(open_tokenizer(one))
+            prompts = open_prompts(one)
             found.append({"tokenizer": prompts.tokenizer.hash[:16], "chat_template": prompts.template})
         except UserError as error:
             found.append({"tokenizer": f"none: {error.what}", "chat_template": None})
