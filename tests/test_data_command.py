@@ -37,6 +37,22 @@ def test_rows_are_shown_with_what_is_graded(tmp_path: Path, capsys: pytest.Captu
     assert figures["lengths"]["longest"] >= figures["lengths"]["median"] >= figures["graded_lengths"]["longest"]
 
 
+def test_placeholders_are_counted_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`{{name}}` in a question or an answer; the spaces of `{{ name }}` are a template's, in rows about code. Nothing else is said."""
+    braces = [{"prompt": text, "completion": text} for text in ("{{ name }}", "{name}", "{{1}}", "{{}}")]
+    path = jsonl(
+        tmp_path / "rows.jsonl", [GOOD, *braces, {"prompt": "{{who_1}}?", "completion": "I."}, {"prompt": "q", "completion": "{{a}}"}]
+    )
+    out = ["--out_dir", str(tmp_path / "out"), "--dry_run"]
+    for words in (["data", "inspect", str(path)], ["finetune", "lora", "--data", str(path), *out]):
+        assert main(words) == 0
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+        assert said == [f"warning: rows with a placeholder, which would be learnt to the letter: 2, the first at {path}:6:1: {{{{who_1}}}}"]
+    assert run("inspect", jsonl(path, [GOOD, *braces]), capsys=capsys)[2].count("placeholder") == 0
+    err = run("inspect", shared_data("instruct/identity.json"), "--number", 0, capsys=capsys)[2]
+    assert ": 85, the first at" in err and err.count("identity.json:2:3: {{name}}") == 1
+
+
 def test_lengths_and_grading_follow_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = jsonl(tmp_path / "rows.jsonl", [GOOD, {"prompt": "x " * 100, "completion": "y"}])
     cut = json.loads(run("inspect", path, "--max_seq_length", 40, "--json", capsys=capsys)[1])

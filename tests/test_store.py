@@ -16,8 +16,9 @@ from test_data import CHATML, jsonl, load, pairs, prompts  # noqa: F401  (a fixt
 from test_tokenizer import byte_level
 
 from litlora.data import samples, store
-from litlora.data.samples import DataSet
+from litlora.data.samples import DataSet, load_data
 from litlora.errors import UserError
+from litlora.options import RowsOptions
 from litlora.prompts import Prompts
 from litlora.tokenizer import Tokenizer
 
@@ -32,7 +33,18 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def shown(data: DataSet) -> Any:
     of = [[(sample.tokens.tolist(), sample.targets.tolist(), sample.where) for sample in part] for part in (data.train, data.validation)]
-    return of, data.weights, data.groups, data.formats, data.counts, data.fingerprint, data.tokens, data.graded, data.longest
+    return of, data.weights, data.groups, data.formats, data.counts, data.placeholder, data.fingerprint, data.tokens, data.graded
+
+
+def test_the_first_placeholder_is_found_by_its_file_whoever_tokenized_it(tmp_path: Path, prompts: Prompts, kept: Path) -> None:  # noqa: F811
+    """Counts and the place come from what was kept too: of a copy by another name, of the second file after the first."""
+    rows = [*pairs(2), {"prompt": "q", "completion": "I am {{name}} by {{author}}."}]
+    path, plain = jsonl(tmp_path / "rows.jsonl", rows), jsonl(tmp_path / "plain.jsonl", pairs(3))
+    copy = jsonl(tmp_path / "copy.jsonl", rows)
+    assert load(path, prompts).placeholder == f"{path}:3:1: {{{{name}}}}"
+    found = [load_data([str(f) for f in files], prompts, rows=RowsOptions(), max_seq_length=512) for files in ((plain, copy), (copy, path))]
+    assert [(data.counts.placeholders, data.placeholder) for data in found] == [(n, f"{copy}:3:1: {{{{name}}}}") for n in (1, 2)]
+    assert len(list(kept.iterdir())) == 2
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -13,7 +13,7 @@ from litlora.console import header
 from litlora.data.formats import NOT_LEARNT, Message, Pair, Text, Verdict, format_of, parse_mapping, read_row
 from litlora.data.places import Row
 from litlora.data.rows import DataFile, rows_of
-from litlora.data.samples import DataSet, files_of, load_data, marked
+from litlora.data.samples import DataSet, files_of, load_data, marked, warn_of_placeholders
 from litlora.errors import UserError, WorkError
 from litlora.options import InspectData, ValidateData
 from litlora.prompts import Prompts
@@ -43,6 +43,7 @@ def inspect(options: InspectData) -> None:
     context = checkpoint.base().config().max_position_embeddings
     longest = min(options.max_seq_length or context, context)
     found = load_data(options.data, prompts, rows=options.rows, max_seq_length=longest, mask_prompt=options.mask_prompt)
+    warn_of_placeholders(found)
     samples = [*found.train, *found.validation]
     if options.json:
         shown = [{"where": sample.where, "text": marked(sample, prompts)} for sample in samples[: options.number]]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from litlora.prompts import Prompts, SampleIds
 AT_ONCE = 1024  # rows tokenized together
 CHARACTERS = 1 << 22  # and the characters in them, about
 LARGE = 1 << 23  # bytes of a file whose samples are kept on disk
-FORMAT = 1  # of what is kept there; another one finds nothing
+PLACEHOLDER = re.compile(r"\{\{[A-Za-z_]\w*\}\}")  # {{name}}: the author of the rows left it to be filled in
+FORMAT = 2  # of what is kept there; another one finds nothing
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Counts:
     skipped: int = 0  # that could not be used (--rows.on_error skip)
     truncated: int = 0  # samples cut to max_seq_length
     nothing_graded: int = 0  # samples left out because no graded token was left
+    placeholders: int = 0  # conversations with a {{name}} in them
 
 
 @dataclass
@@ -54,6 +57,7 @@ class DataSet:
     counts: Counts
     fingerprint: str
     skipped: list[str] = field(default_factory=list)
+    placeholder: str = ""  # the first of them: "rows.json:2:3: {{name}}"
     groups: list[str] = field(default_factory=list, repr=False)  # one for each of `train`: the same where the row is the same
 
     @property
@@ -150,7 +154,14 @@ def load_data(
     if not weights:
         raise maker.nothing_left(data)
     groups = [group for part in train for group in part.groups()]
-    return DataSet(Samples(train), weights, Samples(validation), maker.formats, maker.counts, maker.fingerprint(), maker.skipped, groups)
+    fingerprint, found = maker.fingerprint(), maker.placeholder
+    return DataSet(Samples(train), weights, Samples(validation), maker.formats, maker.counts, fingerprint, maker.skipped, found, groups)
+
+
+def warn_of_placeholders(data: DataSet) -> None:
+    """One line where rows hold a `{{name}}` that nobody filled in: it would be learnt as it stands."""
+    if data.counts.placeholders:
+        warn(f"rows with a placeholder, which would be learnt to the letter: {data.counts.placeholders:,}, the first at {data.placeholder}")
 
 
 def texts_of(data: Sequence[str], rows: RowsOptions) -> Iterator[str]:
@@ -224,6 +235,7 @@ class _Maker:
         self.counts = Counts()
         self.formats: dict[str, str] = {}
         self.skipped: list[str] = []
+        self.placeholder = ""
         self._left: SampleIds = ([], [])  # of a text that goes on in the next row
         self._hashes: list[object] = [prompts.tokenizer.hash, prompts.template, max_seq_length, mask_prompt, self.skip, self.mapping]
         self._hashes += [rows.documents] if rows.documents != "file" else []
@@ -256,26 +268,29 @@ class _Maker:
         self._hashes.append([digest, file.kind, weight])
         if file.size < LARGE:
             return store(self._made(file), file.name)
-        before = asdict(self.counts)
+        before, first = asdict(self.counts), self.placeholder
         skipped = len(self.skipped)
         fixed = [FORMAT, __version__, self._fixed, digest, file.kind]
         key = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
         def make() -> Iterator[Made]:
             """From the file's beginning: what an attempt counted that could not be written to the end is forgotten."""
-            self.counts, self._left = Counts(**before), ([], [])
+            self.counts, self._left, self.placeholder = Counts(**before), ([], []), ""
             del self.skipped[skipped:]
             return self._made(file)
 
         def about() -> dict[str, Any] | None:
             """What has to be known again; None where rows were skipped, for these are listed by their places."""
             now = {name: value - before[name] for name, value in asdict(self.counts).items()}
-            return None if now["skipped"] else {"format": self.formats.get(file.name, ""), "counts": now}
+            place = self.placeholder.removeprefix(file.name)  # the file may have another name when it is found
+            return None if now["skipped"] else {"format": self.formats.get(file.name, ""), "counts": now, "placeholder": place}
 
         stored, said = store_on_disk(key, file.name, make, about, self.keep)
         if said is not None:
             self.formats[file.name] = said["format"]
             self.counts = Counts(**{name: before[name] + value for name, value in said["counts"].items()})
+            self.placeholder = said["placeholder"] and file.name + said["placeholder"]
+        self.placeholder = first or self.placeholder
         return stored
 
     def _made(self, file: DataFile) -> Iterator[Made]:
@@ -294,9 +309,16 @@ class _Maker:
             try:
                 form = form or format_of(row, self.mapping)
                 self.formats[file.name] = form
-                yield row, to_messages(row, self.mapping, form)
+                value = to_messages(row, self.mapping, form)
+                self._look_for_placeholders(row, value)
+                yield row, value
             except UserError as error:
                 self._bad(error)
+
+    def _look_for_placeholders(self, row: Row, value: list[Message] | Text) -> None:
+        if not isinstance(value, Text) and (found := next(filter(None, (PLACEHOLDER.search(m["content"] or "") for m in value)), None)):
+            self.counts.placeholders += 1
+            self.placeholder = self.placeholder or f"{row.where}: {found[0]}"
 
     def _tokenized(self, chunk: Sequence[tuple[Row, list[Message] | Text]]) -> Iterator[Made]:
         conversations = [value for _, value in chunk if not isinstance(value, Text)]

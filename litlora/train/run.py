@@ -25,7 +25,7 @@ from litlora.checkpoint.run import drop_old_states, drop_old_steps, kept_number,
 from litlora.checkpoint.state import load_state, save_state
 from litlora.checkpoint.weights import raw_bytes, raw_tensors
 from litlora.config import Config
-from litlora.data.samples import DataSet, Sample, load_data, marked
+from litlora.data.samples import DataSet, Sample, load_data, marked, warn_of_placeholders
 from litlora.errors import Interrupted, UserError, WorkError
 from litlora.families import config_to_hf
 from litlora.methods.attach import trainable
@@ -327,6 +327,8 @@ def load_rows(options: FitOptions, prompts: Prompts, context: int) -> DataSet:
             [options.eval.data], prompts, rows=options.rows, max_seq_length=longest, mask_prompt=options.train.mask_prompt, heldout=True
         )
         data = replace(data, validation=other.train)
+    if is_first_process():
+        warn_of_placeholders(data)
     return data.split(options.eval.fraction, options.seed, options.eval.max_samples)
 
 
