@@ -293,7 +293,7 @@ def capped_attention(
         scores = scores + (mask if mask.dim() == 2 else mask.unsqueeze(1))
     elif is_causal:
         scores = scores.masked_fill(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1), -math.inf)
-    return (scores.softmax(-1, torch.float32).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
+    return (wider(scores).softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
 
 
 class MLP(nn.Module):
@@ -379,7 +379,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype, weight = x.dtype, self.weight.to(x.dtype)
         if self.offset:  # stored near 0: their sum has more digits than they
-            weight = self.offset + wider(self.weight)
+            weight = self.offset + wider(weight)
             x = x.to(weight.dtype)
         if x.is_cuda or not torch.is_grad_enabled():  # torch's own is fused on CUDA; elsewhere its backward pass is slow
             return F.rms_norm(x, weight.shape, weight, self.eps).to(dtype)

@@ -137,12 +137,18 @@ def make_base(path: Path, *, dtype: torch.dtype = torch.bfloat16, expanded: bool
     return byte_tokenizer(path)
 
 
+def write_rows(path: Path, words: str) -> Path:
+    """A row that asks for each word."""
+    rows = ({"instruction": f"Say {word}.", "output": f"{word} and {word} and {word}"} for word in words.split())
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     path = tmp_path_factory.mktemp("finetune")
     for name, words in (("rows", "one two three four five six seven eight nine ten"), ("heldout", "red green blue")):
-        rows = ({"instruction": f"Say {word}.", "output": f"{word} and {word} and {word}"} for word in words.split())
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(path / f"{name}.jsonl", words)
     tied = make_base(path / "tied", tie_word_embeddings=True)
     return Place(path, make_base(path / "base"), tied, path / "rows.jsonl", path / "heldout.jsonl")
 

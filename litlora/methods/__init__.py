@@ -15,6 +15,7 @@ from litlora.config import Config
 from litlora.errors import UserError
 from litlora.families import expected_tensors, linear_shapes, stored_name, tensor_name
 from litlora.methods.tuning import (
+    EMBEDDING,
     HEAD,
     BottleneckSlot,
     LoRASlot,
@@ -80,16 +81,17 @@ def lora_config(options: LoRAOptions, config: Config, base_model_name_or_path: s
 def described_lora(options: LoRAOptions, config: Config) -> AdapterConfig:
     """PEFT's description of what `options` mean for a base. UserError where a word of them means nothing there."""
     linears, modules = linear_names(config), module_names(config)
+    embedding, head = (stored_name(name.removesuffix(".weight"), config) for name in (EMBEDDING, HEAD))
     tied = separated(config, options.untie).tie_word_embeddings
-    described = adapter_config(options, linears, module_names=modules, tied=tied)
+    described = adapter_config(options, linears, module_names=modules, shared=(embedding, head) if tied else ())
     for option, table in (("rank_pattern", described.rank_pattern), ("alpha_pattern", described.alpha_pattern)):
         for name in table:
             only = replace(described, rank_pattern={name: 0}, alpha_pattern={})
             if all(rank_and_alpha(only, module)[0] for module in targets(described, linears)):
                 raise UserError(f"{name} matches none of the targets", where=option, hint="the end of a target's name, such as down_proj")
-    if tied and "lm_head" in targets(described, linears):
-        what = "LoRA on lm_head would have to change the embedding as well: here they are one matrix"
-        raise UserError(what, where="target_modules", hint="leave lm_head out of target_modules, or separate the two: --lora.untie true")
+    if tied and head in targets(described, linears):
+        what = f"LoRA on {head} would have to change the embedding as well: here they are one matrix"
+        raise UserError(what, where="target_modules", hint=f"leave {head} out of target_modules, or separate the two: --lora.untie true")
     return described
 
 

@@ -33,7 +33,6 @@ T = TypeVar("T")
 PREFIX = "base_model.model."  # in front of every name: PEFT's wrapper and its tuner
 HOST_SLOT = ".adapter."  # in our names, between a module and its adapter's parameter
 PROMPT_SLOT = ".prompt."  # the same for a learnt prompt
-EMBEDDING, HEAD = "embed_tokens", "lm_head"
 PROMPT = "ADAPTION_PROMPT"  # PEFT's word for LLaMA-Adapter
 
 PARAMETERS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}  # ours: PEFT's
@@ -119,11 +118,11 @@ def adapter_config(
     base_model_name_or_path: str | None = None,
     *,
     module_names: Sequence[str] = (),
-    tied: bool = False,
+    shared: Sequence[str] = (),
 ) -> AdapterConfig:
     """The AdapterConfig that `options` mean for a model with these Linears and modules; its words are short where they can be.
 
-    `tied`: the head is the embedding's own matrix, and stays it. Either of them saved then means both: PEFT loads the same
+    `shared`: embedding and head, where they are one matrix, and stay it. Either of them saved then means both: PEFT loads the same
     matrix into each, and computes what was trained.
     """
     chosen = named_or_matched(options.target_modules, linear_names)
@@ -136,9 +135,8 @@ def adapter_config(
     if not chosen:
         raise UserError("no target lies in these layers", where="layers", hint="leave layers out, or name other targets")
     saved = modules_named(options.modules_to_save, module_names, "modules_to_save") if options.modules_to_save else []
-    if tied and any(is_named(name, word) for name in saved for word in (EMBEDDING, HEAD)):
-        both = {name for name in module_names if is_named(name, EMBEDDING) or is_named(name, HEAD)}
-        saved = [name for name in module_names if name in {*saved, *both}]
+    if set(shared) & set(saved):
+        saved = [name for name in module_names if name in {*saved, *shared}]
     words = shortened(chosen, [name for name in linear_names if layers is None or layer_number(name, ()) in (None, *layers)])
     return AdapterConfig(
         r=options.r,

@@ -17,6 +17,7 @@ from litlora.safetensors_file import FLOAT_BYTES, SafetensorsFile, TensorInfo, f
 
 PART = 2**20  # bytes copied at once
 BLOCK = 256  # new rows computed at once
+HEAD_BIAS = HEAD.replace("weight", "bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Weights:
     """The base's files, and which of their tensors have a row for each token."""
 
     files: dict[Path, dict[str, TensorInfo]]
-    by_token: frozenset[str]  # the embedding, and the head where it is one of its own
+    by_token: frozenset[str]  # the embedding, and the head with its bias where it is one of its own
     rows: int  # they have; at least as many as there are tokens
 
 
@@ -39,24 +40,27 @@ class Digests:
 def find_weights(base: Checkpoint, tokens: int) -> Weights:
     """UserError where the base has no embedding or head for its `tokens` tokens, of the shape that config.json says, in a float dtype."""
     config = base.config()
-    shape = (config.vocab_size, config.hidden_size)
+    expected = {name: shape for name, shape in families.expected_tensors(config).items() if name in (EMBEDDING, HEAD, HEAD_BIAS)}
+    shapes = {HEAD: expected[EMBEDDING]} | expected  # a tied model may carry its matrix twice
     files: dict[Path, dict[str, TensorInfo]] = {}
     found: dict[str, str] = {}
     for path in sorted(set(base.shards().values())):
         with SafetensorsFile(path) as file:
             files[path] = file.tensors
         for name, info in files[path].items():
-            if families.tensor_name(name, config) not in (EMBEDDING, HEAD):
+            if (parameter := families.tensor_name(name, config)) not in shapes:
                 continue
-            found[families.tensor_name(name, config)] = name
-            if info.shape != shape:
+            found[parameter] = name
+            if info.shape != shapes[parameter]:
                 raise UserError(
-                    f"{name} has the shape {info.shape}; {names.CONFIG} says {shape}", where=path, hint="download the base again"
+                    f"{name} has the shape {info.shape}; {names.CONFIG} says {shapes[parameter]}",
+                    where=path,
+                    hint="download the base again",
                 )
             if info.dtype not in FLOAT_BYTES:
                 hint = "use a base in float32, bfloat16 or float16"
                 raise UserError(f"{name} is {info.dtype}, which cannot be averaged", where=path, hint=hint)
-    for name in (EMBEDDING,) if config.tie_word_embeddings else (EMBEDDING, HEAD):
+    for name in expected:
         if name not in found:
             raise UserError(f"the base has no {name}", where=base.path, hint="download the base again")
     if tokens > config.vocab_size:
@@ -127,16 +131,16 @@ def copied(source: SafetensorsFile, start: int, end: int, before: TensorHash) ->
 
 
 def means(source: SafetensorsFile, name: str, pieces: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
-    """(len(pieces), C): for each, the mean of these rows of the tensor."""
+    """(len(pieces), C), of a bias (len(pieces),): for each, the mean of these rows of the tensor."""
     info = source.tensors[name]
-    row, columns = info.size // info.shape[0], info.shape[1]
+    row, columns = info.size // info.shape[0], info.shape[1:]
     numbers = sorted({number for ids in pieces for number in ids})
     buffer = bytearray(row * len(numbers))
     for place, number in enumerate(numbers):
         source.read_into(info.start + number * row, memoryview(buffer)[place * row : (place + 1) * row])
-    rows = to_float32(buffer, info.dtype, (len(numbers), columns))
+    rows = to_float32(buffer, info.dtype, (len(numbers), *columns))
     places = {number: place for place, number in enumerate(numbers)}
-    found = np.empty((len(pieces), columns), np.float32)
+    found = np.empty((len(pieces), *columns), np.float32)
     for place, ids in enumerate(pieces):
         found[place] = rows[[places[number] for number in ids]].mean(axis=0, dtype=np.float64)
     return found
