@@ -5,6 +5,7 @@ from `python -m litlora ...` in nothing but how it began. Linux only (`/proc`).
 """
 
 import contextlib
+import gc
 import json
 import os
 import pty
@@ -157,13 +158,19 @@ class Server:
 
 def serve() -> None:
     """Fork for each command; wait for one when asked to, so that until then its number is nobody else's."""
-    import lightning.fabric.fabric  # noqa: F401  what takes long
+    import jsonargparse  # noqa: F401  what takes long
+    import lightning.fabric.fabric  # noqa: F401
     import torch
 
     import litlora.commands.finetune
-    import litlora.commands.generate  # noqa: F401
+    import litlora.commands.generate
+    import litlora.merge
+    import litlora.parsing  # noqa: F401
 
+    with contextlib.suppress(ImportError):  # an extra
+        import gguf  # noqa: F401
     torch.set_num_threads(1)
+    gc.freeze()  # what is here stays, in every fork
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         question = json.loads(line)
