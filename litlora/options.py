@@ -447,7 +447,7 @@ class Convert:
 class Download:
     """Fetch a base from Hugging Face (or from HF_ENDPOINT): config, weights, tokenizer, licence, and nothing else.
 
-    Started again it goes on where it was. HF_TOKEN opens private and gated models."""
+    Started again it fetches the files that are missing yet. HF_TOKEN opens private and gated models."""
 
     bare: ClassVar[tuple[str, ...]] = ("repo_id",)
     repo_id: str | None = option(None, "the model: ORG/NAME", unset="must be given")

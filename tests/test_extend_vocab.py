@@ -475,6 +475,19 @@ def test_a_tokenizer_that_cannot_grow_by_merges_is_refused_by_name(tmp_path: Pat
     assert said in refused(base, "--data", POEMS, "--vocab_size", "300", "--out_dir", tmp_path / "out")
 
 
+@pytest.mark.parametrize("others", [("vocab.json", "merges.txt"), ("tokenizer.model",)])
+def test_a_vocabulary_that_is_not_in_tokenizer_json_is_refused_with_the_way_to_one(tmp_path: Path, others: tuple[str, ...]) -> None:
+    """Of the base, and of the directory whose tokens are wanted."""
+    base, other = make_base(tmp_path / "base"), Path(shutil.copytree(make_base(tmp_path / "second"), tmp_path / "other"))
+    (other / names.TOKENIZER).unlink()
+    for name in others:
+        (other / name).write_bytes(b"")
+    for words in ((other, "--data", POEMS, "--vocab_size", "300"), (base, "--tokenizer_dir", other)):
+        said = refused(*words, "--out_dir", tmp_path / "out")
+        assert f"{other}: its vocabulary is in {' and '.join(others)}, and only a tokenizer.json can be extended" in said
+        assert "save_pretrained" in said and not (tmp_path / "out").exists()
+
+
 def test_weights_and_tokenizer_of_two_models_are_refused(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", vocab_size=200)
     assert "259 tokens and its embedding rows for 200" in refused(base, "--data", POEMS, "--vocab_size", "300", "--out_dir", tmp_path / "o")

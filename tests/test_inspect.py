@@ -222,11 +222,13 @@ def test_what_is_large_is_read_only_where_that_is_asked_for(
 # ---- other things ----------------------------------------------------------------------------------------------------
 
 
-def test_a_vocabulary_in_two_files_is_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("lost", ["vocab.json", "merges.txt"])
+def test_a_vocabulary_in_two_files_is_a_tokenizer(tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both of them: one alone is none."""
     base = in_two_files(make_talker(tmp_path / "base"))
     found = inspected(base, capsys)
     assert found["tokenizer"] == {"tokenizer": "own", "template": "own"} and "chat" in commands(found)
-    (base / "vocab.json").unlink()
+    (base / lost).unlink()
     found = inspected(base, capsys)
     assert found["tokenizer"]["tokenizer"] is None and reasons(found)["talk to it"] == "it has no tokenizer"
 

@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-VOCABULARIES = (TOKENIZER, "tokenizer.model", "tokenizer.model.v3", "vocab.json")  # one of these makes a directory a tokenizer's
+VOCABULARIES = ((TOKENIZER,), ("tokenizer.model",), ("tokenizer.model.v3",), ("vocab.json", "merges.txt"))  # one of these is a tokenizer
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "NOTICE", "USE_POLICY.md")
 README = "README.md"
 UNFINISHED = ".cache/huggingface/download/*.incomplete"  # what an interrupted download leaves
@@ -89,8 +89,8 @@ _TEMPORARY = re.compile(r"\.tmp-(.+)-([0-9]+)", re.DOTALL)
 
 
 def has_vocabulary(directory: Path) -> bool:
-    """Whether a tokenizer can be read from a directory."""
-    return any((directory / name).exists() for name in VOCABULARIES)
+    """Whether a directory has all files of a tokenizer."""
+    return any(all((directory / name).exists() for name in together) for together in VOCABULARIES)
 
 
 def step_name(step: int) -> str:

@@ -49,6 +49,11 @@ class Vocabulary:
 
     def __init__(self, directory: Path) -> None:
         """UserError where there is no tokenizer.json, or one that is not a BPE of a known kind."""
+        others = next((files for files in names.VOCABULARIES if all((directory / name).exists() for name in files)), ())
+        if others and names.TOKENIZER not in others:
+            what = f"its vocabulary is in {' and '.join(others)}, and only a {names.TOKENIZER} can be extended"
+            hint = "make one with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            raise UserError(what, where=directory, hint=hint)
         self.path = file_in(directory, names.TOKENIZER)
         raw = read_bytes(self.path)
         try:
