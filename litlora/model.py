@@ -848,7 +848,7 @@ def init_weights(model: GPT, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     depth = math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
+        if name.endswith("weight") and parameter.dim() == 1:
             parameter.fill_(1.0 - model.config.norm_offset)
         elif name.endswith("bias"):
             parameter.zero_()

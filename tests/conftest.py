@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from litlora.config import Config
-from litlora.families import config_from_hf, stored_name
+from litlora.families import SUPPORTED, config_from_hf, stored_name
 from litlora.model import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +57,7 @@ def stretched(kind: str, factor: float, original: int, **more: Any) -> dict[str,
 
 
 SQUARE = {"hidden_size": 48, "head_dim": 12}  # where H * D can be nothing but C
+FALCON = {**SQUARE, "model_type": "falcon", "hidden_act": "gelu", "tie_word_embeddings": True}
 
 # name -> the keys of its config.json that are not COMMON's. On these every promise is tried.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -143,6 +144,10 @@ MORE: dict[str, dict[str, Any]] = {
         "use_parallel_residual": False,
         "attention_bias": False,
     },
+    "falcon": {**FALCON, "multi_query": True},
+    "falcon_40b": {**FALCON, "new_decoder_architecture": True},
+    "falcon_2": {**FALCON, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "tie_word_embeddings": False},
+    "falcon_serial": {**FALCON, "num_key_value_heads": 4, "multi_query": False, "parallel_attn": False, "bias": True},
     "glm": {"model_type": "glm", "partial_rotary_factor": 1 / 3, "attention_bias": True},
     "glm4": {"model_type": "glm4", "partial_rotary_factor": 1 / 3, "attention_bias": True},
 }
@@ -151,7 +156,9 @@ EVERY = FAMILIES | MORE
 
 def tiny_hf_config(family: str = "llama3", **changes: Any) -> dict[str, Any]:
     """A config.json for a tiny model of the family."""
-    return {**COMMON, **EVERY[family], **changes}
+    values = {**COMMON, **EVERY[family], **changes}
+    own = SUPPORTED[values["model_type"]]
+    return {own.keys.get(key, key): value for key, value in values.items() if key != "head_dim" or not own.square}
 
 
 def tiny_config(family: str = "llama3", **changes: Any) -> Config:
@@ -170,7 +177,7 @@ def randomise(model: GPT, seed: int = 0) -> GPT:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if name.endswith("norm.weight"):
+        if name.endswith("weight") and parameter.dim() == 1:
             noise = 1 - model.config.norm_offset + 0.3 * noise
         elif name.endswith("magnitude"):
             noise = parameter.float().cpu() * (1 + 0.2 * noise)

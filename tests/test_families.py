@@ -228,6 +228,29 @@ def test_what_a_config_leaves_out_takes_transformers_default(model_type: str, tm
         assert config_from_hf(bare, WHERE) == meaning(theirs)
 
 
+@pytest.mark.parametrize(
+    ("own", "kv_heads", "norms"),
+    [
+        ({}, 1, ("input_layernorm",)),  # 7B
+        ({"new_decoder_architecture": True, "num_kv_heads": 3}, 3, ("ln_attn", "ln_mlp")),  # 40B, 180B
+        ({"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}, 2, ("input_layernorm",)),  # Falcon 2
+        ({"multi_query": False, "bias": True}, 6, ("input_layernorm",)),
+        ({"multi_query": False, "parallel_attn": False}, 6, ("input_layernorm", "post_attention_layernorm")),
+    ],
+)
+def test_the_layouts_of_a_falcon_are_told_apart(own: dict[str, Any], kv_heads: int, norms: tuple[str, ...], tmp_path: Path) -> None:
+    """As transformers lays them out, read and written. (Mutations seen to fail in test_parity.py: ln_attn and ln_mlp swapped, q k v of all
+    heads one after the other.)"""
+    config = {"model_type": "falcon", **{key: value for key, value in SIZES.items() if key != "num_key_value_heads"}, **own}
+    ours = config_from_hf(config, WHERE)
+    assert (ours.num_key_value_heads, ours.norms.names, ours.intermediate_size) == (kv_heads, norms, 4 * 36)
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(ours))), WHERE) == ours
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert {tensor_name(name, ours): tuple(tensor.shape) for name, tensor in theirs.named_parameters()} == expected_tensors(ours)
+
+
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("first", [0, 1, 2, 3])
 def test_without_layer_types_the_layers_from_max_window_layers_up_slide(model_type: str, first: int, tmp_path: Path) -> None:
@@ -249,7 +272,8 @@ def test_a_rope_without_its_first_context_takes_the_context(case: str, key: str,
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_a_null_for_the_key_value_heads_is_as_many_as_query_heads(model_type: str) -> None:
-    config = {"model_type": model_type, **SIZES, "hidden_size": 48, "num_key_value_heads": None}
+    own = {"new_decoder_architecture": True, "num_kv_heads": None} if model_type == "falcon" else {"num_key_value_heads": None}
+    config = {"model_type": model_type, **SIZES, "hidden_size": 48, **own}
     assert config_from_hf(config, WHERE).num_key_value_heads == SIZES["num_attention_heads"]
 
 
@@ -345,6 +369,9 @@ def test_what_litlora_cannot_compute_is_refused_by_its_key(model_type: str, key:
         ("cohere", "use_qk_norm", True),
         ("phi", "qk_layernorm", True),
         ("glm4", "n_routed_experts", 8),
+        ("falcon", "alibi", True),
+        ("falcon", "num_ln_in_parallel_attn", 2),
+        ("falcon", "activation", "swiglu"),
     ],
 )
 def test_what_a_family_cannot_be_is_refused_by_its_key(model_type: str, key: str, value: Any) -> None:

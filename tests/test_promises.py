@@ -120,10 +120,11 @@ def is_for(case: str, family: str) -> bool:
 
 EVERYWHERE: Pairs = [(name, family) for name, case in CASES.items() for family in case.families]
 SOMEWHERE: Pairs = [pair for pair in EVERYWHERE if pair[1] == "qwen2" or (pair[1] == "smollm" and tied_matters(CASES[pair[0]]))]
-SAME = ("longrope", "dynamic", "pythia_serial", "stablelm_2", "olmo2")  # but for what no method touches
-CHEAP: Pairs = [("full", "gemma2"), *(("lora", family) for family in MORE if family not in SAME)]
+SAME = ("longrope", "dynamic", "pythia_serial", "stablelm_2", "olmo2", "falcon_2", "falcon_serial")  # but for what no method touches
+WHOLE = ("patterns", "saved", "scale-shift", "parallel", "freeze", "full")  # names of modules, and parameters trained themselves
+CHEAP: Pairs = [("full", "gemma2"), *((name, "phi") for name in WHOLE), *(("lora", family) for family in MORE if family not in SAME)]
 ELSEWHERE = [  # every method on every family; on most of them when time is no matter
-    pytest.param(name, family, marks=() if family == "phi" or (name, family) in CHEAP else pytest.mark.slow)
+    pytest.param(name, family, marks=() if (name, family) in CHEAP else pytest.mark.slow)
     for name in CASES
     for family in EVERY
     if (name, family) not in SOMEWHERE and is_for(name, family)

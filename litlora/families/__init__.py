@@ -6,6 +6,7 @@ reference for all of these); what asks for arithmetic that `model.py` does not h
     table.py      the families
     reading.py    values out of a config.json, checked
     rope.py       rotary embeddings, read and written
+    own_keys.py   layouts that keys of one family decide
     tensors.py    names and shapes of the weights
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from litlora.config import Config
+from litlora.families import own_keys
 from litlora.families.reading import (
     LLAMA_PRO_LAYERS,
     Reader,
@@ -54,10 +56,14 @@ def config_from_hf(config: Mapping[str, Any], where: str | Path) -> Config:
     """
     reader = Reader(config, where)
     model_type, family = supported_family(reader)
+    reader = Reader(config, where, spelt=family.keys)
     refuse_foreign_arithmetic(reader, model_type, family)
     hidden, heads, layers = (reader.integer(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     context = reader.integer("max_position_embeddings", family.max_position_embeddings)
-    kv_heads = reader.integer("num_key_value_heads", family.num_key_value_heads or heads, null=heads)
+    own = own_keys.READ[model_type](reader) if model_type in own_keys.READ else {}
+    kv_heads = own.pop("num_key_value_heads", None)
+    if kv_heads is None:
+        kv_heads = reader.integer("num_key_value_heads", family.num_key_value_heads or heads, null=heads)
     if heads % kv_heads:
         raise reader.refusal("num_key_value_heads", f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
     size = head_dim(reader, family, hidden, heads)
@@ -68,7 +74,7 @@ def config_from_hf(config: Mapping[str, Any], where: str | Path) -> Config:
         model_type=model_type,
         vocab_size=reader.integer("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=reader.integer("intermediate_size"),
+        intermediate_size=reader.integer("intermediate_size", family.widening and family.widening * hidden),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -88,7 +94,7 @@ def config_from_hf(config: Mapping[str, Any], where: str | Path) -> Config:
         eos_token_ids=reader.tokens("eos_token_id", family.eos_token_id),
         pad_token_id=reader.token("pad_token_id", family.pad_token_id),
         torch_dtype=dtype.removeprefix("torch."),
-        **arithmetic(reader, family, hidden),
+        **(arithmetic(reader, family, hidden) | own),
     )
 
 
@@ -121,7 +127,7 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     family = SUPPORTED[config.model_type]
     asked = {family.bias_key: config.attention_bias} if family.bias in ("asked", "asked_qkv") else {}
     assert family.bias != "asked" or config.attention_out_bias == config.attention_bias, "transformers has no such bias"
-    return {
+    values = {
         "architectures": [family.architecture],
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
@@ -149,7 +155,9 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         "torch_dtype": config.torch_dtype,
         "dtype": config.torch_dtype,
         "use_cache": True,
+        **(own_keys.WRITE[config.model_type](config) if config.model_type in own_keys.WRITE else {}),
     }
+    return {family.keys.get(key, key): value for key, value in values.items()}
 
 
 def plain_number(key: str, value: float | None) -> float | int | None:

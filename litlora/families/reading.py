@@ -14,13 +14,17 @@ DEFAULT_MAX_WINDOW_LAYERS = 28  # transformers' default for qwen
 
 
 class Reader:
-    """Values of a config.json by key, checked. A key that is absent or null takes the default given."""
+    """Values of a config.json by key, checked. A key that is absent or null takes the default given. `spelt`: keys that are asked for
+    by Llama's name and have another one there."""
 
-    def __init__(self, values: Mapping[str, Any], where: str | Path, prefix: str = "") -> None:
-        self.values, self.where, self.prefix = values, where, prefix
+    def __init__(self, values: Mapping[str, Any], where: str | Path, prefix: str = "", spelt: Mapping[str, str] | None = None) -> None:
+        self.spelt = spelt or {}
+        plain = {key: value for key, value in values.items() if key not in self.spelt}
+        self.values = plain | {ours: values[theirs] for ours, theirs in self.spelt.items() if theirs in values}
+        self.where, self.prefix = where, prefix
 
     def refusal(self, key: str, why: str, hint: str = "") -> UserError:
-        return UserError(why, where=f"{self.where}: {self.prefix}{key}", hint=hint)
+        return UserError(why, where=f"{self.where}: {self.prefix}{self.spelt.get(key, key)}", hint=hint)
 
     def integer(self, key: str, default: int | None = None, *, null: int | None = None) -> int:
         """A positive whole number. Without a default it must be there; `null` is what a null means, where that differs."""

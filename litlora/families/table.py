@@ -20,10 +20,12 @@ class Family:
         default_factory=dict
     )  # keys that it has and Llama has not, each a field: what they default to
     names: Mapping[str, str] = field(default_factory=dict)  # of modules: ours -> what checkpoints call them, in this order
+    keys: Mapping[str, str] = field(default_factory=dict)  # of config.json: Llama's -> what this family calls them
     refused: Mapping[str, tuple[Any, ...]] = field(
         default_factory=dict
     )  # keys of its own that ask for foreign arithmetic -> values that do not
     num_key_value_heads: int | None = None  # None: as many as query heads
+    widening: int | None = None  # intermediate_size / hidden_size where config.json is silent; None: it may not be
     max_position_embeddings: int = 2048
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     square: bool = False  # whether it can be nothing else
@@ -278,6 +280,38 @@ SUPPORTED: dict[str, Family] = {
             "mlp.down_proj": "mlp.dense_4h_to_h",
         },
     ),
+    "falcon": Family(
+        architecture="FalconForCausalLM",
+        square=True,
+        bos_token_id=11,
+        eos_token_id=11,
+        tied=True,
+        hidden_act="gelu",
+        eps=1e-5,
+        bias="asked",
+        mlp_bias=True,
+        widening=4,
+        fixed={"norm": "layer", "norm_bias": True, "qkv": "grouped", "mlp": "plain"},
+        refused={"alibi": (None, False)},
+        keys={
+            "hidden_act": "activation",
+            "rms_norm_eps": "layer_norm_epsilon",
+            "num_key_value_heads": "num_kv_heads",
+            "intermediate_size": "ffn_hidden_size",
+            "attention_bias": "bias",
+            "mlp_bias": "bias",
+        },
+        names={
+            "model.embed_tokens": "transformer.word_embeddings",
+            "model.layers": "transformer.h",
+            "model.norm": "transformer.ln_f",
+            "self_attn.qkv_proj": "self_attention.query_key_value",
+            "self_attn.o_proj": "self_attention.dense",
+            "self_attn": "self_attention",
+            "mlp.up_proj": "mlp.dense_h_to_4h",
+            "mlp.down_proj": "mlp.dense_4h_to_h",
+        },
+    ),
     "glm": Family(architecture="GlmForCausalLM", **GLM, fixed={"mlp": "fused"}),
     "glm4": Family(
         architecture="Glm4ForCausalLM",
@@ -337,5 +371,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 ACTION = {
     "quantization_config": "use the directory of the model before it was quantised",
+    "alibi": "supported: rotary positions",
     "pretraining_tp": "set it to 1 in config.json: the weights are the same",
 }

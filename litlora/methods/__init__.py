@@ -160,7 +160,8 @@ def adapter(options: AdapterOptions, config: Config) -> Tuning:
         inside = [name for name in chosen if layer_number(name, ()) in (None, *layers)]
         slots = {f"{name}.adapter": ScaleShiftSlot() for name in inside}
         if options.norms:
-            norms = [name.removesuffix(".weight") for name in expected_tensors(config) if name.endswith("norm.weight")]
+            gains = [name for name, shape in expected_tensors(config).items() if len(shape) == 1 and name.endswith(".weight")]
+            norms = [name.removesuffix(".weight") for name in gains]
             norms = [name for name in norms if layer_number(f"{name}.", ()) in (None, *layers)]
     else:
         parallel = options.kind == "parallel"
