@@ -65,6 +65,13 @@ class GPT(nn.Module):
         model.checkpoint = checkpoint
         return model
 
+    @property
+    def can_share(self) -> bool:
+        """Whether what samples begin with alike is alike in each: not with dropout, nor with a rope that depends on a text's length."""
+        ropes = (self.config.rope_of(layer) for layer in range(self.config.num_hidden_layers))
+        dropout = self.training and any(getattr(module, "dropout", 0) for module in self.modules())
+        return not dropout and not any(rope.depends_on_length for rope in ropes if rope)
+
     def tie(self) -> None:
         """Make the head the embedding's own Parameter, where the config says so. Call it after assigning weights."""
         if self.config.tie_word_embeddings:
@@ -76,23 +83,27 @@ class GPT(nn.Module):
         targets: Tensor | None = None,  # (B, T) int64, IGNORE where not graded
         *,
         segments: Sequence[int] | None = None,  # lengths of packed samples, in order; B is 1 and they sum to T
+        prefix: int = 0,  # so many tokens in front of them that are the beginning of each: T more
         cache: "KVCache | None" = None,
         logits_at: Tensor | None = None,  # (B,) int64, the one position of each row whose logits are wanted
     ) -> Tensor:
         """Logits (B, T, V), or (B, 1, V) with `logits_at`; given targets, the loss summed over graded tokens (scalar).
 
         Rows are causal, so what stands right of a row's end (padding) changes nothing before it. Packed samples do not
-        see each other and their positions start at 0. With a cache the tokens follow those that each row already holds,
-        and no gradient is recorded; UserError, before anything changes, where they do not fit.
+        see each other and their positions start at 0. What they all begin with may be given once, as their `prefix`: the
+        loss and its gradients are those of the whole samples (its graded tokens count for each). With a cache the tokens
+        follow those that each row already holds, and no gradient is recorded; UserError, before anything changes, where they
+        do not fit.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            context = Context.of(tokens, self.config, segments, cache)
+            context = Context.of(tokens, self.config, segments, prefix, cache)
             x = self.model(tokens, context)  # (B, T, C)
             if targets is not None:
                 assert cache is None, "a loss is for training, a cache is for generation"
                 graded = (targets.flatten() != IGNORE).nonzero().squeeze(1)  # (N,): the one place that waits for the device
                 x = self.model.norm(x.flatten(0, 1).index_select(0, graded))  # (N, C)
-                return summed_loss(self.lm_head, x, targets.flatten().index_select(0, graded))
+                counts = torch.where(graded < prefix, len(segments), 1) if segments is not None and prefix else None  # (N,)
+                return summed_loss(self.lm_head, x, targets.flatten().index_select(0, graded), counts)
             if logits_at is not None:
                 x = x[torch.arange(len(x), device=x.device), logits_at].unsqueeze(1)  # (B, 1, C)
             logits: Tensor = self.lm_head(self.model.norm(x))
@@ -127,19 +138,21 @@ class Context:
 
     turns: "dict[Rope | None, Turn]"  # one for each rope of the model
     segments: tuple[int, ...] | None
+    prefix: int  # tokens in front of the segments that each of them continues
     cache: "KVCache | None"
     ragged: Tensor | None  # (B, T) int64, positions where the rows of a cache differ in length; None: they do not
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(tokens: Tensor, config: Config, segments: Sequence[int] | None, cache: "KVCache | None") -> "Context":
+    def of(tokens: Tensor, config: Config, segments: Sequence[int] | None, prefix: int, cache: "KVCache | None") -> "Context":
         (B, T), device = tokens.shape, tokens.device
         ragged = None
         if segments is not None:
             assert cache is None, "packed samples are for training, a cache is for generation"
             assert B == 1, f"{B} rows of packed samples"
-            assert sum(segments) == T, f"samples of {sum(segments)} tokens in a row of {T}"
-            positions = torch.cat([torch.arange(n, device=device) for n in segments])  # (T,)
+            assert prefix + sum(segments) == T, f"samples of {prefix} + {sum(segments)} tokens in a row of {T}"
+            own = (torch.arange(prefix, prefix + n, device=device) for n in segments)
+            positions = torch.cat([torch.arange(prefix, device=device), *own])  # (T,)
             segments = tuple(segments)
         elif cache is None:
             positions = torch.arange(T, device=device)
@@ -152,8 +165,9 @@ class Context:
                 positions = torch.arange(cache.lengths[0], cache.lengths[0] + T, device=device)
         length = T if cache is None else max(cache.reach, max(cache.lengths) + T)
         ropes = {config.rope_of(layer) for layer in range(config.num_hidden_layers)} - {None}
+        assert not prefix or not any(rope.depends_on_length for rope in ropes if rope), "what samples share depends on their length"
         turns = {rope: turn_of(positions, rope, config.head_dim, segments, length) for rope in ropes if rope is not None}
-        return Context(cast("dict[Rope | None, Turn]", turns), segments, cache, ragged)
+        return Context(cast("dict[Rope | None, Turn]", turns), segments, prefix, cache, ragged)
 
     def mask(self, q: Tensor, S: int, window: int | None) -> Tensor:
         """(T, S) or, ragged, (B, 1, T, S): 0 where a query may look, -inf elsewhere; the last query is the last key."""
@@ -256,7 +270,11 @@ class Attention(nn.Module):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # -> (B, T, H, D)
         if context.segments is None or len(context.segments) == 1:
             return attend(q, k, v, self.window, context, self.product).transpose(1, 2)
-        samples = zip(*(x.split(context.segments, 2) for x in (q, k, v)), strict=True)
+        parts = [context.prefix, *context.segments] if context.prefix else list(context.segments)
+        samples = list(zip(*(x.split(parts, 2) for x in (q, k, v)), strict=True))
+        if context.prefix:
+            (_, first_k, first_v), own = samples[0], samples[1:]
+            samples[1:] = [(q, torch.cat((first_k, k), 2), torch.cat((first_v, v), 2)) for q, k, v in own]
         return torch.cat([attend(q, k, v, self.window, context, self.product).transpose(1, 2) for q, k, v in samples], 1)
 
 
@@ -507,10 +525,10 @@ class KVCache:
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
-def summed_loss(head: Linear, x: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of head(x) (N, C) against targets (N,), summed; logits exist for a few rows at a time only."""
+def summed_loss(head: Linear, x: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Cross-entropy of head(x) (N, C) against targets (N,), each counted so often (N,), summed; logits exist for a few rows at a time."""
     parameters = [p for p in head.parameters() if p.requires_grad]
-    loss: Tensor = SummedLoss.apply(head, x, targets, torch.is_grad_enabled(), *parameters)
+    loss: Tensor = SummedLoss.apply(head, x, targets, counts, torch.is_grad_enabled(), *parameters)
     return loss
 
 
@@ -521,7 +539,7 @@ class SummedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, head: Linear, x: Tensor, targets: Tensor, learning: bool, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, head: Linear, x: Tensor, targets: Tensor, counts: Tensor | None, learning: bool, *parameters: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
         learning = learning and any(ctx.needs_input_grad)
@@ -533,7 +551,7 @@ class SummedLoss(torch.autograd.Function):
             with torch.set_grad_enabled(learning):
                 part = x[chunk].detach().requires_grad_(learning)
                 logits = head(part)  # (n, V)
-            loss, grad_logits = softmax_loss(logits.detach().to(wide), targets[chunk])
+            loss, grad_logits = softmax_loss(logits.detach().to(wide), targets[chunk], None if counts is None else counts[chunk])
             total += loss
             if grad_x is not None:
                 found = torch.autograd.grad(logits, (part, *parameters), grad_logits.to(logits.dtype))
@@ -548,18 +566,21 @@ class SummedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, *grads = ctx.saved_tensors
-        return (None, grad_x * grad_loss, None, None, *(grad * grad_loss for grad in grads))
+        return (None, grad_x * grad_loss, None, None, None, *(grad * grad_loss for grad in grads))
 
 
-def softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_loss(logits: Tensor, targets: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy (scalar) of logits (n, V), and its gradient (n, V), which is written over the logits."""
     logits -= logits.amax(-1, keepdim=True)
     chosen = logits.gather(-1, targets[:, None])  # (n, 1)
     sums = logits.exp_().sum(-1, keepdim=True)  # (n, 1)
-    loss = (sums.log() - chosen).sum()
+    losses = sums.log() - chosen
     logits /= sums
     logits.scatter_add_(-1, targets[:, None], -torch.ones_like(chosen))
-    return loss, logits
+    if counts is not None:
+        losses *= counts[:, None]
+        logits *= counts[:, None]
+    return losses.sum(), logits
 
 
 def chunk_rows(V: int, device: torch.device) -> int:

@@ -55,6 +55,7 @@ class TrainOptions:
     beta2: float = option(0.999, "AdamW beta 2", least=0, below=1)
     max_norm: float = option(1.0, "clip the gradient's norm to this; 0 turns clipping off", least=0)
     packing: bool = option(True, "compute whole samples as one stream without padding (false: padded rows; same result)")
+    share_prefix: bool = option(True, "compute once what packed samples begin with alike, as a system prompt (same result)")
     mask_prompt: bool = option(True, "grade answers only (false: every token)")
     save_interval: int = option(100, "commit a checkpoint every so many optimizer steps; 0: only at the end", least=0)
     keep: str = option(

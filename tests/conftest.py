@@ -212,6 +212,13 @@ def random_tokens(rows: int, length: int, seed: int = 0, vocab_size: int = COMMO
     return torch.randint(0, vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def gradients(model: GPT, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of every parameter that has one, by its name."""
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """||ours - theirs|| / ||theirs||; 0 where both are zero."""
     ours, theirs = ours.detach().double(), theirs.detach().double()

@@ -51,7 +51,7 @@ def test_the_training_benchmark_starts_and_its_gate_passes(tmp_path: Path) -> No
     assert (
         ours["computed_positions"] <= sum(sum(each["real_tokens"]) for each in result["runs"] if each["line"] == "litlora") * 2
     )  # nothing padded
-    assert "litlora (fp32, packed)" in next((tmp_path / "results").glob("*-c1.md")).read_text()
+    assert "litlora (fp32, packed, beginnings shared)" in next((tmp_path / "results").glob("*-c1.md")).read_text()
     if importlib.util.find_spec("peft") is None or importlib.util.find_spec("transformers") is None:
         pytest.skip("peft and transformers are not installed: litlora's losses were compared with nobody's")
     assert result["gate"]["reference"] == "peft"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, random_tokens, randomise, relative, tiny_config, tiny_gpt
+from conftest import FAMILIES, gradients, random_tokens, randomise, relative, tiny_config, tiny_gpt
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,12 +58,6 @@ def shake(module: torch.nn.Module, seed: int) -> None:
 
 def linears(gpt: GPT) -> list[tuple[str, Linear]]:
     return [(name, module) for name, module in gpt.named_modules() if isinstance(module, Linear)]
-
-
-def gradients(gpt: GPT, loss: Tensor) -> dict[str, Tensor]:
-    gpt.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in gpt.named_parameters() if parameter.grad is not None}
 
 
 class Shapes(TorchDispatchMode):
@@ -125,7 +119,7 @@ def test_the_rotary_table_stays_exact_in_a_bf16_model(family: str) -> None:
     far = [0, 257, 8191, 131_071]
     cos, sin = rotary_table(torch.tensor(far), rope, D)
     assert cos.dtype == sin.dtype == torch.float32
-    own = Context.of(random_tokens(1, 3), gpt.config, None, None).turns[rope]
+    own = Context.of(random_tokens(1, 3), gpt.config, None, 0, None).turns[rope]
     assert own.cos.dtype == own.sin.dtype == torch.float32
     steps, gain = rotary_steps(rope, D)
     for row, position in enumerate(far):

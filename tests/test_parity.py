@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import (
     EVERY,
     FAMILIES,
+    gradients,
     random_tokens,
     randomise,
     relative,
@@ -189,6 +190,27 @@ def test_packed_samples_are_computed_as_alone_in_any_family(family: str) -> None
         packed = gpt(tokens, segments=lengths)
         alone = torch.cat([gpt(part) for part in tokens.split(lengths, 1)], 1)
     assert (packed - alone).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("family", [family for family in EVERY if tiny_gpt(family).can_share])
+def test_what_packed_samples_begin_with_can_be_computed_once_in_any_family(family: str, dtype: torch.dtype, bound: float) -> None:
+    """N09: the loss and every gradient are those of whole samples, also where the beginning is graded and longer than a window.
+
+    Caught: positions that start at 0 after it; a sample that does not see it, or sees another; its tokens counted once.
+    """
+    gpt, prefix, lengths = tiny_gpt(family).to(dtype), 17, [3, 30, 1]
+    first, *rest = random_tokens(1, prefix + sum(lengths)).split([prefix, *lengths], 1)
+    first_targets, *targets = random_tokens(1, prefix + sum(lengths), seed=1).split([prefix, *lengths], 1)
+    first_targets[0, ::3] = IGNORE
+    shared = gpt(torch.cat([first, *rest], 1), torch.cat([first_targets, *targets], 1), segments=lengths, prefix=prefix)
+    found = gradients(gpt, shared)
+    whole = [(torch.cat((first, part), 1), torch.cat((first_targets, target), 1)) for part, target in zip(rest, targets, strict=True)]
+    alone: Tensor = sum((gpt(*sample) for sample in whole), torch.zeros((), dtype=dtype))
+    assert relative(shared, alone) <= bound
+    wanted = gradients(gpt, alone)
+    assert found.keys() == wanted.keys()
+    assert all(relative(found[name], gradient) <= bound for name, gradient in wanted.items())
 
 
 def divergence(ours: Tensor, theirs: Tensor) -> float:

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EVERY, FAMILIES, MORE, random_tokens, relative, state_of, tiny_config, tiny_gpt
+from conftest import EVERY, FAMILIES, MORE, gradients, random_tokens, relative, state_of, tiny_config, tiny_gpt
 from equations import Plain, spoken
 from torch import Tensor
 
@@ -196,12 +196,6 @@ def updates(model: GPT, steps: int, seed: int = 0) -> None:
         model(*graded(seed=seed + step)).backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def gradients(model: GPT, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def test_the_table_has_every_method_and_every_kind_of_adapter() -> None:

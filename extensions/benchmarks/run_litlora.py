@@ -24,7 +24,10 @@ from litlora.train.run import launch
 def train(job: Job) -> dict[str, Any]:
     fabric = launch(FinetuneLoRA(accelerator="cpu", threads=job.threads))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[job.precision]
-    options = TrainOptions(lr=job.lr, beta1=job.beta1, beta2=job.beta2, weight_decay=job.weight_decay, lr_schedule="constant", max_norm=0)
+    options = TrainOptions(
+        lr=job.lr, beta1=job.beta1, beta2=job.beta2, weight_decay=job.weight_decay, lr_schedule="constant", max_norm=0,
+        share_prefix=job.share_prefix,
+    )  # fmt: skip
     assert job.eps == 1e-8, "litlora's AdamW keeps torch's eps"
     model = GPT.from_pretrained(job.base, dtype=dtype)
     attach(model, tuning_of(LoRAOptions(r=job.r, alpha=job.alpha), model.config), seed=1)
@@ -37,7 +40,7 @@ def train(job: Job) -> dict[str, Any]:
     steps = [[as_litlora(row) for row in step] for step in read_steps(job)]
     clock.start()
     for samples in steps:
-        batches = share_of_window(fabric, samples, options)
+        batches = share_of_window(fabric, wrapped, samples, options)
         computed += sum(batch.tokens.numel() for batch in batches)
         clock.tick(train_step(fabric, wrapped, prepared, batches, max_norm=options.max_norm).loss)
     return clock.report() | {"tool": "litlora", "computed_positions": computed, "trained": sum(p.numel() for p in learnt.values())}

@@ -169,7 +169,8 @@ def loss_of(options: Combine, path: Path, samples: "Sequence[Sample]") -> float:
     from litlora.data.batches import pack
     from litlora.train.loss import summed_loss
 
-    total, graded = summed_loss(opened.model, pack(samples, BATCH_TOKENS), opened.model.lm_head.weight.device)
+    batches = pack(samples, BATCH_TOKENS, share=opened.model.can_share)
+    total, graded = summed_loss(opened.model, batches, opened.model.lm_head.weight.device)
     return total / graded
 
 

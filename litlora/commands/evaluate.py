@@ -53,7 +53,8 @@ def figures(opened: Opened, samples: Sequence[Sample], options: Evaluate, what: 
     from litlora.data.batches import pack
     from litlora.train.loss import summed_loss
 
-    total, graded = summed_loss(opened.model, pack(samples, BATCH_TOKENS), opened.model.lm_head.weight.device)
+    batches = pack(samples, BATCH_TOKENS, share=opened.model.can_share)
+    total, graded = summed_loss(opened.model, batches, opened.model.lm_head.weight.device)
     loss = total / graded
     found: dict[str, float | int] = {
         "samples": len(samples),

@@ -87,7 +87,7 @@ def fit(run: Run, start: Position) -> Position:
             if position.step >= run.plan.steps or position.is_enough(run.options.patience):
                 break
             began = time.monotonic()
-            batches = share_of_window(run.fabric, [run.samples[index] for index in window.indices], run.options)
+            batches = share_of_window(run.fabric, run.model, [run.samples[index] for index in window.indices], run.options)
             lr = learning_rate(run.options, position.step + 1, run.plan.steps)
             set_learning_rate(run.optimizer, lr)
             seed_step(run.seed, position.step, run.fabric.global_rank)
@@ -174,7 +174,7 @@ def train_step(
     total = torch.zeros((), dtype=torch.float64, device=fabric.device)
     for i, batch in enumerate(batches):
         with fabric.no_backward_sync(model, enabled=i < len(batches) - 1):
-            loss = model(batch.tokens.to(fabric.device), batch.targets.to(fabric.device), segments=batch.segments)  # a sum
+            loss = batch.loss(model, fabric.device)  # a sum
             fabric.backward(loss * (fabric.world_size / graded))  # ranks are averaged, so undo it
         total += loss.detach()
     norm: Any = fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False)
@@ -190,18 +190,18 @@ def evaluate(fabric: "Fabric", model: nn.Module, samples: Sequence[Sample], opti
 
     Leaves train mode, random numbers and gradients as they were (YARDSTICK N16).
     """
-    total, graded = summed_loss(model, share_of_window(fabric, samples, options), fabric.device)
+    total, graded = summed_loss(model, share_of_window(fabric, model, samples, options), fabric.device)
     sums = over_ranks(fabric, torch.tensor([total, graded], dtype=torch.float64))
     return (sums[0] / sums[1]).item(), int(sums[1].item())
 
 
-def share_of_window(fabric: "Fabric", window: Sequence[Sample], options: TrainOptions) -> list[Batch]:
+def share_of_window(fabric: "Fabric", model: Any, window: Sequence[Sample], options: TrainOptions) -> list[Batch]:
     """This rank's micro-batches of `window`. A rank without a sample computes one that grades nothing, so that all take part."""
     mine = share_of_rank(window, fabric.global_rank, fabric.world_size)
     if not mine:
         idle = min(window, key=lambda sample: len(sample.tokens))
         mine = [replace(idle, targets=np.full_like(idle.targets, IGNORE))]
-    return pack(mine, options.micro_batch_tokens or MICRO_BATCH_TOKENS, options.packing)
+    return pack(mine, options.micro_batch_tokens or MICRO_BATCH_TOKENS, options.packing, options.share_prefix and inner(model).can_share)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -211,8 +211,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def check_alive(model: nn.Module, alive: set[str], step: int) -> None:
     """After the second update every trained tensor must have had a gradient: LoRA's A has none in the first, for B is zero."""
-    inner = getattr(model, "module", model)  # without Fabric's wrapper, which would stand in front of every name
-    trained = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    trained = {name: parameter for name, parameter in inner(model).named_parameters() if parameter.requires_grad}
     alive |= {name for name, parameter in trained.items() if parameter.grad is not None and bool(parameter.grad.any())}
     dead = sorted(set(trained) - alive)
     if step == 2 and dead:
@@ -221,6 +220,11 @@ def check_alive(model: nn.Module, alive: set[str], step: int) -> None:
             f"{', '.join(dead[:3])}{more}: still no gradient after two updates, so training can never change it",
             hint="leave them out, or train what stands behind them: what goes into a new block's zero o_proj or down_proj cannot learn",
         )
+
+
+def inner(model: Any) -> Any:
+    """The GPT without Fabric's wrapper, which would stand in front of every name."""
+    return getattr(model, "module", model)
 
 
 def not_finite(step: int, committed: int, what: str) -> WorkError:

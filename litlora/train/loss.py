@@ -15,7 +15,7 @@ def summed_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device
     model.eval()
     total, graded = 0.0, 0
     for batch in batches:
-        total += model(batch.tokens.to(device), batch.targets.to(device), segments=batch.segments).item()
+        total += batch.loss(model, device).item()
         graded += batch.graded
     model.train(training)
     return total, graded

@@ -232,6 +232,7 @@ def what_may_not_change(job: Job) -> dict[str, Any]:
         "train.global_batch_size": options.train.global_batch_size,
         "train.micro_batch_tokens": options.train.micro_batch_tokens or MICRO_BATCH_TOKENS,
         "train.packing": options.train.packing,
+        "train.share_prefix": options.train.share_prefix,
         "precision": options.precision,
     }
 

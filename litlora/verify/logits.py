@@ -83,7 +83,8 @@ def losses(checkpoints: Sequence[Checkpoint], samples: "Sequence[Sample]") -> li
 
     found = []
     for checkpoint in checkpoints:
-        total, graded = summed_loss(load_model(checkpoint, dtype=torch.float32), pack(samples, BATCH_TOKENS), torch.device("cpu"))
+        model = load_model(checkpoint, dtype=torch.float32)
+        total, graded = summed_loss(model, pack(samples, BATCH_TOKENS, share=model.can_share), torch.device("cpu"))
         found.append(total / graded)
     return found
 
