@@ -12,10 +12,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, random_tokens, tiny_hf_config
+from safetensors.torch import load_file, save_file
 from test_merge import as_dtype, make_base, read, tree_hash
 
+from litlora.__main__ import main
 from litlora.checkpoint import names
+from litlora.checkpoint.fingerprint import tensor_digests
+from litlora.checkpoint.manifest import seal
 from litlora.checkpoint.resolve import resolve
+from litlora.checkpoint.shards import find_shards
 from litlora.checkpoint.weights import load_model
 from litlora.commands.expand import expand
 from litlora.errors import UserError, WorkError
@@ -139,7 +144,7 @@ def test_the_deeper_model_is_a_whole_directory(tmp_path: Path, capsys: pytest.Ca
         f"litlora finetune pro {out} --data FILE",
     ):
         assert words in told.err, told.err
-    assert {path.name for path in out.iterdir()} == {*small, names.CONFIG, names.WEIGHTS, names.README}
+    assert {path.name for path in out.iterdir()} == {*small, names.CONFIG, names.WEIGHTS, names.README, names.EXPAND_REPORT}
     assert {name: (out / name).read_text() for name in small} == small
     assert json.loads((out / names.CONFIG).read_text())["our_own_key"] == "kept"
     card = (out / names.README).read_text()
@@ -255,3 +260,77 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-c", code, str(base), str(tmp_path / "deep")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert np.array_equal(read(tmp_path / "deep")["lm_head.weight"][1], read(base)["lm_head.weight"][1])
+
+
+# ---- verify ----------------------------------------------------------------------------------------------------------
+
+
+def verified(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, dict[str, Any]]]:
+    capsys.readouterr()
+    code = main(["verify", str(path), "--json"])
+    return code, {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)}
+
+
+def change_one_number(path: Path, name: str) -> None:
+    tensors = load_file(path / names.WEIGHTS)
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, path / names.WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", ["llama_biased", "gemma2", "olmo2"])
+def test_verify_proves_that_a_deeper_model_is_still_its_base(tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """N07: silent blocks, the base's own bytes, equal logits. Where its base is gone or another one now, it says so and does not fail."""
+    base = base_of(tmp_path / "base", family)
+    out = expanded(base, tmp_path / "deep", positions=["0", "2"])
+    code, found = verified(out, capsys)
+    assert code == 0 and len(found) == 5 and not any(finding["faults"] or finding["warnings"] for finding in found.values())
+    assert found["its 2 inserted layers"]["figures"] == {"inserted": [1, 4], "trained": []}
+    assert f"all but its new layers is its base's, byte for byte, and those are silent copies: {base}" in found
+    assert "logits equal to its base's, to the last bit" in found
+    change_one_number(base, "model.norm.weight")
+    code, found = verified(out, capsys)
+    assert code == 0 and found["it was not compared with its base"]["warnings"] == [f"{base} holds other weights than it did"]
+    base.rename(tmp_path / "moved")
+    code, found = verified(out, capsys)
+    assert code == 0 and "no such directory" in found["it was not compared with its base"]["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.layers.1.self_attn.o_proj.weight", "is not silent: it holds other numbers than 0"),
+        ("model.layers.4.mlp.down_proj.bias", "is not silent: it holds other numbers than 0"),
+        ("model.layers.1.mlp.up_proj.weight", "is not the base's model.layers.0.mlp.up_proj.weight"),
+        ("model.layers.2.mlp.up_proj.weight", "is not the base's model.layers.1.mlp.up_proj.weight"),
+    ],
+)
+def test_verify_names_what_was_altered_in_a_deeper_model(tmp_path: Path, name: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where whoever altered it wrote the report anew. Against: a copy of another block; biases that were forgotten."""
+    out = expanded(base_of(tmp_path / "base", "llama_biased"), tmp_path / "deep", positions=["0", "2"])
+    change_one_number(out, name)
+    values = json.loads((out / names.EXPAND_REPORT).read_text())
+    values = {key: value for key, value in values.items() if key != "sha256"}
+    (out / names.EXPAND_REPORT).write_bytes(seal({**values, "weights": tensor_digests(find_shards(out), use_cache=False)}))
+    code, found = verified(out, capsys)
+    assert code == 1 and found["every tensor and file against its report"]["faults"] == []
+    faults = {what: finding["faults"] for what, finding in found.items() if finding["faults"]}
+    (compared,) = (lines for what, lines in faults.items() if "byte for byte" in what)
+    assert compared == [f"{name} {said}"]
+    hidden = name == "model.layers.1.mlp.up_proj.weight"  # behind a projection that is zero
+    assert ("logits equal to its base's, to the last bit" in faults) is not hidden
+    layer = int(name.split(".")[2])
+    assert found["its 2 inserted layers"]["figures"]["trained"] == ([layer] if "silent" in said else [])
+
+
+def test_verify_says_which_inserted_layers_were_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model with inserted blocks and no report of expand: what a run made of it. That they have learnt is no fault."""
+    out = expanded(base_of(tmp_path / "base", "gemma2"), tmp_path / "deep", positions=["0", "2"])
+    (out / names.EXPAND_REPORT).unlink()
+    code, found = verified(out, capsys)
+    assert code == 0 and found["its 2 inserted layers"]["figures"]["trained"] == []
+    change_one_number(out, "model.layers.4.post_feedforward_layernorm.weight")
+    change_one_number(out, "model.layers.1.self_attn.q_proj.weight")  # it cannot be heard behind a gain of zero
+    code, found = verified(out, capsys)
+    assert code == 0 and found["its 2 inserted layers"]["figures"] == {"inserted": [1, 4], "trained": [4]}
+    main(["verify", str(out)])
+    assert "layers 4 were trained: it computes something else than it did without them" in capsys.readouterr().out

@@ -222,6 +222,18 @@ def test_what_is_large_is_read_only_where_that_is_asked_for(
 # ---- other things ----------------------------------------------------------------------------------------------------
 
 
+def test_what_a_model_was_converted_or_expanded_from_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_talker(tmp_path / "base")
+    for words, kind, how in (
+        (["convert", str(base), "--to", "hf", "--dtype", "bfloat16"], "converted", "converted from"),
+        (["expand", str(base)], "expanded", "expanded from"),
+    ):
+        out = tmp_path / kind
+        assert main([*words, "--out_dir", str(out)]) == 0
+        found = inspected(out, capsys)
+        assert found["kind"] == kind and [(one["how"], one["path"]) for one in found["lineage"]] == [(how, str(base))]
+
+
 @pytest.mark.parametrize("lost", ["vocab.json", "merges.txt"])
 def test_a_vocabulary_in_two_files_is_a_tokenizer(tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Both of them: one alone is none."""

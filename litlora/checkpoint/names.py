@@ -62,6 +62,7 @@ NOTE = "note.md"  # the user's own words: never hashed
 MERGED = "merged"
 MERGE_REPORT = "merge_report.json"
 EXTEND_REPORT = "extend_vocab_report.json"
+EXPAND_REPORT = "expand_report.json"
 COMBINE_REPORT = "combine_report.json"
 CONVERT_REPORT = "convert_report.json"
 UNCOVERED = frozenset({MANIFEST, TRAINING_STATE, TRAINING_STATE_META, NOTE})  # what a manifest does not hash

@@ -79,7 +79,7 @@ def findings(path: Path, options: Verify) -> Iterator[Finding]:
         yield from of_merged(checkpoint, options)
         return
     if checkpoint.is_model:
-        yield from of_model(checkpoint)
+        yield from of_model(checkpoint, options.level)
     else:
         yield from of_adapter(checkpoint)
     yield from of_lineage(checkpoint)
@@ -97,12 +97,56 @@ def of_adapter(adapter: Checkpoint) -> Iterator[Finding]:
     yield checked(adapter, "its tensors are those of its method, all numbers finite", adapter_faults)
 
 
-def of_model(model: Checkpoint) -> Iterator[Finding]:
+def of_model(model: Checkpoint, level: str) -> Iterator[Finding]:
     from litlora.verify.files import model_faults
 
     yield checked(model, f"its tensors are those of its {names.CONFIG}, all numbers finite", model_faults)
     if (model.path / names.EXTEND_REPORT).exists():
         yield from of_extended(model)
+    if (model.path / names.EXPAND_REPORT).exists():
+        yield from of_expanded(model, level)
+    elif model.config().llama_pro_layers:
+        yield inserted_blocks(model)
+
+
+def inserted_blocks(model: Checkpoint) -> Finding:
+    """Whether the blocks that were inserted add nothing yet. That they have learnt is no fault."""
+    from litlora.verify.weights import audible_layers
+
+    new, heard = model.config().llama_pro_layers, audible_layers(model)
+    numbers = ", ".join(map(str, heard))
+    said = f"layers {numbers} were trained: it computes something else than it did without them" if heard else "all of them add nothing yet"
+    return Finding(str(model.path), f"its {len(new)} inserted layers", figures={"inserted": list(new), "trained": heard}, told=(said,))
+
+
+def of_expanded(model: Checkpoint, level: str) -> Iterator[Finding]:
+    """A deeper base as `expand` wrote it: it must still compute what the base does that it was made from."""
+    from litlora.verify.files import reread
+    from litlora.verify.logits import same_logits
+    from litlora.verify.weights import compare_expanded
+
+    yield checked(model, "every tensor and file against its report", lambda one: reread(one.path, names.EXPAND_REPORT))
+    yield inserted_blocks(model)
+    report = read_json(model.path, names.EXPAND_REPORT)
+    base, why = base_of_report(report["base"])
+    if base is None:
+        yield Finding(str(model.path), "it was not compared with its base", warnings=(why,))
+        return
+    what = f"all but its new layers is its base's, byte for byte, and those are silent copies: {base.path}"
+    yield checked(model, what, lambda one: compare_expanded(base, one, report["positions"]))
+    if level == "full":
+        yield checked(model, "logits equal to its base's, to the last bit", lambda one: same_logits(base, one))
+
+
+def base_of_report(record: dict[str, Any]) -> tuple[Checkpoint | None, str]:
+    """The base that a report names, where it is there and holds the weights that it did; else why not."""
+    try:
+        base = resolve(record["path"])
+    except UserError as error:
+        return None, str(error)
+    if combine(tensor_digests(base.shards(), use_cache=False)) != record["fingerprint"]:
+        return None, f"{base.path} holds other weights than it did"
+    return base, ""
 
 
 def of_extended(model: Checkpoint) -> Iterator[Finding]:
@@ -113,13 +157,9 @@ def of_extended(model: Checkpoint) -> Iterator[Finding]:
     yield checked(model, "every tensor and file against its report", lambda one: reread(one.path, names.EXTEND_REPORT))
     report = read_json(model.path, names.EXTEND_REPORT)
     what = f"all but its new rows are its base's, byte for byte: {report['base']['path']}"
-    try:
-        base = resolve(report["base"]["path"])
-    except UserError as error:
-        yield Finding(str(model.path), "it was not compared with its base", warnings=(str(error),))
-        return
-    if combine(tensor_digests(base.shards(), use_cache=False)) != report["base"]["fingerprint"]:
-        yield Finding(str(model.path), "it was not compared with its base", warnings=(f"{base.path} holds other weights than it did",))
+    base, why = base_of_report(report["base"])
+    if base is None:
+        yield Finding(str(model.path), "it was not compared with its base", warnings=(why,))
         return
     tokens, grown = report["tokens"]["before"], report["rows"]["tensors"]
     yield checked(model, what, lambda one: compare_extended(base, one, tokens=tokens, grown=grown))

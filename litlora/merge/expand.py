@@ -5,19 +5,26 @@ Everything else is the base, byte for byte.
 """
 
 import os
-from collections.abc import Callable, Sequence
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import check_free_space, check_outside, check_writable, commit_directory, make_directory
 from litlora.checkpoint.fingerprint import tensor_digests
+from litlora.checkpoint.manifest import seal
+from litlora.checkpoint.reading import sha256
 from litlora.checkpoint.shards import find_shards
 from litlora.errors import UserError, WorkError
 from litlora.families import LLAMA_PRO_LAYERS
-from litlora.merge.directory import copy_files, fingerprint_before, front_matter, how_to_use, write_model_files
+from litlora.merge.directory import copy_files, fingerprint_after, fingerprint_before, front_matter, how_to_use, version, write_model_files
 from litlora.merge.outputs import NewModel, new_model
+from litlora.merge.tensors import Moved
 from litlora.merge.weights import write_weights
 from litlora.methods import insert_positions
 from litlora.methods.tuning import Tuning
@@ -28,6 +35,7 @@ class Expansion:
     """A deeper model that nothing speaks against any more."""
 
     model: NewModel
+    positions: tuple[int, ...]  # the base's layers that a new one follows
     out_dir: Path
 
 
@@ -43,7 +51,7 @@ def prepare_expansion(base: Checkpoint, out_dir: Path, n_insert: int | None = No
     tuning = Tuning(inserted=insert_positions(n_insert, positions, config))
     model = new_model(base, config, tuning, dtype=None, trained=False)
     check_free_space(out_dir, model.bytes + 2**24)
-    return Expansion(model, out_dir)
+    return Expansion(model, tuning.inserted, out_dir)
 
 
 def expand(plan: Expansion, *, progress: Callable[[int], None] = lambda done: None) -> None:
@@ -58,6 +66,22 @@ def expand(plan: Expansion, *, progress: Callable[[int], None] = lambda done: No
         found = tensor_digests(find_shards(directory), use_cache=False)
         if faults := [name for name, one in moved.items() if found.get(name) != one.after]:
             raise WorkError("\n  ".join(["what lies on the disk is not what was written:", *faults]), where=directory)
+        (directory / names.EXPAND_REPORT).write_bytes(seal(make_report(plan, moved, directory)))
+
+
+def make_report(plan: Expansion, moved: Mapping[str, Moved], directory: Path) -> dict[str, Any]:
+    """expand_report.json: what it was made from, and the hash of everything in it. No time: the same expansion gives the same bytes."""
+    model, weights = plan.model, {path.name for path in plan.model.files}
+    return {
+        "format_version": 2,  # as the other reports that have a hash of their own
+        "base": {"path": model.base.recorded_path, "bytes": model.base_bytes, "fingerprint": fingerprint_before(model, moved)},
+        "expanded": {"bytes": model.bytes, "fingerprint": fingerprint_after(model, moved)},
+        "positions": list(plan.positions),
+        "new_layers": list(model.new_layers),
+        "versions": {"litlora": version(), "numpy": np.__version__, "python": platform.python_version()},
+        "files": {path.name: sha256(path) for path in sorted(directory.iterdir()) if path.name not in weights},
+        "weights": {name: one.after for name, one in sorted(moved.items())},
+    }
 
 
 def model_card(model: NewModel, fingerprint: str) -> str:

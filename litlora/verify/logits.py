@@ -11,6 +11,8 @@ from litlora.methods.tuning import EMBEDDING, HEAD
 from litlora.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
+    import torch
+
     from litlora.data.samples import Sample
 
 # How far the logits may differ, times max(1, largest logit), and their KL divergence in nats: by the dtype that rounded the weights.
@@ -27,21 +29,22 @@ PROBES = (  # texts of several kinds; the ids that come of them are cut to the m
 )
 
 
-def compare_logits(adapter: Checkpoint, merged: Checkpoint) -> dict[str, Any]:
-    """The merged model against the base with what was trained on it, both computed in fp32. WorkError where they differ beyond the
-    dtype's bound."""
+def logits_of(checkpoint: Checkpoint, probes: Sequence[Sequence[int]]) -> "torch.Tensor":  # (T, V), of all probes
+    """What it computes, in fp32; it is in memory only meanwhile."""
     import torch
 
     from litlora.checkpoint.weights import load_model
 
-    probes = probe_ids(adapter, merged)
-    logits = []
     with torch.inference_mode():
-        for checkpoint in (adapter, merged):
-            model = load_model(checkpoint, dtype=torch.float32).eval()
-            logits.append([model(torch.tensor([ids])).double() for ids in probes])
-            del model  # two models never lie in memory together
-    expected, found = (torch.cat([one[0] for one in side]) for side in logits)  # (T, V)
+        model = load_model(checkpoint, dtype=torch.float32).eval()
+        return torch.cat([model(torch.tensor([ids]))[0].double() for ids in probes])
+
+
+def compare_logits(adapter: Checkpoint, merged: Checkpoint) -> dict[str, Any]:
+    """The merged model against the base with what was trained on it, both computed in fp32. WorkError where they differ beyond the
+    dtype's bound."""
+    probes = probe_ids(adapter, merged)
+    expected, found = logits_of(adapter, probes), logits_of(merged, probes)
     largest = float(expected.abs().max())
     difference = float((expected - found).abs().max())
     kl = float((expected.softmax(-1) * (expected.log_softmax(-1) - found.log_softmax(-1))).sum(-1).mean())
@@ -62,6 +65,13 @@ def compare_logits(adapter: Checkpoint, merged: Checkpoint) -> dict[str, Any]:
         "kl": kl,
         "kl_bound": kl_bound,
     }
+
+
+def same_logits(base: Checkpoint, expanded: Checkpoint) -> list[str]:
+    """A line where a deeper model does not compute what its base does, to the last bit."""
+    probes = probe_ids(base, expanded)
+    apart = float((logits_of(base, probes) - logits_of(expanded, probes)).abs().max())
+    return [] if apart == 0 else [f"its logits are {apart:.3g} away from those of {base.path}"]
 
 
 def rounded_to(model: Checkpoint) -> str:

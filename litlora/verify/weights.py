@@ -8,10 +8,11 @@ product of R terms errs by at most R u |B||A|).
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -21,9 +22,10 @@ from litlora.checkpoint.reading import read_json
 from litlora.families import tensor_name
 from litlora.merge.directory import size_explained, summed
 from litlora.merge.effective import Effective, computed
-from litlora.merge.outputs import Output
+from litlora.merge.outputs import Output, new_model
+from litlora.merge.plan import blocks
 from litlora.merge.tensors import WIDTH, Added, Floats, Making, Moved, Scaled, cuts, load, squares
-from litlora.methods.tuning import EMBEDDING
+from litlora.methods.tuning import EMBEDDING, Tuning
 from litlora.safetensors_file import DTYPES, SafetensorsFile
 
 UNIT = 2.0**-24  # half a unit in the last place of 1, in fp32
@@ -227,6 +229,47 @@ def compare_extended(base: Checkpoint, extended: Checkpoint, *, tokens: int, gro
                 one_part == other_part for one_part, other_part in zip(first(one, name, size), first(other, name, size), strict=True)
             ):
                 faults.append(f"{name} is not the base's" + (f" in its first {tokens:,} rows" if name in grown else ""))
+    return faults
+
+
+# ---- a deeper base ---------------------------------------------------------------------------------------------------
+
+
+def audible_layers(model: Checkpoint) -> list[int]:
+    """Of the layers that LLaMA-Pro inserted into a whole model, those that add something to what passes through: they have learnt."""
+    config, heard = model.config(), set()
+    stored = {tensor_name(name, config): name for name in model.shards()}
+    for layer in config.llama_pro_layers:
+        for parameter in (parameter for parameter in stored if parameter.startswith(f"model.layers.{layer}.")):
+            fill = config.silent.get(parameter.split(".")[-2])
+            if fill is not None and not holds_only(fill, model.shards()[stored[parameter]], stored[parameter]):
+                heard.add(layer)
+    return sorted(heard)
+
+
+def holds_only(number: float, path: Path, name: str) -> bool:
+    with SafetensorsFile(path) as file:
+        return all(bool((block == number).all()) for block in blocks(file, name))
+
+
+def compare_expanded(base: Checkpoint, expanded: Checkpoint, positions: Sequence[int]) -> list[str]:
+    """Of a base with new blocks behind the layers `positions`: each must be a copy of the layer before it, but silent, and every other
+    tensor the base's, byte for byte. One line for each tensor that is not. UserError where the two do not go together."""
+    model = new_model(base, base.config(), Tuning(inserted=tuple(positions)), dtype=None, trained=False)
+    theirs = expanded.shards()
+    outputs = {output.name: (path, output) for path, found in model.outputs.items() for output in found}
+    faults = [f"{name} is missing" for name in outputs if name not in theirs]
+    faults += [f"{name} is left over" for name in theirs if name not in outputs]
+    for name, (path, output) in outputs.items():
+        if name not in theirs:
+            continue
+        with SafetensorsFile(path) as one, SafetensorsFile(theirs[name]) as other:
+            if not fits(output, other, name):
+                faults.append(f"{name} has another dtype or shape")
+            elif output.source is not None and not same_bytes(one, output.source, other, name):
+                faults.append(f"{name} is not the base's {output.source}")
+        if output.fill is not None and not holds_only(output.fill, theirs[name], name):
+            faults.append(f"{name} is not silent: it holds other numbers than {output.fill:g}")
     return faults
 
 

@@ -32,12 +32,19 @@ WORDS = {
     "merged": "a merged model",
     "expanded": "a model with new layers (LLaMA-Pro)",
     "extended": "a model with more tokens",
+    "converted": "a whole model, converted",
     "adapter": "a PEFT adapter",
     "step": "a step of a run",
     "run": "a run",
     "torn": "a step that is torn or was altered",
 }
 MADE = {"combined": "a combination of checkpoints", "converted": "a converted adapter"}  # by the last event of a manifest
+REPORTS = {  # what a directory was made from, and how: the name in the report
+    names.MERGE_REPORT: ("adapter", "merged from"),
+    names.EXTEND_REPORT: ("base", "extended from"),
+    names.EXPAND_REPORT: ("base", "expanded from"),
+    names.CONVERT_REPORT: ("from", "converted from"),
+}
 LONGEST_LINE = 10_000  # ancestors that are followed
 
 
@@ -46,7 +53,7 @@ class Report:
     """None, and nothing in a list, is what is not known or does not apply."""
 
     path: str
-    kind: str  # base, merged, expanded, extended, adapter, step, torn, run; foreign.py's; unknown
+    kind: str  # base, merged, expanded, extended, converted, adapter, step, torn, run; foreign.py's; unknown
     what: str  # the same in words
     chosen: str | None = None  # why this path, where another one was given
     faults: list[str] = field(default_factory=list)
@@ -133,9 +140,9 @@ def of_model(checkpoint: Checkpoint, *, check: bool) -> Report:
         found.model = model_of(checkpoint, check=check)
     except UserError as error:
         found.faults = [told(error)]
-    reports = {names.MERGE_REPORT: "merged", names.EXTEND_REPORT: "extended"}
+    reports = {names.MERGE_REPORT: "merged", names.EXTEND_REPORT: "extended", names.CONVERT_REPORT: "converted"}
     found.kind = next((kind for name, kind in reports.items() if (path / name).exists()), "base")
-    if found.kind == "base" and found.model and found.model["new_layers"]:
+    if found.kind in ("base", "converted") and found.model and found.model["new_layers"]:
         found.kind = "expanded"
     found.what = WORDS[found.kind] + (" (the toy that comes with litlora)" if checkpoint.is_demo else "")
     found.lineage = lineage(checkpoint)
@@ -260,7 +267,7 @@ def parent_of(path: Path) -> tuple[str, str]:
                 beside = Path(record.parent).parent == path.resolve().parent
                 return ("resumed from" if beside else "trained on from"), record.parent
             return ("trained on", record.base.path) if record.base else ("", "")
-        for name, key, how in ((names.MERGE_REPORT, "adapter", "merged from"), (names.EXTEND_REPORT, "base", "extended from")):
+        for name, (key, how) in REPORTS.items():
             if (path / name).exists():
                 made_from = read_json(path, name).get(key)
                 place = made_from.get("path") if isinstance(made_from, dict) else None
