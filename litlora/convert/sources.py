@@ -13,7 +13,7 @@ import numpy as np
 
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
-from litlora.checkpoint.reading import file_in, read_bytes, read_json
+from litlora.checkpoint.reading import file_in, parse_json, read_bytes, read_json
 from litlora.checkpoint.resolve import resolve
 from litlora.checkpoint.shards import files_of_index, has_weights
 from litlora.config import Config
@@ -30,7 +30,7 @@ DERIVED = "rotary frequencies, which every reader computes from config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A whole model. `config_json` are the bytes of its config.json, where it has one."""
+    """A whole model. `config_json` are the bytes of its config.json, where it has one that is meant to stay."""
 
     path: Path
     kind: str  # in words
@@ -44,7 +44,7 @@ class Model:
 
     def values(self) -> dict[str, Any]:
         """Its config.json."""
-        return read_json(self.path, names.CONFIG) if self.config_json is not None else config_to_hf(self.config)
+        return parse_json(self.config_json, self.path / names.CONFIG) if self.config_json is not None else config_to_hf(self.config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,11 @@ def open_source(path: str | Path | None, *, to: str, base_dir: str | None = None
             return pickled_model(place)
         if (place / names.ADAPTER_CONFIG).exists() and not (place / names.ADAPTER_WEIGHTS).exists() and pickled_adapter_file(place):
             return pickled_adapter(place, moved)
+        if to in ("hf", "gguf") and has_weights(place):
+            from litlora.convert.quantised import dequantised_model, is_dequantised
+
+            if is_dequantised(place):
+                return dequantised_model(place)
     checkpoint = resolve(place, base_dir=base_dir)
     return model_of(checkpoint) if checkpoint.is_model else adapter_of(checkpoint)
 

@@ -7,6 +7,7 @@ reference for all of these); what asks for arithmetic that `model.py` does not h
     reading.py    values out of a config.json, checked
     rope.py       rotary embeddings, read and written
     own_keys.py   layouts that keys of one family decide
+    quantised.py  checkpoints whose weights are not plain numbers, and what to do with them
     tensors.py    names and shapes of the weights
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 from litlora.config import Config
 from litlora.families import own_keys
+from litlora.families.quantised import DEQUANTISED, quantised_by
 from litlora.families.reading import (
     LLAMA_PRO_LAYERS,
     Reader,
@@ -34,6 +36,7 @@ from litlora.families.table import SUPPORTED, Family
 from litlora.families.tensors import expected_tensors, is_derived, linear_shapes, stored_name, tensor_name
 
 __all__ = [
+    "DEQUANTISED",
     "LLAMA_PRO_LAYERS",
     "SUPPORTED",
     "changed_keys",
@@ -42,6 +45,7 @@ __all__ = [
     "expected_tensors",
     "is_derived",
     "linear_shapes",
+    "quantised_by",
     "stored_name",
     "tensor_name",
     "with_biases",

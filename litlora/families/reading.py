@@ -7,6 +7,7 @@ from typing import Any
 
 from litlora.config import LayerType
 from litlora.errors import UserError, did_you_mean
+from litlora.families.quantised import quantised_by, why_refused
 from litlora.families.table import ACTION, ACTIVATIONS, ALSO_KNOWN_AS, NEUTRAL, SUPPORTED, Family
 
 LLAMA_PRO_LAYERS = "llama_pro_layers"  # our own key of config.json: which layers were inserted; other readers ignore it
@@ -90,6 +91,9 @@ def supported_family(reader: Reader) -> tuple[str, Family]:
 
 
 def refuse_foreign_arithmetic(reader: Reader, model_type: str, family: Family) -> None:
+    if (method := quantised_by(reader.values)) is not None:
+        key = "quantization_config" if reader.values.get("quantization_config") else "compression_config"
+        raise reader.refusal(key, *why_refused(method))
     own = {
         *family.numbers,
         "no_rope_layers" if family.unrotated == "listed" else "",

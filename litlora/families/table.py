@@ -336,8 +336,6 @@ ACTIVATIONS = {
 # Keys of relatives of these families, with the values that change nothing. transformers ignores most of them under model types
 # that do not have them; a config that carries one with another value was not written for the model type it names.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
-    "compression_config": (None,),
     "pretraining_tp": (None, 1),
     "partial_rotary_factor": (None, 1),
     "rotary_pct": (None, 1),
@@ -370,7 +368,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 ACTION = {
-    "quantization_config": "use the directory of the model before it was quantised",
     "alibi": "supported: rotary positions",
     "pretraining_tp": "set it to 1 in config.json: the weights are the same",
 }
