@@ -97,6 +97,11 @@ class Config:
     attn_logit_softcapping: float | None = None  # c: c tanh(q k^T / c)
     mlp: Literal["gated", "fused", "plain"] = "gated"  # fused: gate and up are one Linear; plain: without a gate
     mlp_bias: bool = False
+    num_experts: int = 0  # E: so many MLPs in place of one, of which each token goes through k; 0: there is one
+    num_experts_per_tok: int = 0  # k
+    moe_intermediate_size: int = 0  # of one expert
+    mlp_only_layers: tuple[int, ...] = ()  # these have one MLP all the same
+    norm_topk_prob: bool = True  # whether the weights of a token's k experts sum to 1
     embedding_multiplier: float = 1.0  # rounded to the dtype that is computed in
     residual_multiplier: float = 1.0  # of what attention and MLP add
     logits_scaling: float = 1.0  # what logits are divided by
@@ -117,6 +122,9 @@ class Config:
 
     def slides(self, layer: int) -> bool:
         return bool(self.layer_types) and self.layer_types[layer] == "sliding_attention"
+
+    def has_experts(self, layer: int) -> bool:
+        return self.num_experts > 0 and layer not in self.mlp_only_layers
 
     def rope_of(self, layer: int) -> Rope | None:
         """How layer number `layer` sees positions; None: not at all."""
@@ -161,6 +169,7 @@ def expanded_config(config: Config, inserted: Iterable[int]) -> Config:
         num_hidden_layers=len(places),
         layer_types=tuple(config.layer_types[layer] for layer, _ in places) if config.layer_types else (),
         unrotated_layers=tuple(place for place, (layer, _) in enumerate(places) if layer in config.unrotated_layers),
+        mlp_only_layers=tuple(place for place, (layer, _) in enumerate(places) if layer in config.mlp_only_layers),
         llama_pro_layers=new,
     )
 

@@ -1,11 +1,11 @@
 """A GPT, and what fine-tuning adds to it, in one file. Read it the way a batch travels:
 
     tokens -> GPT -> Block x L -> Attention -> attend -> MLP -> logits, or the loss
-                       every weight matrix is a Linear; a Linear, an Attention and an MLP may carry an Adapter,
+                       every weight matrix is a Linear; a Linear, an Attention and an MLP (or Experts) may carry an Adapter,
                        an Attention a learnt prompt, and a Block may be followed by an inserted one
 
 Shapes. B rows, T tokens of this call, S tokens looked at, C hidden size, H query heads, K key/value heads, D head
-size, V vocabulary, R rank, P learnt positions, N graded tokens.
+size, V vocabulary, R rank, P learnt positions, N graded tokens, E experts, k of them for a token.
 
 Names. Parameters carry Hugging Face's Llama names, so a Llama-like checkpoint loads as it is. An adapter adds names
 below its host (`...q_proj.adapter.lora_A`, `...layers.3.inserted.mlp.up_proj.weight`) and never changes one.
@@ -190,7 +190,7 @@ class Block(nn.Module):
         self.norms, self.parallel, self.scale = config.norms, config.parallel_residual, config.residual_multiplier
         self.silent = config.silent
         self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = Experts(config) if config.has_experts(layer) else MLP(config, config.intermediate_size)
         for name in self.norms.names:
             self.register_module(name, norm(config, config.hidden_size))
         self.register_module("inserted", None)
@@ -319,9 +319,9 @@ class MLP(nn.Module):
 
     adapter: "Adapter | None"
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, inner: int) -> None:
         super().__init__()
-        C, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        C, bias = config.hidden_size, config.mlp_bias
         self.kind, self.act = config.mlp, ACTIVATIONS[config.hidden_act]
         if config.mlp == "fused":
             self.gate_up_proj = Linear(C, 2 * inner, bias)
@@ -332,15 +332,58 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, C, bias)
         self.register_module("adapter", None)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
         if self.kind == "plain":
             return adapted(self, x, self.down_proj(self.act(self.up_proj(x))))
         gate, up = self.gate_up_proj(x).chunk(2, -1) if self.kind == "fused" else (self.gate_proj(x), self.up_proj(x))
         if self.act is not F.silu:
             gated = self.act(gate) * up
-        else:  # (B, T, intermediate)
+        else:  # (..., inner)
             gated = Gated.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
         return adapted(self, x, self.down_proj(gated))
+
+
+class Experts(nn.Module):
+    """E MLPs, of which each token goes through the k that its router chose (Jiang et al. 2024, arXiv:2401.04088, section 2.1).
+
+    What a token gets depends on itself alone: there is no limit on how many go through one expert.
+    """
+
+    adapter: "Adapter | None"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = nn.ModuleList(MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        self.register_module("adapter", None)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        tokens = x.flatten(0, 1)  # (B T, C)
+        weights, chosen = self.gate(tokens)  # (B T, k) twice
+        order = chosen.flatten().argsort(stable=True)  # (B T k,): by expert, then by token
+        rows, weights = order // chosen.size(1), weights.flatten()[order, None]
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()  # waits for the device
+        y = torch.zeros_like(tokens, dtype=weights.dtype)
+        for expert, own, weight in zip(self.experts, rows.split(counts), weights.split(counts), strict=True):
+            if len(own) or torch.is_grad_enabled():  # whoever learns has a gradient, if of zeros: ranks wait for each other's
+                y.index_add_(0, own, expert(tokens.index_select(0, own)) * weight)
+        return adapted(self, x, y.to(x.dtype).view_as(x))
+
+
+class Router(nn.Module):
+    """Which experts each token goes through, and how much each of them counts. In at least fp32: two may be close.
+
+    No Linear of ours: it is never a target, nor stored in fewer bits. It is trained whole or not at all.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.weight = nn.Linear(config.hidden_size, config.num_experts, bias=False).weight
+        self.k, self.normed = config.num_experts_per_tok, config.norm_topk_prob
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (n, C) -> weights (n, k), experts (n, k) int64
+        weights, chosen = F.linear(wider(x), wider(self.weight)).softmax(-1).topk(self.k)
+        return weights / weights.sum(-1, keepdim=True) if self.normed else weights, chosen
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -653,7 +696,7 @@ def adapted(host: "Host", x: Tensor, y: Tensor) -> Tensor:
     return y if host.adapter is None else host.adapter(host, x, y)
 
 
-Host = Linear | Attention | MLP
+Host = Linear | Attention | MLP | Experts
 SLOTS = ("adapter", "prompt", "inserted")  # the places where a module takes something that it was not made with
 
 
@@ -775,20 +818,21 @@ class ScaleShift(Adapter):
 
 class Bottleneck(Adapter):
     """y + scale up(activation(down(.))) of y, in series with its host (Houlsby et al. 2019, arXiv:1902.00751, figure 2), or of x,
-    in parallel (He et al. 2022, arXiv:2110.04366, table 1). The host is an attention or an MLP; its x is the normed stream."""
+    in parallel (He et al. 2022, arXiv:2110.04366, table 1). The host is an attention, an MLP or experts; its x is the normed stream."""
 
-    def __init__(self, host: Attention | MLP, width: int, scale: float, activation: str, parallel: bool) -> None:
+    def __init__(self, host: Attention | MLP | Experts, width: int, scale: float, activation: str, parallel: bool) -> None:
         super().__init__()
-        last = host.o_proj if isinstance(host, Attention) else host.down_proj
+        last = host.o_proj if isinstance(host, Attention) else host.gate if isinstance(host, Experts) else host.down_proj
+        C = last.weight.size(1) if isinstance(last, Router) else last.out_features
         weight = wider(last.weight.detach()[:1, :1])
-        self.down = nn.Linear(last.out_features, width, device=weight.device, dtype=weight.dtype)
-        self.up = nn.Linear(width, last.out_features, device=weight.device, dtype=weight.dtype)
+        self.down = nn.Linear(C, width, device=weight.device, dtype=weight.dtype)
+        self.up = nn.Linear(width, C, device=weight.device, dtype=weight.dtype)
         for silent in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(silent)
         self.scale, self.parallel = scale, parallel
         self.activation: Any = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation]
 
-    def forward(self, host: Attention | MLP, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, host: Attention | MLP | Experts, x: Tensor, y: Tensor) -> Tensor:
         into = x if self.parallel else y
         down, up = ((linear.weight.to(y.dtype), linear.bias.to(y.dtype)) for linear in (self.down, self.up))
         return torch.add(y, F.linear(self.activation(F.linear(into, *down)), *up), alpha=self.scale)

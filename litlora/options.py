@@ -112,7 +112,8 @@ class LoRAOptions(WholeOptions):
     alpha: float = option(32.0, "the update is scaled by alpha / r", above=0)
     dropout: float = option(0.0, "dropout on what goes into A", least=0, most=0.99)
     target_modules: list[str] = option(
-        ["all-linear"], "q_proj, self_attn.q_proj, a full name, a regular expression of full names, or all-linear: all of the blocks"
+        ["all-linear"],
+        "q_proj, self_attn.q_proj, a full name, a regular expression of full names, or all-linear: all of the blocks but experts",
     )
     layers: list[str] = option([], f"adapt these layers only: {LAYERS}; nothing: all")
     rank_pattern: list[str] = option([], "another rank for some modules, as NAME=R (down_proj=64); repeatable")

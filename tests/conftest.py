@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from litlora.config import Config
-from litlora.families import SUPPORTED, config_from_hf, stored_name
-from litlora.model import GPT
+from litlora.families import SUPPORTED, config_from_hf, stored_name, tensor_name
+from litlora.model import GPT, Experts
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = Path(os.environ.get("LITLORA_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -70,6 +70,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 7},
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "qwen3": {"model_type": "qwen3", "attention_bias": True},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "attention_bias": True,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 28,
+        "mlp_only_layers": [1],
+    },
     "smollm": {"model_type": "llama", "num_key_value_heads": 1, "tie_word_embeddings": True},
     "gemma3": {
         "model_type": "gemma3_text",
@@ -97,6 +105,16 @@ MORE: dict[str, dict[str, Any]] = {
         "sliding_window": 7,
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 7},
+    "qwen3_moe_sparse": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 44,
+        "decoder_sparse_step": 2,
+        "norm_topk_prob": True,
         "tie_word_embeddings": True,
     },
     "longrope": {
@@ -152,6 +170,7 @@ MORE: dict[str, dict[str, Any]] = {
     "glm4": {"model_type": "glm4", "partial_rotary_factor": 1 / 3, "attention_bias": True},
 }
 EVERY = FAMILIES | MORE
+EXPERTS = [family for family, keys in EVERY.items() if "num_experts_per_tok" in keys]
 
 
 def tiny_hf_config(family: str = "llama3", **changes: Any) -> dict[str, Any]:
@@ -195,7 +214,7 @@ def transformers_model(family: str, weights_of: GPT | None = None, **changes: An
     """The same model in transformers, in eval mode, with plain attention and `weights_of`'s weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**tiny_hf_config(family, **changes), attn_implementation="eager")
+    config = AutoConfig.for_model(**tiny_hf_config(family, **changes), attn_implementation="eager", experts_implementation="eager")
     model = AutoModelForCausalLM.from_config(config).eval()
     if weights_of is not None:
         model.load_state_dict(state_of(weights_of), strict=True)
@@ -203,9 +222,38 @@ def transformers_model(family: str, weights_of: GPT | None = None, **changes: An
 
 
 def state_of(model: GPT) -> dict[str, torch.Tensor]:
-    """Its parameters under the names that transformers has for them in memory, where gpt_neox has a new one for its head."""
-    state = {stored_name(name, model.config): tensor for name, tensor in model.state_dict().items()}
-    return {name.replace("embed_out", "lm_head"): tensor for name, tensor in state.items()}
+    """Its parameters under the names that transformers has for them in memory, where gpt_neox has a new one for its head, and the
+    experts of a layer are one tensor."""
+    state = {stored_name(name, model.config): tensor for name, tensor in model.state_dict().items() if ".experts." not in name}
+    state = {name.replace("embed_out", "lm_head").replace("block_sparse_moe", "mlp"): tensor for name, tensor in state.items()}
+    return state | fused_experts(model)
+
+
+def fused_experts(model: GPT) -> dict[str, torch.Tensor]:
+    """gate_up_proj (E, 2 inner, C) and down_proj (E, C, inner) of every layer with experts."""
+    fused = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Experts):
+            units = [{part: linear.weight.detach() for part, linear in expert.named_children()} for expert in layer.experts]
+            fused[f"{name}.experts.gate_up_proj"] = torch.stack([torch.cat((one["gate_proj"], one["up_proj"])) for one in units])
+            fused[f"{name}.experts.down_proj"] = torch.stack([one["down_proj"] for one in units])
+    return fused
+
+
+def by_our_names(theirs: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Tensor]:
+    """The inverse of `state_of`, for parameters of transformers in memory or their gradients."""
+    found = {}
+    for name, tensor in theirs.items():
+        name = tensor_name(name, config) if "experts" not in name else name
+        if name.endswith("experts.gate_up_proj"):
+            for number, (gate, up) in enumerate(one.chunk(2) for one in tensor):
+                found[name.replace("gate_up_proj", f"{number}.gate_proj.weight")] = gate
+                found[name.replace("gate_up_proj", f"{number}.up_proj.weight")] = up
+        elif name.endswith("experts.down_proj"):
+            found |= {name.replace("down_proj", f"{number}.down_proj.weight"): one for number, one in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    return found
 
 
 def random_tokens(rows: int, length: int, seed: int = 0, vocab_size: int = COMMON["vocab_size"]) -> torch.Tensor:  # (B, T)

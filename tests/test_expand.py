@@ -11,7 +11,7 @@ import checkpoint_samples as samples
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, random_tokens, tiny_hf_config
+from conftest import EXPERTS, FAMILIES, ROOT, random_tokens, tiny_hf_config
 from safetensors.torch import load_file, save_file
 from test_merge import as_dtype, make_base, read, tree_hash
 
@@ -60,7 +60,8 @@ def test_a_deeper_model_computes_the_same_to_the_last_bit(tmp_path: Path, family
     tokens = random_tokens(2, 20)
     ours, theirs = [], []
     for place in (base, out):
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype="auto", attn_implementation="eager").eval()
+        plain = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if family in EXPERTS else {})
+        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype="auto", **plain).eval()
         assert str(model.dtype).removeprefix("torch.") == json.loads((base / names.CONFIG).read_text())["torch_dtype"]
         with torch.inference_mode():
             ours.append(load_model(resolve(place))(tokens))

@@ -1,6 +1,7 @@
 """families against the transformers package, which decides what a config.json means."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from litlora.config import Config, Rope
+from litlora.config import Config, Rope, expanded_config
 from litlora.errors import UserError
-from litlora.families import SUPPORTED, config_from_hf, config_to_hf, expected_tensors, is_derived, linear_shapes, tensor_name
+from litlora.families import SUPPORTED, changed_keys, config_from_hf, config_to_hf, expected_tensors, is_derived, linear_shapes, tensor_name
 from litlora.model import GPT, Linear
 
 WHERE = "config.json"
@@ -293,6 +294,117 @@ def test_a_first_context_beside_the_rope_wins_over_the_one_within(tmp_path: Path
     assert config_from_hf(config, WHERE).rope.original_max_position_embeddings == 48
 
 
+MIXTRAL = {  # as published for the model of 8 x 7 billion
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+QWEN3_MOE = {  # as published for the model of 30 billion, 3 of them active
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+@pytest.mark.parametrize(
+    ("published", "billions", "seen"),
+    [(MIXTRAL, 46.7, (8, 2, 14336, (), True)), (QWEN3_MOE, 30.5, (128, 8, 768, (), True))],
+    ids=["mixtral", "qwen3_moe"],
+)
+def test_a_published_config_with_experts_is_the_model_that_it_is_said_to_be(
+    published: dict[str, Any], billions: float, seen: tuple[Any, ...], tmp_path: Path
+) -> None:
+    """M01: its parameters counted, and the config read, written by transformers, and read again."""
+    config = config_from_hf(published, WHERE)
+    assert sum(math.prod(shape) for shape in expected_tensors(config).values()) / 1e9 == pytest.approx(billions, abs=0.05)
+    assert (
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        config.mlp_only_layers,
+        config.norm_topk_prob,
+    ) == seen
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert config_from_hf(theirs.to_dict(), WHERE) == config
+    assert config_from_hf(config_to_hf(config), WHERE) == config
+
+
+@pytest.mark.parametrize(
+    ("keys", "dense"),
+    [
+        ({}, ()),
+        ({"decoder_sparse_step": 2}, (0, 2)),
+        ({"mlp_only_layers": [1]}, (1,)),
+        ({"decoder_sparse_step": 3, "mlp_only_layers": [2]}, (0, 1, 2)),
+    ],
+)
+def test_the_layers_without_experts_are_transformers(keys: dict[str, Any], dense: tuple[int, ...]) -> None:
+    """Must catch: decoder_sparse_step counted from 0; a deeper model whose new list meets the old step."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    values = {"model_type": "qwen3_moe", **SIZES, **keys, "num_experts": 4, "num_experts_per_tok": 2}
+    config = config_from_hf(values, WHERE)
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    assert tuple(i for i, block in enumerate(theirs.model.layers) if not isinstance(block.mlp, Qwen3MoeSparseMoeBlock)) == dense
+    assert config.mlp_only_layers == dense
+    deeper = expanded_config(config, [0, 2])
+    assert config_from_hf({**values, **changed_keys(config, deeper)}, WHERE) == deeper
+    assert [deeper.has_experts(layer) for layer in range(5)] == [config.has_experts(layer) for layer in (0, 0, 1, 2, 2)]
+
+
 # ---- refusing --------------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +433,17 @@ def test_another_family_is_refused_with_the_list_of_ours(folder: str) -> None:
         ("mistral", "layer_types", ["sliding_attention"] * 3),
         ("mistral", "attention_bias", True),
         ("mistral", "mlp_bias", True),
+        ("mixtral", "router_jitter_noise", 0.1),
+        ("mixtral", "num_experts_per_tok", 9),
+        ("mixtral", "attention_bias", True),
+        ("mixtral", "num_local_experts", "eight"),
+        ("mixtral", "quantization_config", {"quant_method": "awq"}),
+        ("qwen3_moe", "use_sliding_window", True),
+        ("qwen3_moe", "mlp_only_layers", "all"),
+        ("qwen3_moe", "decoder_sparse_step", 0),
+        ("qwen3_moe", "norm_topk_prob", 1),
+        ("qwen3", "num_experts", 8),
+        ("mistral", "kv_lora_rank", 8),
         ("qwen2", "mlp_bias", True),
         ("qwen3", "layer_types", ["full_attention"] * 2),
         ("qwen3", "layer_types", ["chunked_attention"] * 3),

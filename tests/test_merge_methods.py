@@ -246,7 +246,8 @@ def test_the_deeper_models_config_says_what_it_is(tmp_path: Path, family: str) -
     before, after = (json.loads((place / names.CONFIG).read_text()) for place in (base, merged(step)))
     changed = {key for key in after if key not in before or after[key] != before[key]}
     assert before.keys() <= after.keys()
-    assert changed <= {"num_hidden_layers", "llama_pro_layers", "layer_types", "max_window_layers", "no_rope_layers"}
+    kinds = {"layer_types", "max_window_layers", "no_rope_layers", "mlp_only_layers", "decoder_sparse_step"}
+    assert changed <= {"num_hidden_layers", "llama_pro_layers"} | kinds
     assert (after["num_hidden_layers"], after["llama_pro_layers"]) == (4, [2])
     first, deeper = (config_from_hf(values, "config") for values in (before, after))
     assert [deeper.window(layer) for layer in range(4)] == [first.window(layer) for layer in (0, 1, 1, 2)]

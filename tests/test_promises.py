@@ -36,6 +36,7 @@ from litlora.model import GPT, IGNORE, KVCache
 from litlora.options import AdapterOptions, FreezeOptions, FullOptions, LoRAOptions, ProOptions
 from litlora.peft.targets import modules_of
 
+UNIT = ["gate_proj", "up_proj", "down_proj"]
 BASES = ("llama_biased", "qwen2", "qwen3", "smollm")  # biases; some biases and sliding windows; norms of q and k; a tied head
 
 
@@ -76,6 +77,11 @@ CASES = {
     ),
     "freeze-untied": Case(options=FreezeOptions(layers=[], extra_modules=["lm_head"], untie=True), families=TIED, drawn=False),
     "full": Case(options=FullOptions(), drawn=False),
+    "experts": Case(options=LoRAOptions(r=3, target_modules=["all-linear", *UNIT]), families=["qwen3_moe"]),
+    "experts-dora": Case(options=LoRAOptions(r=3, target_modules=UNIT, use_dora=True), families=["qwen3_moe"]),
+    "experts-beside": Case(options=AdapterOptions(kind="parallel", width=5, positions="mlp"), families=["qwen3_moe"]),
+    "experts-freeze": Case(options=FreezeOptions(layers=["last:1"], modules=["mlp"]), families=["qwen3_moe"], drawn=False),
+    "experts-full": Case(options=FullOptions(), families=["qwen3_moe"], drawn=False),
 }
 ROUNDS_AT_FIRST = ("orthogonal", "dora")  # dora: where a bias is taken off and added again
 Pairs = list[tuple[str, str]]
@@ -546,7 +552,7 @@ def test_merged_equals_unmerged_or_is_refused_with_the_reason(case: str, family:
             merge(model)
         assert dict(model.named_parameters()) == parameters
         assert torch.equal(logits(model), before)
-        assert case in ("prompt", "series", "parallel", "scale-shift")
+        assert case in ("prompt", "series", "parallel", "scale-shift", "experts-beside")
         return
     merged = merge(model)
     assert merged.config == merged_config(stored, config)

@@ -10,7 +10,8 @@ from litlora.config import Config
 from litlora.methods.tuning import EMBEDDING, BottleneckSlot, LoRASlot, PromptSlot, Slot, Tuning
 from litlora.peft import check_tensors, copied_base_tensor, scale
 
-LAST = {"self_attn": "o_proj", "mlp": "down_proj"}  # the projection that a bottleneck stands beside
+# The projection that a bottleneck stands beside; of experts, the first one's.
+LAST = {"self_attn": ("o_proj",), "mlp": ("down_proj", "experts.0.down_proj")}
 
 
 @torch.no_grad()
@@ -75,7 +76,8 @@ def slot_movement(slot: str, kind: Slot, own: dict[str, Tensor], base: dict[str,
     if isinstance(kind, PromptSlot):
         return parts["adaption_gate"].abs().item()
     if isinstance(kind, BottleneckSlot):
-        beside = base[f"{host}.{LAST[host.rpartition('.')[2]]}.weight"].float()
+        beside_it = [f"{host}.{last}.weight" for last in LAST[host.rpartition(".")[2]]]
+        beside = next(base[name] for name in beside_it if name in base).float()
         return ratio(kind.scale * parts["up.weight"].norm(), beside.norm())
     if not isinstance(kind, LoRASlot):
         return (parts["scale"] - 1).square().mean().sqrt().item()

@@ -5,6 +5,7 @@ reference for all of these); what asks for arithmetic that `model.py` does not h
 
     table.py      the families
     reading.py    values out of a config.json, checked
+    experts.py    experts, read and written
     rope.py       rotary embeddings, read and written
     own_keys.py   layouts that keys of one family decide
     quantised.py  checkpoints whose weights are not plain numbers, and what to do with them
@@ -19,6 +20,7 @@ from typing import Any
 
 from litlora.config import Config
 from litlora.families import own_keys
+from litlora.families.experts import experts, experts_to_hf
 from litlora.families.quantised import DEQUANTISED, quantised_by
 from litlora.families.reading import (
     LLAMA_PRO_LAYERS,
@@ -99,6 +101,7 @@ def config_from_hf(config: Mapping[str, Any], where: str | Path) -> Config:
         pad_token_id=reader.token("pad_token_id", family.pad_token_id),
         torch_dtype=dtype.removeprefix("torch."),
         **(arithmetic(reader, family, hidden) | own),
+        **experts(reader, family, layers),
     )
 
 
@@ -150,6 +153,7 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         **{key: plain_number(key, getattr(config, key)) for key in family.numbers},
         **({family.parallel_key: config.parallel_residual} if family.parallel_key else {}),
         **layers_to_hf(config, family),
+        **experts_to_hf(config, family),
         "tie_word_embeddings": config.tie_word_embeddings,
         **({LLAMA_PRO_LAYERS: list(config.llama_pro_layers)} if config.llama_pro_layers else {}),
         "initializer_range": config.initializer_range,
@@ -204,4 +208,5 @@ def with_biases(config: Config, modules: Iterable[str]) -> Config | None:
 def changed_keys(before: Config, after: Config) -> dict[str, Any]:
     """What differs in config.json, so that a model derived from another keeps every key of it that it does not have to change."""
     old, new = config_to_hf(before), config_to_hf(after)
-    return {key: value for key, value in new.items() if key not in old or old[key] != value}
+    changed = {key: value for key, value in new.items() if key not in old or old[key] != value}
+    return changed | ({"decoder_sparse_step": 1} if "mlp_only_layers" in changed else {})  # the layers listed are all of them

@@ -11,6 +11,7 @@ from litlora.families.quantised import quantised_by, why_refused
 from litlora.families.table import ACTION, ACTIVATIONS, ALSO_KNOWN_AS, NEUTRAL, SUPPORTED, Family
 
 LLAMA_PRO_LAYERS = "llama_pro_layers"  # our own key of config.json: which layers were inserted; other readers ignore it
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what families call the same number
 DEFAULT_MAX_WINDOW_LAYERS = 28  # transformers' default for qwen
 
 
@@ -98,6 +99,7 @@ def refuse_foreign_arithmetic(reader: Reader, model_type: str, family: Family) -
         *family.numbers,
         "no_rope_layers" if family.unrotated == "listed" else "",
         *(["partial_rotary_factor", family.partial_key] if family.partial else []),
+        *(EXPERT_COUNTS if family.experts else []),
     }
     for key, neutral in ({key: values for key, values in NEUTRAL.items() if key not in own} | dict(family.refused)).items():
         if key in reader.values and reader.values[key] not in neutral:

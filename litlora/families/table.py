@@ -11,6 +11,18 @@ from litlora.config import Norms
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertKeys:
+    """How a config.json speaks of experts, and what it means where it is silent."""
+
+    count_key: str
+    count: int
+    per_token: int
+    size: int | None = None  # of one: moe_intermediate_size; None: there is no such key, it is intermediate_size
+    dense_layers: bool = False  # whether layers without experts can be asked for, by mlp_only_layers and decoder_sparse_step
+    normed: bool | None = None  # norm_topk_prob; None: there is no such key, weights sum to 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """How a model type differs from Llama, and what its config.json means where it is silent."""
 
@@ -58,6 +70,7 @@ class Family:
     parallel: bool = False  # what it says where it is silent
     parallel_norms: Norms = Norms(before_mlp=None)  # of a parallel block
     scaled_embedding: bool = False  # times sqrt(hidden_size)
+    experts: ExpertKeys | None = None
 
 
 GEMMA: dict[str, Any] = {
@@ -111,6 +124,20 @@ SUPPORTED: dict[str, Family] = {
         eos_token_id=2,
         window="all",
     ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        num_key_value_heads=8,
+        max_position_embeddings=131_072,
+        bos_token_id=1,
+        eos_token_id=2,
+        eps=1e-5,
+        theta=1_000_000.0,
+        window="all",
+        sliding_window=None,
+        experts=ExpertKeys(count_key="num_local_experts", count=8, per_token=2),
+        names={"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
+        refused={"router_jitter_noise": (None, 0)},
+    ),
     "qwen2": Family(architecture="Qwen2ForCausalLM", num_key_value_heads=32, max_position_embeddings=32_768, bias="qkv", window="upper"),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
@@ -120,6 +147,15 @@ SUPPORTED: dict[str, Family] = {
         bias="asked",
         fixed={"qk_norm": "head"},
         window="upper",
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        num_key_value_heads=4,
+        max_position_embeddings=32_768,
+        bias="asked",
+        fixed={"qk_norm": "head"},
+        experts=ExpertKeys(count_key="num_experts", count=128, per_token=8, size=768, dense_layers=True, normed=False),
+        refused={"use_sliding_window": (None, False)},
     ),
     "gemma": Family(
         architecture="GemmaForCausalLM",

@@ -8,9 +8,8 @@ from litlora.families.table import SUPPORTED
 
 def linear_shapes(config: Config) -> dict[str, tuple[int, int]]:
     """Every Linear of the model by its module name, in the model's order: (out, in). The head is among them, tied or not."""
-    block = attention_shapes(config) | mlp_shapes(config)
-    layers = range(config.num_hidden_layers)
-    shapes = {f"model.layers.{i}.{name}": shape for i in layers for name, shape in block.items()}
+    attention, layers = attention_shapes(config), range(config.num_hidden_layers)
+    shapes = {f"model.layers.{i}.{name}": shape for i in layers for name, shape in (attention | mlp_shapes(config, i)).items()}
     return shapes | {"lm_head": (config.vocab_size, config.hidden_size)}
 
 
@@ -23,14 +22,22 @@ def attention_shapes(config: Config) -> dict[str, tuple[int, int]]:
     return {f"self_attn.{name}": shape for name, shape in (shapes | {"o_proj": (C, H * D)}).items()}
 
 
-def mlp_shapes(config: Config) -> dict[str, tuple[int, int]]:
-    C, inner = config.hidden_size, config.intermediate_size
+def mlp_shapes(config: Config, layer: int) -> dict[str, tuple[int, int]]:
+    """Of one MLP, or of every expert of this layer."""
+    if not config.has_experts(layer):
+        return {f"mlp.{name}": shape for name, shape in unit_shapes(config, config.intermediate_size).items()}
+    expert = unit_shapes(config, config.moe_intermediate_size)
+    return {f"mlp.experts.{number}.{name}": shape for number in range(config.num_experts) for name, shape in expert.items()}
+
+
+def unit_shapes(config: Config, inner: int) -> dict[str, tuple[int, int]]:
+    C = config.hidden_size
     into = {
         "gated": {"gate_proj": (inner, C), "up_proj": (inner, C)},
         "fused": {"gate_up_proj": (2 * inner, C)},
         "plain": {"up_proj": (inner, C)},
     }
-    return {f"mlp.{name}": shape for name, shape in (into[config.mlp] | {"down_proj": (C, inner)}).items()}
+    return into[config.mlp] | {"down_proj": (C, inner)}
 
 
 def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
@@ -43,7 +50,10 @@ def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
         tensors[f"{name}.weight"] = (rows, columns)
         if is_biased(name, config):
             tensors[f"{name}.bias"] = (rows,)
-    for layer in (f"model.layers.{i}" for i in range(config.num_hidden_layers)):
+    for number in range(config.num_hidden_layers):
+        layer = f"model.layers.{number}"
+        if config.has_experts(number):
+            tensors[f"{layer}.mlp.gate.weight"] = (config.num_experts, C)
         for name in config.norms.names:
             tensors |= norm_shapes(f"{layer}.{name}", C, config)
         if config.qk_norm is not None:
@@ -57,7 +67,7 @@ def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def is_biased(linear: str, config: Config) -> bool:
-    kind, name = linear.split(".")[-2:]
+    kind, name = linear.split(".")[3], linear.rpartition(".")[2]
     if kind == "mlp":
         return config.mlp_bias
     return config.attention_out_bias if name == "o_proj" else config.attention_bias

@@ -30,6 +30,7 @@ from litlora.model import (
     Bottleneck,
     Composed,
     DoRA,
+    Experts,
     Linear,
     LoRA,
     PiSSA,
@@ -126,7 +127,7 @@ def made(host: nn.Module, kind: Slot) -> Adapter:
     if isinstance(kind, PromptSlot):
         assert isinstance(host, Attention)
         return Prompt(host, kind.length)
-    assert isinstance(kind, BottleneckSlot) and isinstance(host, Attention | MLP)
+    assert isinstance(kind, BottleneckSlot) and isinstance(host, Attention | MLP | Experts)
     return Bottleneck(host, kind.width, kind.scale, kind.activation, kind.parallel)
 
 

@@ -5,17 +5,18 @@ from collections.abc import Iterable, Sequence
 
 from litlora.errors import UserError, did_you_mean
 
-ALL_LINEAR = "all-linear"  # every projection of the blocks; not the head
+ALL_LINEAR = "all-linear"  # every projection of the blocks; not the head, nor those of experts, which are most of a model's weights
+OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def match_targets(target_modules: Sequence[str] | str, linear_names: Sequence[str]) -> list[str]:
     """The names among `linear_names` that the targets mean, in the order of `linear_names`.
 
     A target in a list is a full name, the end of one after a dot (`q_proj`, `self_attn.q_proj`), or all-linear: every
-    projection of the blocks, so not the head. A string is all-linear, or a regular expression for the full name, as in
+    projection of the blocks but the experts', so not the head. A string is all-linear, or a regular expression for the full name, as in
     PEFT. UserError if nothing matches, or if one target of a list matches nothing; it lists the names that exist.
     """
-    blocks = {name for name in linear_names if layer_number(name, ()) is not None}
+    blocks = {name for name in linear_names if layer_number(name, ()) is not None and not OF_AN_EXPERT.search(name)}
     if isinstance(target_modules, str):
         if target_modules.lower() == ALL_LINEAR:
             return [name for name in linear_names if name in blocks]
