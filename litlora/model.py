@@ -382,7 +382,7 @@ class Router(nn.Module):
         self.k, self.normed = config.num_experts_per_tok, config.norm_topk_prob
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (n, C) -> weights (n, k), experts (n, k) int64
-        weights, chosen = F.linear(wider(x), wider(self.weight)).softmax(-1).topk(self.k)
+        weights, chosen = F.linear(wider(x), wider(self.weight.to(x.dtype))).softmax(-1).topk(self.k)
         return weights / weights.sum(-1, keepdim=True) if self.normed else weights, chosen
 
 
