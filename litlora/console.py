@@ -7,12 +7,16 @@ full) nothing is said, and the work goes on: what is said is not the work.
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from litlora.errors import printable, told
+
 MB = 10**6
+STYLED = re.compile(r"(\x1b\[[\d;]*m)")  # colours and weights: ours
 STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 
@@ -28,22 +32,33 @@ def style(text: str, name: str) -> str:
     return f"\x1b[{STYLES[name]}m{text}\x1b[0m"
 
 
+def harmless(text: str) -> str:
+    """Lines for a terminal, in which nothing is a command but our own styles, whatever names of somebody else's are in them."""
+    return "".join(part if STYLED.fullmatch(part) else printable(part, keep="\n\t") for part in STYLED.split(text))
+
+
 def say(text: str = "") -> None:
+    """On standard error: what is not the result."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(harmless(text), file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """A result for people to read, on standard output."""
+    print(harmless(text), flush=True)
 
 
 def warn(text: str, hint: str = "") -> None:
-    say(f"{style('warning:', 'yellow')} {text}")
+    say(f"{style('warning:', 'yellow')} {told(text)}")
     if hint:
-        say(f"hint: {hint}")
+        say(f"hint: {told(hint)}")
 
 
 def header(rows: Sequence[tuple[str, str]]) -> None:
     """Aligned lines of name and value: what is about to happen, in a few lines."""
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
-        say(f"{style(f'{name:<{width}}', 'dim')}{value}")
+        say(f"{style(f'{name:<{width}}', 'dim')}{printable(value)}")
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = (), bold: Collection[int] = ()) -> None:
@@ -51,6 +66,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Co
 
     `right`: columns of numbers; `bold`: rows that stand out.
     """
+    rows = [[printable(word) for word in row] for row in rows]
     if sys.stdout.isatty() and os.environ.get("TERM", "") != "dumb" and not os.environ.get("NO_COLOR"):
         from rich.console import Console
         from rich.table import Table
@@ -67,11 +83,6 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Co
     for row in (head, *rows):
         padded = (f"{word:>{width}}" if n in right else f"{word:<{width}}" for n, (word, width) in enumerate(zip(row, widths, strict=True)))
         print("  ".join(padded).rstrip())
-
-
-def printable(text: str) -> str:
-    """`text` without what would command a terminal: it may come from a file of somebody else's."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def amount(size: int) -> str:
@@ -119,7 +130,7 @@ class Progress:
         """A lasting line above the live one."""
         if self.bar is not None:
             with contextlib.suppress(OSError):
-                self.bar.console.print(text, markup=False, highlight=False)
+                self.bar.console.print(harmless(text), markup=False, highlight=False)
         elif not self.quiet:
             say(text)
 

@@ -6,8 +6,11 @@
 """
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+JOINERS = "\u200c\u200d"  # invisible, and part of words and of emoji
 
 
 class Refusal(Exception):
@@ -26,8 +29,8 @@ class Refusal(Exception):
 
     def report(self) -> str:
         """The text for standard error, at most five lines of it ours."""
-        lines = [f"error: {self}", *(f"  {line}" for line in self.context)]
-        return "\n".join([*lines, f"hint: {self.hint}"] if self.hint else lines)
+        lines = [f"error: {told(str(self))}", *(f"  {printable(line)}" for line in self.context)]
+        return "\n".join([*lines, f"hint: {told(self.hint)}"] if self.hint else lines)
 
 
 class UserError(Refusal, ValueError):
@@ -48,6 +51,26 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int, message: str = "") -> None:
         super().__init__(message or f"interrupted by signal {signal_number}")
         self.exit_code, self.message = 128 + signal_number, message
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with whatever could command a terminal, or mislead who reads it, written out (`\\x1b`, `\\u202e`), but for what is in `keep`.
+
+    For names and texts that come from files of somebody else's.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter
+        if letter.isprintable() or letter in keep or letter in JOINERS or unicodedata.category(letter) == "Zs"
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def told(text: str) -> str:
+    """A message of ours, whose further lines are indented, made `printable`: no name in it begins a line of its own."""
+    return "\n  ".join(map(printable, text.split("\n  ")))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

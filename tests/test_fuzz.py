@@ -4,23 +4,28 @@ Hypothesis makes it up: half of it near what is meant, for noise alone stops at 
 """
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoint_samples import ADAPTER, CONFIG, add_step, make_base, manifest_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from talkers import TEMPLATE, byte_tokenizer
 
 from litlora import options, parsing
+from litlora.__main__ import main
 from litlora.checkpoint import names
 from litlora.checkpoint.manifest import read_manifest, read_state, seal
 from litlora.checkpoint.resolve import read_step, resolve
 from litlora.commands import COMMANDS, Command
+from litlora.console import print_table, warn
 from litlora.data.samples import load_data
 from litlora.errors import UserError, WorkError
 from litlora.families import config_from_hf
@@ -238,3 +243,81 @@ def test_any_manifest_is_read_or_refused(place: Path, values: dict[str, Any], ra
     finally:
         for name, content in good.items():
             (step / name).write_bytes(content)
+
+
+# ---- names of somebody else's on a terminal --------------------------------------------------------------------------
+
+COMMANDING = st.sampled_from(
+    ["\x1b]0;title\x07", "\x1b[2J", "\x9b31m", "\r", "\x08", "\nhint: rm -r", "\u202e", "\u2028", "\x7f", "\ufeff"]
+)
+HOSTILE = st.builds(lambda *parts: "".join(parts), st.text("ab\u3000é.", max_size=3), COMMANDING, st.text(max_size=3))
+
+
+def as_tensor(place: Path, name: str) -> list[list[str]]:
+    """A base with one tensor too many."""
+    base = make_base(place / "base")
+    tensors = load_file(base / names.WEIGHTS)
+    with contextlib.suppress(UnicodeEncodeError):
+        save_file({**tensors, name: np.zeros(2, np.float32)}, base / names.WEIGHTS)
+    return [[command, str(base)] for command in ("inspect", "verify")] + [
+        ["diff", str(base), "demo"],
+        ["expand", str(base), "--out_dir", "x"],
+    ]
+
+
+def as_key(place: Path, name: str) -> list[list[str]]:
+    base = make_base(place / "base")
+    (base / names.CONFIG).write_text(json.dumps({**CONFIG, name: 1, "model_type": name, "hidden_act": name}))
+    return [["inspect", str(base)], ["verify", str(base)]]
+
+
+def as_row(place: Path, name: str) -> list[list[str]]:
+    rows = place / "rows.jsonl"
+    values = [{name: 1}, {"messages": [{"role": name, "content": name}]}, {"prompt": name, "completion": name}]
+    rows.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return [["data", "validate", str(rows)], ["data", "inspect", str(rows), "--rows.on_error", "skip"]]
+
+
+def as_file(place: Path, name: str) -> list[list[str]]:
+    (place / "there").mkdir()
+    with contextlib.suppress(OSError, ValueError):
+        (place / "there" / name.replace("/", "_")).write_text("")
+    return [["inspect", str(place / "there")], ["chat", str(place / "there")], ["data", "inspect", str(place / "there")], ["verify", name]]
+
+
+def as_adapter(place: Path, name: str) -> list[list[str]]:
+    step = add_step(place / "out", 1, make_base(place / "base"))
+    values = json.loads((step / names.ADAPTER_CONFIG).read_text())
+    (step / names.MANIFEST).unlink()
+    adapter = step.rename(place / "adapter")
+    (adapter / names.ADAPTER_CONFIG).write_text(json.dumps({**values, "target_modules": [name], name: name}))
+    return [[command, str(adapter)] for command in ("inspect", "verify", "merge_lora")]
+
+
+@pytest.mark.parametrize("put", [as_tensor, as_key, as_row, as_file, as_adapter])
+@settings(max_examples=max(EXAMPLES // 6, 5), deadline=None, suppress_health_check=list(HealthCheck))
+@given(name=HOSTILE)
+def test_no_name_of_somebody_elses_commands_the_terminal(put: Any, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Z01, S01: of tensors, keys, roles, files, modules; in refusals, findings and tables. It is written out, and begins no line."""
+    for words in put(tmp_path_factory.mktemp("names"), name):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main(words)
+        shown = out.getvalue() + err.getvalue()
+        assert shown and not {letter for letter in shown if letter < " " or "\x7f" <= letter <= "\x9f"} - {"\n"}
+        assert not {"\u202e", "\u2028", "\ufeff"} & set(shown)
+        assert "hint: rm -r" not in shown.splitlines() or words[0] == "data"  # a row's text is shown with its own lines
+
+
+@fuzz
+@given(name=HOSTILE | st.text())
+def test_every_way_to_say_something_writes_names_out(name: str) -> None:
+    """Refusals, warnings and tables: our own further lines are indented, so that a name begins none."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        warn(name, name)
+        print_table(["a", "b"], [[name, "1"]])
+        print(UserError(name, where=name, context=[name], hint=name).report(), file=err)
+    lines = err.getvalue().split("\n")[:-1]
+    assert all(line.startswith(("warning: ", "hint: ", "error: ", "  ")) for line in lines) and len(out.getvalue().split("\n")) == 3
+    assert not any(letter < " " or "\x7f" <= letter <= "\x9f" for line in (*lines, *out.getvalue().split("\n")) for letter in line)

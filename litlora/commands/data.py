@@ -9,12 +9,12 @@ import numpy as np
 
 from litlora.checkpoint.files import open_prompts
 from litlora.checkpoint.resolve import demo_base, resolve
-from litlora.console import header
+from litlora.console import header, show
 from litlora.data.formats import NOT_LEARNT, Message, Pair, Text, Verdict, format_of, parse_mapping, read_row
 from litlora.data.places import Row
 from litlora.data.rows import DataFile, rows_of
 from litlora.data.samples import DataSet, files_of, load_data, marked, warn_of_placeholders
-from litlora.errors import UserError, WorkError
+from litlora.errors import UserError, WorkError, printable
 from litlora.options import InspectData, ValidateData
 from litlora.prompts import Prompts
 
@@ -51,9 +51,9 @@ def inspect(options: InspectData) -> None:
         return
     header([("model", str(checkpoint.path)), ("template", prompts.template_name)])
     for name, value in lines(found):
-        print(f"{name:<9}{value}")
+        show(f"{name:<9}{printable(value)}")
     for sample in samples[: options.number]:
-        print(f"--- {sample.where}: {len(sample.tokens)} tokens, {sample.graded} graded\n{marked(sample, prompts)}")
+        show(f"--- {sample.where}: {len(sample.tokens)} tokens, {sample.graded} graded\n{marked(sample, prompts)}")
 
 
 def kind_of(file: DataFile, options: InspectData) -> str:
@@ -143,12 +143,13 @@ def validate(options: ValidateData) -> None:
         print(json.dumps([asdict(report) for report in reports], ensure_ascii=False))
     else:
         for reason in refused[: options.show or None]:
-            print(reason)
+            show(printable(reason))
         if 0 < options.show < len(refused):
             print(f"... and {len(refused) - options.show:,} more (--show 0 prints all)")
         for report in reports:
             note = " (not learnt by fine-tuning)" if report.format in NOT_LEARNT else ""
-            print(f"{report.file} · {report.format or 'no known format'}{note} · {report.rows:,} rows, {len(report.refused):,} refused")
+            kind = report.format or "no known format"
+            show(f"{printable(report.file)} · {kind}{note} · {report.rows:,} rows, {len(report.refused):,} refused")
     if refused:
         rows = sum(report.rows for report in reports)
         hint = "--rows.on_error skip trains without them" if len(refused) < rows else ""

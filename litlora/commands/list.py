@@ -11,8 +11,8 @@ from litlora.checkpoint.history import leftovers
 from litlora.checkpoint.note import first_line, read_note, tags_of
 from litlora.checkpoint.reading import READ_UNASKED, size_of
 from litlora.checkpoint.resolve import Step, best_of, kind_of, list_step_paths, list_steps, looked_at, why_taken
-from litlora.console import MB, amount, count, print_table, printable, say
-from litlora.errors import UserError
+from litlora.console import MB, amount, count, print_table, say
+from litlora.errors import UserError, told
 from litlora.options import ListSteps
 
 
@@ -97,7 +97,7 @@ def cells(row: dict[str, Any]) -> Sequence[str]:
         loss(row["val_loss"]),
         f"{row['bytes'] / MB:.1f}",
         state(row),
-        printable(" · ".join(word for word in words if word)),
+        " · ".join(word for word in words if word),
     )
 
 
@@ -114,9 +114,9 @@ def state(row: dict[str, Any]) -> str:
 def tell(found: dict[str, Any]) -> None:
     """Below the table: which step the run's path means, what was not looked at, and what is no step."""
     if found["best"]:
-        say(printable(f"* {found['best']}: {found['why']}"))
+        say(told(f"* {found['best']}: {found['why']}"))
     if not found["read"]:
         size = amount(sum(row["bytes"] for row in found["steps"]))
         say(f"unread: {size} in this run, so sizes were compared and contents were not; --check reads every byte")
     for one in found["leftovers"]:
-        say(printable(f"{one['path']}: {one['what']}; {one['hint']}"))
+        say(told(f"{one['path']}: {one['what']}; {one['hint']}"))

@@ -11,7 +11,8 @@ from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.fingerprint import combine, tensor_digests
 from litlora.checkpoint.reading import read_json, sha256
 from litlora.checkpoint.resolve import kind_of, list_step_paths, names_step_of_run, read_step, resolve
-from litlora.errors import Refusal, UserError, WorkError
+from litlora.console import show
+from litlora.errors import Refusal, UserError, WorkError, printable, told
 from litlora.options import Verify
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Finding:
 
     def __str__(self) -> str:
         head = f"{'FAILED' if self.faults else 'note' if self.warnings else 'ok':<8}{self.path}: {self.what}"
-        return "\n".join([head, *(f"        {line}" for line in (*self.faults, *self.warnings, *self.told))])
+        return "\n".join([printable(head), *(f"        {told(line)}" for line in (*self.faults, *self.warnings, *self.told))])
 
 
 def verify(options: Verify) -> None:
@@ -41,7 +42,7 @@ def verify(options: Verify) -> None:
     for finding in findings(path, options):
         found.append(finding)
         if not options.json:
-            print(finding, flush=True)
+            show(str(finding))
     if options.json:
         print(json.dumps([as_json(finding) for finding in found], indent=2, ensure_ascii=False))
     failed = [finding for finding in found if finding.faults]

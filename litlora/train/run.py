@@ -337,8 +337,7 @@ def show_samples(job: Job, number: int = 2) -> None:
     """`--dry_run`: what the plan is, and the first samples as the model sees them, the graded part between «»."""
     console.header(header(job, plan_of(job), None))
     for sample in job.data.train[:number]:
-        print(f"--- {sample.where}: {len(sample.tokens)} tokens, {sample.graded} graded")
-        print(marked(sample, job.prompts))
+        console.show(f"--- {sample.where}: {len(sample.tokens)} tokens, {sample.graded} graded\n{marked(sample, job.prompts)}")
 
 
 def rows_hash(samples: Sequence[Sample]) -> str:

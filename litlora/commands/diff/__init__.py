@@ -14,8 +14,8 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.commands.diff.measure import Difference, Sums, compare
 from litlora.commands.diff.picture import check_plot, draw, heat_map, in_colours, modules_of, percent, short
-from litlora.console import Progress
-from litlora.errors import UserError, WorkError
+from litlora.console import Progress, show
+from litlora.errors import UserError, WorkError, printable
 from litlora.options import Diff
 
 BIG = 256 * 2**20  # bytes of weights from which on a progress line is worth it
@@ -44,7 +44,7 @@ def diff(options: Diff) -> None:
     if options.json:
         print(json.dumps(as_json(difference, a, b), indent=2, ensure_ascii=False))
     else:
-        print("\n".join(lines(difference, a, b)))
+        show("\n".join(lines(difference, a, b)))
     if options.exit_code and not difference.is_equal:
         raise WorkError(f"differs from {a.path}", where=b.path)
 
@@ -53,6 +53,13 @@ def diff(options: Diff) -> None:
 
 
 def lines(difference: Difference, a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+    yield from map(printable, described(difference, a, b))
+    if not difference.is_equal:
+        yield from maps(difference)
+
+
+def described(difference: Difference, a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+    """All but the maps. Names in it may be of somebody else's choice."""
     yield f"A  {a.path}: {kind(a)}"
     yield f"B  {b.path}: {kind(b)}"
     if difference.same_base is not None:
@@ -72,7 +79,6 @@ def lines(difference: Difference, a: Checkpoint, b: Checkpoint) -> Iterator[str]
         yield "nothing differs: every number is the same, bit for bit"
         return
     yield from in_words(difference)
-    yield from maps(difference)
 
 
 def alone_in_words(alone: Mapping[str, tuple[int, ...]]) -> Iterator[str]:

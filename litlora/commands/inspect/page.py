@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from litlora.commands.inspect.report import Report
-from litlora.console import amount, count, printable
+from litlora.console import amount, count
+from litlora.errors import printable
 
 WIDTH = 12  # of the names of lines
 FEW = 8  # so many modules or layers have a line each
