@@ -67,6 +67,7 @@ class Config:
     """The shape and arithmetic of one GPT. Sizes are counts; the token ids may be several."""
 
     model_type: str
+    text_of: str = ""  # the model type of a larger model, of text and images, whose text model this is
     vocab_size: int  # V; rows of the embedding, which may be more than the tokenizer has
     hidden_size: int  # C
     intermediate_size: int

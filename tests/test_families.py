@@ -506,7 +506,7 @@ def test_what_a_family_cannot_be_is_refused_by_its_key(model_type: str, key: str
 
 def test_a_model_of_text_and_images_is_refused_for_what_it_is() -> None:
     with pytest.raises(UserError, match="text and more") as refused:
-        config_from_hf({"model_type": "gemma3", "text_config": GEMMA_3, "vision_config": {}}, WHERE)
+        config_from_hf({"model_type": "llava", "text_config": GEMMA_3, "vision_config": {}}, WHERE)
     assert "gemma3_text" in refused.value.hint
 
 

@@ -27,6 +27,7 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 VOCABULARIES = ((TOKENIZER,), ("tokenizer.model",), ("tokenizer.model.v3",), ("vocab.json", "merges.txt"))  # one of these is a tokenizer
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "chat_template.json")  # of models of text and images
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "NOTICE", "USE_POLICY.md")
 README = "README.md"
 UNFINISHED = ".cache/huggingface/download/*.incomplete"  # what an interrupted download leaves

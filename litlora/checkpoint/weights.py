@@ -87,8 +87,8 @@ def base_tensors(base: Checkpoint) -> dict[str, Tensor]:
     config = base.config()
     expected = expected_tensors(config)
     stored = mapped(base.shards())
-    tensors = {tensor_name(name, config): tensor for name, tensor in stored.items() if not is_derived(name)}
-    if len(tensors) < sum(not is_derived(name) for name in stored):
+    tensors = {tensor_name(name, config): tensor for name, tensor in stored.items() if not is_derived(name, config)}
+    if len(tensors) < sum(not is_derived(name, config) for name in stored):
         raise UserError("a tensor is there twice, with and without the prefix model.", where=base.path)
     if config.tie_word_embeddings and HEAD in tensors:
         head, embedding = tensors.pop(HEAD), tensors.get(EMBEDDING)

@@ -26,6 +26,7 @@ from litlora.merge.effective import Effective
 from litlora.merge.outputs import Output
 from litlora.merge.tensors import write_at
 from litlora.merge.weights import new_file
+from litlora.methods import refuse_part
 from litlora.safetensors_file import DTYPES, SafetensorsFile, from_float32
 
 # What two models may say differently in config.json: nothing that is computed with depends on it.
@@ -64,6 +65,7 @@ def model_blend_of(parents: Sequence[Parent], recipe: Recipe, *, base: Checkpoin
         for checkpoint in [*(parent.checkpoint for parent in parents[1:]), *([base] if base else [])]:
             with Effective(checkpoint) as other:
                 check_shape(first, other)
+        refuse_part(first.config, "combine writes a whole model")
         outputs = {
             name: replace(output, name=stored_name(name, first.config), dtype=word or output.dtype)
             for name, output in first.outputs.items()

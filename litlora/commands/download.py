@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 BIG = 2**26  # bytes from which on a progress line is worth it
 MARGIN = 2**24  # bytes free beyond the files themselves: metadata and locks
-ALWAYS = (names.CONFIG, names.GENERATION_CONFIG, *names.TOKENIZER_FILES, *names.LICENCE_FILES, names.README)
+ALWAYS = (names.CONFIG, names.GENERATION_CONFIG, *names.TOKENIZER_FILES, *names.LICENCE_FILES, *names.PROCESSOR_FILES, names.README)
 
 
 @dataclass(frozen=True)

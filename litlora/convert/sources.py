@@ -21,6 +21,7 @@ from litlora.convert.litgpt import litgpt_config, lora_in_peft, model_in_hf, rea
 from litlora.convert.parts import Part, parts_of, refuse_not_finite
 from litlora.errors import UserError
 from litlora.families import config_from_hf, config_to_hf, expected_tensors, is_derived, stored_name, tensor_name
+from litlora.methods import refuse_part
 from litlora.methods.tuning import EMBEDDING, HEAD
 from litlora.peft import check_tensors
 
@@ -168,6 +169,7 @@ def whole_model(
     has_config: bool = False,
 ) -> Model:
     """The tensors that the config means, under their full names; the others are named with the reason why they are left out."""
+    refuse_part(config, "convert reads whole models")
     dropped = {name: DERIVED for name in tensors if is_derived(name)}
     kept = {tensor_name(name, config): part for name, part in tensors.items() if name not in dropped}
     if len(kept) + len(dropped) < len(tensors):

@@ -10,6 +10,7 @@ reference for all of these); what asks for arithmetic that `model.py` does not h
     own_keys.py   layouts that keys of one family decide
     quantised.py  checkpoints whose weights are not plain numbers, and what to do with them
     tensors.py    names and shapes of the weights
+    wrapped.py    the text model inside a model of text and images
 """
 
 import math
@@ -36,6 +37,7 @@ from litlora.families.reading import (
 from litlora.families.rope import ropes, ropes_to_hf
 from litlora.families.table import SUPPORTED, Family
 from litlora.families.tensors import expected_tensors, is_derived, linear_shapes, stored_name, tensor_name
+from litlora.families.wrapped import is_wrapped, spelt_as, text_values, with_changes
 
 __all__ = [
     "DEQUANTISED",
@@ -48,9 +50,11 @@ __all__ = [
     "is_derived",
     "linear_shapes",
     "quantised_by",
+    "spelt_as",
     "stored_name",
     "tensor_name",
     "with_biases",
+    "with_changes",
 ]
 
 
@@ -60,11 +64,13 @@ def config_from_hf(config: Mapping[str, Any], where: str | Path) -> Config:
     `where` is that file, for the messages. UserError, naming the key: a model type that is not SUPPORTED, a size that
     is missing or no whole number, or a value that asks for arithmetic that litlora does not have.
     """
-    reader = Reader(config, where)
+    whole, config = config, text_values(config) if is_wrapped(config) else config
+    reader = Reader(config, where, "text_config." if whole is not config else "")
     model_type, family = supported_family(reader)
-    reader = Reader(config, where, spelt=family.keys)
+    reader = Reader(config, where, reader.prefix, spelt=family.keys)
     refuse_foreign_arithmetic(reader, model_type, family)
-    hidden, heads, layers = (reader.integer(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    hidden, layers = (reader.integer(key) for key in ("hidden_size", "num_hidden_layers"))
+    heads = reader.integer("num_attention_heads", family.num_attention_heads)
     context = reader.integer("max_position_embeddings", family.max_position_embeddings)
     own = own_keys.READ[model_type](reader) if model_type in own_keys.READ else {}
     kv_heads = own.pop("num_key_value_heads", None)
@@ -78,7 +84,8 @@ def config_from_hf(config: Mapping[str, Any], where: str | Path) -> Config:
     dtype = reader.text("dtype", reader.text("torch_dtype", "float32"))
     return Config(
         model_type=model_type,
-        vocab_size=reader.integer("vocab_size"),
+        text_of=whole["model_type"] if whole is not config else "",
+        vocab_size=reader.integer("vocab_size", family.vocab_size),
         hidden_size=hidden,
         intermediate_size=reader.integer("intermediate_size", family.widening and family.widening * hidden),
         num_hidden_layers=layers,

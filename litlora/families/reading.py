@@ -9,6 +9,7 @@ from litlora.config import LayerType
 from litlora.errors import UserError, did_you_mean
 from litlora.families.quantised import quantised_by, why_refused
 from litlora.families.table import ACTION, ACTIVATIONS, ALSO_KNOWN_AS, NEUTRAL, SUPPORTED, Family
+from litlora.families.wrapped import WRAPPED
 
 LLAMA_PRO_LAYERS = "llama_pro_layers"  # our own key of config.json: which layers were inserted; other readers ignore it
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what families call the same number
@@ -82,7 +83,7 @@ def supported_family(reader: Reader) -> tuple[str, Family]:
     if not isinstance(model_type, str):
         raise reader.refusal("model_type", "missing, so this is no model's config.json", f"supported: {names}")
     if model_type not in SUPPORTED and isinstance(reader.values.get("text_config"), Mapping):
-        why = f"{model_type!r} is a model of text and more (it has a text_config); only models of text alone are supported"
+        why = f"{model_type!r} is a model of text and more (it has a text_config); of those only {' and '.join(WRAPPED)} are supported"
         raise reader.refusal("model_type", why, f"its text model saved by itself, if its model type is one of: {names}")
     if model_type not in SUPPORTED:
         guess = did_you_mean(model_type, SUPPORTED)

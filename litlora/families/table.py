@@ -36,6 +36,8 @@ class Family:
     refused: Mapping[str, tuple[Any, ...]] = field(
         default_factory=dict
     )  # keys of its own that ask for foreign arithmetic -> values that do not
+    vocab_size: int | None = None  # of those whose config.json may be silent
+    num_attention_heads: int | None = None
     num_key_value_heads: int | None = None  # None: as many as query heads
     widening: int | None = None  # intermediate_size / hidden_size where config.json is silent; None: it may not be
     max_position_embeddings: int = 2048
@@ -172,6 +174,8 @@ SUPPORTED: dict[str, Family] = {
     ),
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
+        vocab_size=262_208,
+        num_attention_heads=8,
         **GEMMA | {"max_position_embeddings": 131_072},
         fixed={"norm_offset": 1.0, "norms": AROUND, "qk_norm": "head"},
         numbers={"query_pre_attn_scalar": 256.0, "final_logit_softcapping": None},

@@ -4,6 +4,7 @@ import re
 
 from litlora.config import Config
 from litlora.families.table import SUPPORTED
+from litlora.families.wrapped import is_beside, text_name, whole_name
 
 
 def linear_shapes(config: Config) -> dict[str, tuple[int, int]]:
@@ -84,6 +85,8 @@ def tensor_name(name: str, config: Config | None = None) -> str:
     `config` for the families whose names are not Llama's (`Family.names`).
     """
     table = {} if config is None else SUPPORTED[config.model_type].names
+    if config is not None and config.text_of:
+        name = text_name(name)
     for ours, stored in table.items():
         name = f".{name}.".replace(f".{stored}.", f".{ours}.").strip(".")
     return f"model.{name}" if re.match(r"(layers|embed_tokens|norm)\.", name) else name
@@ -93,9 +96,12 @@ def stored_name(name: str, config: Config) -> str:
     """The inverse: what a parameter or module is called in a checkpoint of its family, and by its users."""
     for ours, stored in SUPPORTED[config.model_type].names.items():
         name = f".{name}.".replace(f".{ours}.", f".{stored}.").strip(".")
-    return name
+    return whole_name(name) if config.text_of else name
 
 
-def is_derived(name: str) -> bool:
-    """Whether a tensor of a checkpoint holds nothing that was learnt: old models carry their rotary frequencies and masks along."""
+def is_derived(name: str, config: Config | None = None) -> bool:
+    """Whether a tensor of a checkpoint is no parameter: old models carry their rotary frequencies and masks along, models of text and
+    images a vision tower."""
+    if config is not None and is_beside(name, config):
+        return True
     return name.endswith((".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"))

@@ -13,7 +13,7 @@ import numpy as np
 from litlora.checkpoint import names
 from litlora.checkpoint.fingerprint import combine
 from litlora.checkpoint.reading import file_in, parse_json, read_bytes, read_json, sha256
-from litlora.families import changed_keys, expected_tensors
+from litlora.families import changed_keys, expected_tensors, with_changes
 from litlora.merge.outputs import NewModel
 from litlora.merge.plan import Plan
 from litlora.merge.tensors import Moved
@@ -36,7 +36,7 @@ def write_model_files(model: NewModel, directory: Path) -> None:
     (directory / names.CONFIG).write_bytes(config_bytes(model))
     if not (directory / names.WEIGHTS).exists():
         (directory / names.WEIGHTS_INDEX).write_bytes(index_bytes(model))
-    copy_files(model.base.path, (names.GENERATION_CONFIG, *names.LICENCE_FILES), directory)
+    copy_files(model.base.path, (names.GENERATION_CONFIG, *names.LICENCE_FILES, *names.PROCESSOR_FILES), directory)
 
 
 def copy_files(source: Path, wanted: Iterable[str], directory: Path) -> None:
@@ -54,8 +54,8 @@ def config_bytes(model: NewModel) -> bytes:
     values = parse_json(raw, model.base.path / names.CONFIG)
     if model.dtype is not None:
         word = next(word for word, code in DTYPES.items() if code == model.dtype)
-        changed |= dict.fromkeys([key for key in ("torch_dtype", "dtype") if key in values] or ["torch_dtype"], word)
-    return encode(values | changed)
+        values = values | dict.fromkeys([key for key in ("torch_dtype", "dtype") if key in values] or ["torch_dtype"], word)
+    return encode(with_changes(values, changed))
 
 
 def index_bytes(model: NewModel) -> bytes:

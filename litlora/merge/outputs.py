@@ -10,7 +10,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.config import Config, merged_layers
 from litlora.errors import UserError
-from litlora.families import expected_tensors, is_derived, stored_name, tensor_name
+from litlora.families import expected_tensors, is_derived, spelt_as, stored_name, tensor_name
 from litlora.merge.tensors import WIDTH
 from litlora.methods.tuning import EMBEDDING, HEAD, LoRASlot, ScaleShiftSlot, Tuning, merged_config, merged_name
 from litlora.peft import scale
@@ -123,7 +123,7 @@ def base_files(base: Checkpoint, config: Config) -> dict[Path, dict[str, TensorI
                 raise UserError(f"the tensor {name} is there twice", where=base.path)
             found[tensor_name(name, config)] = info.shape
     expected = expected_tensors(config)
-    extra = [name for name in found.keys() - expected.keys() if not is_derived(name)]
+    extra = [name for name in found.keys() - expected.keys() if not is_derived(name, config)]
     if config.tie_word_embeddings:
         extra = [name for name in extra if name != HEAD]  # a copy of the embedding, which every reader ignores
     faults = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
@@ -152,6 +152,10 @@ def new_model(base: Checkpoint, config: Config, tuning: Tuning, *, dtype: str | 
     origins |= {name: parameter_before(name, layers) for name in shapes}
     renamed = origins.keys() != homes.keys()
     outputs: dict[Path, list[Output]] = {path: [] for path in files}
+
+    def full_name(name: str) -> str:
+        return spelt_as(stored_name(name, after), homes[EMBEDDING][1]) if after.text_of else stored_name(name, after)
+
     for name, parameter in origins.items():
         path, stored = homes[relative_in_base(parameter, homes)]
         info = files[path][stored]
@@ -161,10 +165,10 @@ def new_model(base: Checkpoint, config: Config, tuning: Tuning, *, dtype: str | 
         copied = own or parameter == HEAD or (in_new_layer and not trained and fill is None)
         outputs[path].append(
             Output(
-                name=stored if own and not renamed else stored_name(name, after),
+                name=stored if own and (not renamed or is_derived(stored, config)) else full_name(name),
                 parameter=name,
                 shape=shapes.get(name, info.shape),
-                dtype=stored_dtype(dtype, stored, info),
+                dtype=stored_dtype(dtype, stored, info, config),
                 source=stored if copied else None,
                 source_dtype=info.dtype if copied else "",
                 own=own,
@@ -225,9 +229,9 @@ def update_of(parameter: str, tuning: Tuning, config: Config) -> LowRank | Rows 
     return None
 
 
-def stored_dtype(dtype: str | None, name: str, info: TensorInfo) -> str:
+def stored_dtype(dtype: str | None, name: str, info: TensorInfo, config: Config) -> str:
     """What the new model stores a tensor as; `dtype` is the one that was asked for."""
-    keeps = dtype is None or info.dtype not in ("F16", "BF16", "F32", "F64") or is_derived(name)
+    keeps = dtype is None or info.dtype not in ("F16", "BF16", "F32", "F64") or is_derived(name, config)
     return info.dtype if keeps or dtype is None else dtype
 
 

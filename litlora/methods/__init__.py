@@ -84,6 +84,8 @@ def described_lora(options: LoRAOptions, config: Config) -> AdapterConfig:
     embedding, head = (stored_name(name.removesuffix(".weight"), config) for name in (EMBEDDING, HEAD))
     tied = separated(config, options.untie).tie_word_embeddings
     described = adapter_config(options, linears, module_names=modules, shared=(embedding, head) if tied else ())
+    if config.text_of:  # a word alone would mean modules of the vision tower too
+        described = replace(described, target_modules=targets(described, linears), layers_to_transform=None)
     for option, table in (("rank_pattern", described.rank_pattern), ("alpha_pattern", described.alpha_pattern)):
         for name in table:
             only = replace(described, rank_pattern={name: 0}, alpha_pattern={})
@@ -188,7 +190,7 @@ def peft_prompts(config: Config) -> bool:
     """Whether PEFT's ADAPTION_PROMPT computes what `Prompt` does: not where it applies the output's bias twice, nor where it counts
     the heads wrong (0.21)."""
     square = config.num_attention_heads * config.head_dim == config.hidden_size
-    return config.model_type in ("llama", "mistral") and square and not config.attention_out_bias
+    return config.model_type in ("llama", "mistral") and not config.text_of and square and not config.attention_out_bias
 
 
 def pro(options: ProOptions, config: Config) -> Tuning:
@@ -229,7 +231,15 @@ def freeze(options: FreezeOptions, config: Config) -> Tuning:
 
 def full(options: FullOptions, config: Config) -> Tuning:
     """Everything."""
+    refuse_part(config, "full writes a whole model")
     return Tuning(whole=tuple(expected_tensors(separated(config, options.untie))), untied=options.untie)
+
+
+def refuse_part(config: Config, what: str) -> None:
+    """UserError where the model is a part of a larger one, whose other weights would be missing in what is written."""
+    if config.text_of:
+        why = f"{what}, and this is the text model inside a {config.text_of}, whose other weights would be missing in it"
+        raise UserError(why, hint="lora, adapter, pro or freeze, and merge_lora, which carries them over")
 
 
 def linear_names(config: Config) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from litlora import families
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import check_free_space, check_outside, check_writable, commit_directory, make_directory
@@ -44,7 +45,14 @@ __all__ = [
     "tokens_per_character",
 ]
 
-KEPT_FILES = (names.TOKENIZER_CONFIG, names.SPECIAL_TOKENS, names.CHAT_TEMPLATE, names.GENERATION_CONFIG, *names.LICENCE_FILES)
+KEPT_FILES = (
+    names.TOKENIZER_CONFIG,
+    names.SPECIAL_TOKENS,
+    names.CHAT_TEMPLATE,
+    names.GENERATION_CONFIG,
+    *names.LICENCE_FILES,
+    *names.PROCESSOR_FILES,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +122,7 @@ def write_small_files(plan: Plan, directory: Path) -> None:
         if (base / name).exists():
             (directory / name).write_bytes(read_bytes(file_in(base, name)))
     rows = max(plan.weights.rows, plan.vocabulary.size)
-    (directory / names.CONFIG).write_bytes(as_json(read_json(base, names.CONFIG) | {"vocab_size": rows}))
+    (directory / names.CONFIG).write_bytes(as_json(families.with_changes(read_json(base, names.CONFIG), {"vocab_size": rows})))
     if not (directory / names.WEIGHTS).exists():
         (directory / names.WEIGHTS_INDEX).write_bytes(as_json(new_index(plan)))
 
