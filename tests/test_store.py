@@ -89,6 +89,7 @@ def test_what_changes_samples_finds_nothing(tmp_path: Path, prompts: Prompts, mo
         lambda: load(path, prompts, 40),
         lambda: load(path, prompts, mask_prompt=False),
         lambda: load(path, prompts, on_error="skip"),
+        lambda: load(path, prompts, map=["prompt=completion", "completion=prompt"]),
         lambda: load(jsonl(tmp_path / "rows.jsonl", pairs(6)), prompts),
     ):
         before = len(made)
@@ -131,10 +132,43 @@ def test_nothing_is_kept_of_rows_with_mistakes_nor_where_it_is_not_wanted(tmp_pa
     assert len(list(kept.iterdir())) == store.ENTRIES
 
 
-def test_a_home_that_cannot_be_written_to_costs_time_alone(tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_home_that_cannot_be_written_to_costs_time_alone(
+    tmp_path: Path,
+    prompts: Prompts,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The samples are on disk all the same, elsewhere: no more memory is taken."""
+    store._warn_once.cache_clear()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert len(load(jsonl(tmp_path / "rows.jsonl", pairs(3)), prompts).train) == 3
+    data = load(jsonl(tmp_path / "rows.jsonl", pairs(3)), prompts)
+    assert len(data.train) == 3 and isinstance(data.train.parts[0].tokens, np.memmap) and capsys.readouterr().err == ""
+
+
+def test_without_a_cache_nothing_stays(tmp_path: Path, prompts: Prompts, kept: Path) -> None:  # noqa: F811
+    """`--rows.cache false`: what was tokenized is on disk while it is used, and what others kept is not looked at."""
+    path = jsonl(tmp_path / "rows.jsonl", pairs(5))
+    data = load_data([str(path)], prompts, rows=RowsOptions(cache=False), max_seq_length=512)
+    assert len(data.train) == 5 and isinstance(data.train.parts[0].tokens, np.memmap)
+    del data
+    assert not kept.exists() or list(kept.iterdir()) == []
+
+
+def test_samples_of_several_files_keep_their_own_places(tmp_path: Path, prompts: Prompts) -> None:  # noqa: F811
+    """Against: samples of the first file for those of the second; another way to cut a text found in the cache."""
+    first, second = (
+        jsonl(tmp_path / "a.jsonl", pairs(3)),
+        jsonl(tmp_path / "b.jsonl", [{"prompt": "other", "completion": "one"}, *pairs(1)]),
+    )
+    data = load_data([str(first), str(second)], prompts, rows=RowsOptions(), max_seq_length=512)
+    assert [sample.where for sample in data.train] == [f"{first}:{n}:1" for n in (1, 2, 3)] + [f"{second}:{n}:1" for n in (1, 2)]
+    alone = load(second, prompts)
+    assert data.train[3].tokens.tolist() == alone.train[0].tokens.tolist() != data.train[0].tokens.tolist()
+    text = tmp_path / "text.txt"
+    text.write_text("one\ntwo\n\nthree\n")
+    ways: dict[Any, int] = {"file": 1, "blank": 2, "line": 3}
+    assert {way: len(load_data([str(text)], prompts, rows=RowsOptions(documents=way), max_seq_length=512).train) for way in ways} == ways
 
 
 def test_a_cache_that_cannot_be_written_costs_time_alone(
@@ -181,7 +215,8 @@ def test_an_entry_that_comes_while_it_is_looked_for_stays(
     path = jsonl(tmp_path / "rows.jsonl", pairs(5))
     good = shown(load(path, prompts))
     (entry,) = kept.iterdir()
-    theirs, elsewhere = entry.stat().st_ino, entry.rename(tmp_path / "theirs")
+    elsewhere = entry.rename(tmp_path / "theirs")
+    (elsewhere / "theirs").write_text("")  # a number of an inode would not do: it is given out again
     read_bytes, read_text = Path.read_bytes, Path.read_text
 
     def late(original: Any) -> Any:
@@ -197,7 +232,7 @@ def test_an_entry_that_comes_while_it_is_looked_for_stays(
     monkeypatch.setattr(Path, "read_bytes", late(read_bytes))
     monkeypatch.setattr(Path, "read_text", late(read_text))
     assert shown(load(path, prompts)) == good
-    assert [found.stat().st_ino for found in kept.iterdir()] == [theirs]
+    assert [(found / "theirs").exists() for found in kept.iterdir()] == [True]
 
 
 READ = """
