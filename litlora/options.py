@@ -92,6 +92,7 @@ class EvalOptions:
     data: str | None = option(None, "validate on this file instead of held-out rows")
 
 
+RUN_OR_DEMO = "the run in out, else the demo base"
 TEMPLATE = "a .jinja file, or a name: one of the tokenizer's own templates, or alpaca"
 LAYERS = "0-based numbers, ranges (4-7), last:N or first:N"
 
@@ -311,7 +312,7 @@ class MergeLoRA:
 class TalkOptions(ComputeOptions):
     """Which model is spoken to, and how."""
 
-    checkpoint_dir: str | None = option(None, "a model, a step or a run", unset="the run in out, else the demo base")
+    checkpoint_dir: str | None = option(None, "a model, a step or a run", unset=RUN_OR_DEMO)
     base_dir: str | None = option(None, "where a step's base is now, if it moved")
     adapter: list[str] = option([], "add an adapter at run time, PATH or PATH:WEIGHT; repeatable")
     chat_template: str | None = option(None, TEMPLATE, unset="the one it was trained with, else the model's own")
@@ -341,7 +342,7 @@ class Chat(TalkOptions, SamplingOptions):
 class Inspect:
     """What a path is, where it comes from, what its training changed, and what it is good for."""
 
-    checkpoint_dir: str | None = option(None, "a model, a step, a run or a PEFT adapter", unset="the run in out, else the demo base")
+    checkpoint_dir: str | None = option(None, "a model, a step, a run or a PEFT adapter", unset=RUN_OR_DEMO)
     base_dir: str | None = option(None, "where a step's base is now, if it moved")
     check: bool = option(False, "read every byte, however large (without: files of up to 1 GB; of larger ones names, sizes and headers)")
     json: bool = option(False, "print one JSON object")
@@ -463,7 +464,7 @@ class Verify:
 
     Exit code 1 where anything fails."""
 
-    checkpoint_dir: str | None = option(None, "a step, a run (all its steps), a merged model, an adapter or a base", unset="out")
+    checkpoint_dir: str | None = option(None, "a step, a run (all its steps), a merged model, an adapter or a base", unset=RUN_OR_DEMO)
     base_dir: str | None = option(None, "where a step's base is now, if it moved")
     level: Literal["quick", "full"] = option("full", "of a merged model: every number (quick), and logits on probe texts (full)")
     data: list[str] = option([], "also compare losses on these rows: demo, a file or a directory; repeatable")
@@ -489,8 +490,9 @@ class Diff:
 class ListSteps:
     """The checkpoints of a run in a table: losses, size, state, note; the best one is marked."""
 
-    checkpoint_dir: str | None = option(None, "the run", unset="out")
-    sort: Literal["step", "val_loss", "train_loss", "tokens", "size"] = option("step", "in which order")
+    bare: ClassVar[tuple[str, ...]] = ("runs",)
+    runs: list[str] = option(["out"], "a run, or several in one table (out/*: what is no run is left out)")
+    sort: Literal["step", "val_loss", "train_loss", "tokens", "size"] = option("step", "in which order (step: run by run)")
     tag: str | None = option(None, "those with this tag only (a word of the note that begins with #)")
     check: bool = option(False, "read every byte, however large the run is (without: runs of up to 1 GB; of larger ones the sizes)")
     json: bool = option(False, "print one JSON object")

@@ -141,6 +141,33 @@ def test_a_list_without_a_run_is_refused(run: Path, capsys: pytest.CaptureFixtur
     assert told.count("error:") == 4 and f"hint: litlora list {run}" in told
 
 
+def test_several_runs_share_a_table_with_their_names(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with its own best step; what is no run is left out, and it is said. Sorted by loss, they are one list."""
+    other = tmp_path / "other"
+    make_step(other, 20, tmp_path / "base", val_loss=0.45)
+    paths = [str(path) for path in (run, tmp_path / "base", other)]
+    capsys.readouterr()
+    assert main(["list", *paths]) == 0
+    shown = capsys.readouterr()
+    head, *rows = shown.out.splitlines()
+    assert head.split()[:2] == ["run", "step"]
+    assert [(row.split()[0], "*" in row) for row in rows] == [(str(run), False), (str(run), True), (str(run), False), (str(other), True)]
+    assert f"left out, for they are no runs: {tmp_path / 'base'}" in shown.err and f"* {other / 'step-20'}: " in shown.err
+    assert main(["list", *paths, "--sort", "val_loss"]) == 0
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[1:]] == [str(run), str(other), str(run), str(run)]
+    assert main(["list", *paths, "--json"]) == 0
+    assert [(one["run"], len(one["steps"])) for one in json.loads(capsys.readouterr().out)] == [(str(run), 3), (str(other), 1)]
+    assert main(["list", str(tmp_path / "base"), str(tmp_path)]) == 2
+    assert "none of them is a run" in capsys.readouterr().err
+
+
+def test_where_there_is_no_run_it_says_how_to_begin_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["list"]) == 2 and "hint: litlora finetune lora begins one" in capsys.readouterr().err
+
+
 def test_a_run_without_a_step_is_an_empty_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / names.RUN_YAML).write_text("seed: 1\n")
     assert main(["list", str(tmp_path)]) == 0

@@ -73,6 +73,19 @@ def test_the_best_of_a_run_is_looked_at_as_the_step_it_is(place: Path, capsys: p
     assert verified(place / "out" / names.LAST, capsys) == verified(place / "out" / "step-2", capsys)
 
 
+def test_without_a_path_the_run_in_out_is_looked_at_else_the_demo_base(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As every command that reads a checkpoint; of the run all its steps."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["verify", "--json"]) == 0
+    said = capsys.readouterr()
+    assert {one["path"] for one in json.loads(said.out)} == {str(names.DEMO_BASE)} and "no run in out" in said.err
+    monkeypatch.chdir(place)
+    assert main(["verify", "--json"]) == 0
+    assert {one["path"] for one in json.loads(capsys.readouterr().out)} == {"out/step-1", "out/step-2"}
+
+
 def test_a_run_without_a_step_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / names.RUN_YAML).write_text("")
     assert main(["verify", str(tmp_path)]) == 2

@@ -1,4 +1,4 @@
-"""`litlora list RUN`: its checkpoints in a table, the best one marked, torn ones named."""
+"""`litlora list RUN ...`: checkpoints in a table, the best one of each run marked, torn ones named."""
 
 import json
 import shlex
@@ -18,27 +18,54 @@ from litlora.options import ListSteps
 
 def list_run(options: ListSteps) -> None:
     """One row per step. What it calls whole was read to the last byte; of a run that is large for that, sizes are compared only."""
-    run = Path(options.checkpoint_dir or names.RUN)
-    with looked_at(run):
-        found = listed(run, check=options.check)
-    rows = [row for row in found["steps"] if options.tag is None or options.tag.lstrip("#") in row["tags"]]
-    rows.sort(key=lambda row: sort_key(row, options.sort))
+    runs = []
+    for run in runs_of(options.runs):
+        with looked_at(run):
+            runs.append(listed(run, check=options.check))
+    for found in runs:
+        found["steps"] = [row for row in found["steps"] if options.tag is None or options.tag.lstrip("#") in row["tags"]]
+        found["steps"].sort(key=lambda row: sort_key(row, options.sort))
     if options.json:
-        print(json.dumps(found | {"steps": rows}, indent=2))  # ASCII: a path may hold what is no text
+        print(json.dumps(runs if len(options.runs) > 1 else runs[0], indent=2))  # ASCII: a path may hold what is no text
         return
+    rows = [(found["run"], row) for found in runs for row in found["steps"]]
+    if options.sort != "step":
+        rows.sort(key=lambda pair: sort_key(pair[1], options.sort))
     if rows:
-        bold = [number for number, row in enumerate(rows) if row["best"]]
-        print_table(HEAD, [cells(row) for row in rows], right=range(1, 7), bold=bold)
+        bold = [number for number, (_, row) in enumerate(rows) if row["best"]]
+        several = len(runs) > 1
+        lines = [(*((run,) if several else ()), *cells(row)) for run, row in rows]
+        print_table(("run", *HEAD) if several else HEAD, lines, right=range(1 + several, 7 + several), bold=bold)
     else:
-        say("no checkpoint" + (f" has the tag {options.tag}" if options.tag and found["steps"] else ""))
-    tell(found)
+        say("no checkpoint" + (f" has the tag {options.tag}" if options.tag else ""))
+    for found in runs:
+        tell(found)
+
+
+def runs_of(given: Sequence[str]) -> list[Path]:
+    """What is named as a run; of several paths, those that are none are left out, and it is said. UserError where none is one."""
+    runs: list[Path] = []
+    others: list[Path] = []
+    for path in map(Path, given):
+        with looked_at(path):
+            (runs if len(given) == 1 or is_run(path) else others).append(path)
+    if not runs:
+        raise UserError("none of them is a run: it would hold step-N directories", where=", ".join(given[:3]))
+    if others:
+        say(f"left out, for they are no runs: {', '.join(map(str, others))}")
+    return runs
+
+
+def is_run(path: Path) -> bool:
+    return path.is_dir() and kind_of(path) == "run"
 
 
 def listed(run: Path, *, check: bool = False) -> dict[str, Any]:
     """What is known of a run's steps, and what else of ours lies in it. UserError where it is no run."""
-    if not run.is_dir() or kind_of(run) != "run":
+    if not is_run(run):
         inside = names.step_number(run) is not None and run.is_dir()
         hint = f"litlora list {shlex.quote(str(run.parent))}" if inside else "give the directory that holds the steps"
+        hint = "litlora finetune lora begins one" if str(run) == names.RUN and not run.exists() else hint
         raise UserError("is no run: it holds no step-N directories", where=run, hint=hint)
     sizes = {path: size_of(path) for path in list_step_paths(run)}
     hashed = check or sum(sizes.values()) <= READ_UNASKED

@@ -11,7 +11,7 @@ from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.fingerprint import combine, tensor_digests
 from litlora.checkpoint.reading import read_json, sha256
 from litlora.checkpoint.resolve import kind_of, list_step_paths, names_step_of_run, read_step, resolve
-from litlora.console import show
+from litlora.console import say, show
 from litlora.errors import Refusal, UserError, WorkError, printable, told
 from litlora.options import Verify
 
@@ -37,7 +37,7 @@ class Finding:
 
 def verify(options: Verify) -> None:
     """Look at everything again, byte for byte, and print what was found. WorkError (exit code 1) where anything failed."""
-    path = Path(options.checkpoint_dir or names.RUN)
+    path = Path(options.checkpoint_dir or run_or_demo())
     found = []
     for finding in findings(path, options):
         found.append(finding)
@@ -48,6 +48,14 @@ def verify(options: Verify) -> None:
     failed = [finding for finding in found if finding.faults]
     if failed:
         raise WorkError(f"{len(failed)} of {len(found)} checks failed", where=path, context=[failed[0].faults[0]])
+
+
+def run_or_demo() -> str:
+    """What is meant where no path is given: as for other commands, but of a run all its steps."""
+    if list_step_paths(Path(names.RUN)):
+        return names.RUN
+    say(f"no path was given and there is no run in {names.RUN}: the demo base")
+    return names.DEMO
 
 
 def as_json(finding: Finding) -> dict[str, Any]:
