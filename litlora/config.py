@@ -96,12 +96,18 @@ class Config:
     attention_multiplier: float | None = None  # what q k^T is multiplied by; None: 1 / sqrt(D)
     query_pre_attn_scalar: float | None = None  # the same as 1 / sqrt of this
     attn_logit_softcapping: float | None = None  # c: c tanh(q k^T / c)
-    mlp: Literal["gated", "fused", "plain"] = "gated"  # fused: gate and up are one Linear; plain: without a gate
+    attention_sinks: bool = False  # one more score for each head in the softmax, that no value stands behind
+    mlp: Literal["gated", "fused", "plain", "stacked"] = (
+        "gated"  # fused: gate and up are one Linear; plain: no gate; stacked: experts as one
+    )
     mlp_bias: bool = False
     num_experts: int = 0  # E: so many MLPs in place of one, of which each token goes through k; 0: there is one
     num_experts_per_tok: int = 0  # k
     moe_intermediate_size: int = 0  # of one expert
     mlp_only_layers: tuple[int, ...] = ()  # these have one MLP all the same
+    router_bias: bool = False
+    swiglu_limit: float = math.inf  # of stacked experts: gate and up are kept within it
+    swiglu_alpha: float = 1.0  # of stacked experts: gate sigmoid(alpha gate)
     norm_topk_prob: bool = True  # whether the weights of a token's k experts sum to 1
     embedding_multiplier: float = 1.0  # rounded to the dtype that is computed in
     residual_multiplier: float = 1.0  # of what attention and MLP add
@@ -140,13 +146,14 @@ class Config:
             return self.attention_multiplier
         return 1 / math.sqrt(self.query_pre_attn_scalar or self.head_dim)
 
-    @property
-    def silent(self) -> dict[str, float]:
-        """What a block's modules that write last to the residual stream hold while it adds nothing (LLaMA-Pro), by the end of their
-        names: the projections are zero, or, where a norm follows them, its gains."""
+    def silence(self, parameter: str) -> float | None:
+        """What a parameter of a block holds while the block adds nothing (LLaMA-Pro), None where it may hold anything. What writes last
+        to the residual stream is silent: the projections are zero, or, where a norm follows them, its gains."""
         nothing = -self.norm_offset
         attention, mlp = self.norms.after_attention, self.norms.after_mlp
-        return dict([(attention, nothing) if attention else ("o_proj", 0.0), (mlp, nothing) if mlp else ("down_proj", 0.0)])
+        last = {attention: nothing} if attention else {"o_proj": 0.0}
+        last |= {mlp: nothing} if mlp else {"down_proj": 0.0, "down_proj_bias": 0.0}
+        return next((last[part] for part in parameter.split(".")[-2:] if part in last), None)
 
 
 def merged_layers(config: Config, inserted: Iterable[int]) -> list[tuple[int, bool]]:

@@ -20,7 +20,7 @@ in the dtype of the embedding's output. Weights that are trained may be kept wid
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -188,7 +188,7 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.norms, self.parallel, self.scale = config.norms, config.parallel_residual, config.residual_multiplier
-        self.silent = config.silent
+        self.silence = config.silence
         self.self_attn = Attention(config, layer)
         self.mlp = Experts(config) if config.has_experts(layer) else MLP(config, config.intermediate_size)
         for name in self.norms.names:
@@ -234,9 +234,8 @@ class Attention(nn.Module):
         widths = {None: None, "head": (D, D), "width": (H * D, K * D)}[config.qk_norm]
         self.register_module("q_norm", norm(config, widths[0]) if widths else None)
         self.register_module("k_norm", norm(config, widths[1]) if widths else None)
-        self.product: Product = functools.partial(F.scaled_dot_product_attention, scale=config.attention_scale, enable_gqa=True)
-        if config.attn_logit_softcapping is not None:
-            self.product = functools.partial(capped_attention, scale=config.attention_scale, cap=config.attn_logit_softcapping)
+        self.scale, self.cap = config.attention_scale, config.attn_logit_softcapping
+        self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks else None  # (H,)
         self.register_module("prompt", None)
         self.register_module("adapter", None)
 
@@ -250,6 +249,12 @@ class Attention(nn.Module):
         if self.prompt is not None:
             y = self.prompt(self, q, y)
         return adapted(self, x, self.o_proj(y.flatten(2)))
+
+    @property
+    def product(self) -> "Product":
+        if self.cap is None and self.sinks is None:
+            return functools.partial(F.scaled_dot_product_attention, scale=self.scale, enable_gqa=True)
+        return functools.partial(scored_attention, scale=self.scale, cap=self.cap, sinks=self.sinks)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, C) -> (B, T, H, D), (B, T, K, D) twice
         """q, k and v, normed where the family does that, not yet turned."""
@@ -301,17 +306,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, context: Context
     return product(q, k, v, context.mask(q, S, window))
 
 
-def capped_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False, scale: float, cap: float
+def scored_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float,
+    cap: float | None,
+    sinks: Tensor | None,  # (H,)
 ) -> Tensor:
-    """A Product whose scores are c tanh(score / c) (Gemma 2: arXiv:2408.00118, section 2); they exist as a whole, which no kernel needs."""
+    """A Product whose scores exist as a whole, which no kernel needs. With a cap they are c tanh(score / c) (Gemma 2: arXiv:2408.00118,
+    section 2); a head's sink is one more score, that takes its share and gives no value (gpt-oss: arXiv:2508.10925, section 2)."""
     q, (T, S) = q.unflatten(1, (k.size(1), -1)), (q.size(2), k.size(2))  # (B, K, H / K, T, D)
-    scores = cap * torch.tanh(q @ k[:, :, None].transpose(-2, -1) * (scale / cap))  # (B, K, H / K, T, S)
+    scores = q @ k[:, :, None].transpose(-2, -1) * scale  # (B, K, H / K, T, S)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     if mask is not None:
         scores = scores + (mask if mask.dim() == 2 else mask.unsqueeze(1))
     elif is_causal:
         scores = scores.masked_fill(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1), -math.inf)
-    return (wider(scores).softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, column), -1)
+    return (wider(scores).softmax(-1)[..., :S].to(v.dtype) @ v[:, :, None]).flatten(1, 2)
 
 
 class MLP(nn.Module):
@@ -354,7 +373,10 @@ class Experts(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.gate = Router(config)
-        self.experts = nn.ModuleList(MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        if config.mlp == "stacked":
+            self.experts: Iterable[Any] = StackedMLPs(config)
+        else:
+            self.experts = nn.ModuleList(MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
         self.register_module("adapter", None)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
@@ -362,12 +384,38 @@ class Experts(nn.Module):
         weights, chosen = self.gate(tokens)  # (B T, k) twice
         order = chosen.flatten().argsort(stable=True)  # (B T k,): by expert, then by token
         rows, weights = order // chosen.size(1), weights.flatten()[order, None]
-        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()  # waits for the device
+        counts = chosen.flatten().bincount(minlength=len(self.gate.weight)).tolist()  # waits for the device
         y = torch.zeros_like(tokens, dtype=weights.dtype)
         for expert, own, weight in zip(self.experts, rows.split(counts), weights.split(counts), strict=True):
             if len(own) or torch.is_grad_enabled():  # whoever learns has a gradient, if of zeros: ranks wait for each other's
                 y.index_add_(0, own, expert(tokens.index_select(0, own)) * weight)
         return adapted(self, x, y.to(x.dtype).view_as(x))
+
+
+class StackedMLPs(nn.Module):
+    """The experts of a layer as one tensor for each of their matrices, (E, in, out), with biases (gpt-oss: arXiv:2508.10925, section 2).
+
+    They are no Linears, so no targets. In gate_up_proj a gate and its up are neighbours. Iterating gives one function for each.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        E, C, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
+        self.gate_up_proj = nn.Parameter(torch.zeros(E, C, 2 * inner))
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(E, 2 * inner))
+        self.down_proj = nn.Parameter(torch.zeros(E, inner, C))
+        self.down_proj_bias = nn.Parameter(torch.zeros(E, C))
+
+    def __iter__(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        stacks = (self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias)
+        return (functools.partial(self.one, of) for of in zip(*(stack.unbind() for stack in stacks), strict=True))
+
+    def one(self, of: Sequence[Tensor], x: Tensor) -> Tensor:  # (n, C) -> (n, C)
+        into, into_bias, out, out_bias = (part.to(x.dtype) for part in of)
+        gate, up = torch.addmm(into_bias, x, into).unflatten(-1, (-1, 2)).unbind(-1)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return torch.addmm(out_bias, (up + 1) * gate * torch.sigmoid(self.alpha * gate), out)
 
 
 class Router(nn.Module):
@@ -379,10 +427,12 @@ class Router(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.weight = nn.Linear(config.hidden_size, config.num_experts, bias=False).weight
+        self.bias = nn.Parameter(torch.zeros(config.num_experts)) if config.router_bias else None
         self.k, self.normed = config.num_experts_per_tok, config.norm_topk_prob
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (n, C) -> weights (n, k), experts (n, k) int64
-        weights, chosen = F.linear(wider(x), wider(self.weight.to(x.dtype))).softmax(-1).topk(self.k)
+        bias = None if self.bias is None else wider(self.bias.to(x.dtype))
+        weights, chosen = F.linear(wider(x), wider(self.weight.to(x.dtype)), bias).softmax(-1).topk(self.k)
         return weights / weights.sum(-1, keepdim=True) if self.normed else weights, chosen
 
 
@@ -900,7 +950,7 @@ def silent_copy(block: Block) -> Block:
             if slot in module._modules:
                 setattr(module, slot, None)
     for name, parameter in copied.named_parameters():
-        if (value := block.silent.get(name.split(".")[-2])) is not None:
+        if (value := block.silence(name)) is not None:
             parameter.fill_(value)
     return copied
 
@@ -918,5 +968,5 @@ def init_weights(model: GPT, seed: int) -> None:
         elif name.endswith("bias"):
             parameter.zero_()
         else:
-            std = model.config.initializer_range / (depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
+            std = model.config.initializer_range / (depth if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")) else 1.0)
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))

@@ -117,6 +117,15 @@ MORE: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "tie_word_embeddings": True,
     },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 7,
+        "swiglu_limit": 0.8,
+        "attention_bias": True,
+        **stretched("yarn", 4.0, 32, truncate=False),
+    },
     "longrope": {
         "model_type": "phi3",
         **SQUARE,
@@ -224,9 +233,10 @@ def transformers_model(family: str, weights_of: GPT | None = None, **changes: An
 def state_of(model: GPT) -> dict[str, torch.Tensor]:
     """Its parameters under the names that transformers has for them in memory, where gpt_neox has a new one for its head, and the
     experts of a layer are one tensor."""
-    state = {stored_name(name, model.config): tensor for name, tensor in model.state_dict().items() if ".experts." not in name}
+    apart = ".experts." if model.config.mlp != "stacked" else None  # gpt-oss has them as transformers does
+    state = {stored_name(name, model.config): tensor for name, tensor in model.state_dict().items() if not apart or apart not in name}
     state = {name.replace("embed_out", "lm_head").replace("block_sparse_moe", "mlp"): tensor for name, tensor in state.items()}
-    return state | fused_experts(model)
+    return state | (fused_experts(model) if apart else {})
 
 
 def fused_experts(model: GPT) -> dict[str, torch.Tensor]:
@@ -245,7 +255,9 @@ def by_our_names(theirs: dict[str, torch.Tensor], config: Config) -> dict[str, t
     found = {}
     for name, tensor in theirs.items():
         name = tensor_name(name, config) if "experts" not in name else name
-        if name.endswith("experts.gate_up_proj"):
+        if config.mlp == "stacked":
+            found[name] = tensor
+        elif name.endswith("experts.gate_up_proj"):
             for number, (gate, up) in enumerate(one.chunk(2) for one in tensor):
                 found[name.replace("gate_up_proj", f"{number}.gate_proj.weight")] = gate
                 found[name.replace("gate_up_proj", f"{number}.up_proj.weight")] = up

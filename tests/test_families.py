@@ -357,10 +357,51 @@ QWEN3_MOE = {  # as published for the model of 30 billion, 3 of them active
 }
 
 
+GPT_OSS = {  # as published for the model of 20 billion, less its quantization_config
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "pad_token_id": 199999,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 201088,
+}
+
+
 @pytest.mark.parametrize(
     ("published", "billions", "seen"),
-    [(MIXTRAL, 46.7, (8, 2, 14336, (), True)), (QWEN3_MOE, 30.5, (128, 8, 768, (), True))],
-    ids=["mixtral", "qwen3_moe"],
+    [(MIXTRAL, 46.7, (8, 2, 14336, (), True)), (QWEN3_MOE, 30.5, (128, 8, 768, (), True)), (GPT_OSS, 20.9, (32, 4, 2880, (), True))],
+    ids=["mixtral", "qwen3_moe", "gpt_oss"],
 )
 def test_a_published_config_with_experts_is_the_model_that_it_is_said_to_be(
     published: dict[str, Any], billions: float, seen: tuple[Any, ...], tmp_path: Path
@@ -439,6 +480,11 @@ def test_another_family_is_refused_with_the_list_of_ours(folder: str) -> None:
         ("mixtral", "num_local_experts", "eight"),
         ("mixtral", "quantization_config", {"quant_method": "awq"}),
         ("qwen3_moe", "use_sliding_window", True),
+        ("gpt_oss", "swiglu_limit", "none"),
+        ("gpt_oss", "sliding_window", 0),
+        ("gpt_oss", "mlp_bias", True),
+        ("gpt_oss", "layer_types", ["chunked_attention"] * 3),
+        ("gpt_oss", "num_experts_per_tok", 129),
         ("qwen3_moe", "mlp_only_layers", "all"),
         ("qwen3_moe", "decoder_sparse_step", 0),
         ("qwen3_moe", "norm_topk_prob", 1),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_samples import ADAPTER, make_adapter
-from conftest import FAMILIES, random_tokens, shared_data, tiny_config, tiny_gpt, tiny_hf_config
+from conftest import EVERY, random_tokens, shared_data, tiny_config, tiny_gpt, tiny_hf_config
 from crashing_disk import in_child
 from talkers import byte_tokenizer, make_step, make_talker
 
@@ -36,7 +36,7 @@ YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_posit
 CHANGES: dict[str, dict[str, Any]] = {"yarn": YARN, "qwen3": {"attention_bias": False}}
 REFUSED = {  # as conftest has them
     "yarn": "YaRN", "yarn_mscale": "YaRN", "qwen3": "bias", "dynamic": "dynamic rope", "gemma3": "cannot be written as GGUF",
-    "phi3": "cannot be written as GGUF", "qwen3_moe": "cannot be written as GGUF",
+    "phi3": "cannot be written as GGUF", "qwen3_moe": "cannot be written as GGUF", "gpt_oss": "cannot be written as GGUF",
 }  # fmt: skip
 SQUARE = {"hidden_size": 48, "head_dim": 12, "intermediate_size": 64}  # llama.cpp's qwen2 has no heads of another size
 CONVERTED = ("llama", "llama3", "llama_biased", "linear", "yarn", "mistral", "qwen2", "qwen3", "smollm")
@@ -212,7 +212,7 @@ def test_a_number_further_off_than_q8_0_rounds_is_found() -> None:
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_arithmetic_that_llama_cpp_lacks_is_refused_before_anything_is_written(family: str, tmp_path: Path) -> None:
-    base = tiny_base(tmp_path / "base", family, **{key: FAMILIES[family][key] for key in CHANGES.get(family, {})})
+    base = tiny_base(tmp_path / "base", family, **{key: EVERY[family][key] for key in CHANGES.get(family, {})})
     with pytest.raises(UserError, match=REFUSED[family]):
         to_gguf(base, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]

@@ -11,7 +11,7 @@ from litlora.methods.tuning import EMBEDDING, BottleneckSlot, LoRASlot, PromptSl
 from litlora.peft import check_tensors, copied_base_tensor, scale
 
 # The projection that a bottleneck stands beside; of experts, the first one's.
-LAST = {"self_attn": ("o_proj",), "mlp": ("down_proj", "experts.0.down_proj")}
+LAST = {"self_attn": ("o_proj.weight",), "mlp": ("down_proj.weight", "experts.0.down_proj.weight", "experts.down_proj")}
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def old(base: dict[str, Tensor], name: str) -> Tensor:
 
 
 def relative(name: str, new: Tensor, before: Tensor, config: Config) -> float:
-    silent = config.silent.get(name.split(".")[-2]) if ".inserted." in name else None
+    silent = config.silence(name) if ".inserted." in name else None
     change = new.float() - (before.float() if silent is None else silent)
     return ratio(change.norm(), before.float().norm())
 
@@ -76,7 +76,7 @@ def slot_movement(slot: str, kind: Slot, own: dict[str, Tensor], base: dict[str,
     if isinstance(kind, PromptSlot):
         return parts["adaption_gate"].abs().item()
     if isinstance(kind, BottleneckSlot):
-        beside_it = [f"{host}.{last}.weight" for last in LAST[host.rpartition(".")[2]]]
+        beside_it = [f"{host}.{last}" for last in LAST[host.rpartition(".")[2]]]
         beside = next(base[name] for name in beside_it if name in base).float()
         return ratio(kind.scale * parts["up.weight"].norm(), beside.norm())
     if not isinstance(kind, LoRASlot):

@@ -203,7 +203,7 @@ def start_of(name: str, base: Checkpoint, shape: tuple[int, ...]) -> Array:
     module, _, part = name.rpartition(".")
     if module.endswith(".adapter"):
         return np.full(shape, float(part == "scale"), np.float32)
-    fill = base.config().silent.get(module.rpartition(".")[2]) if ".inserted." in name else None
+    fill = base.config().silence(name) if ".inserted." in name else None
     if fill is not None:
         return np.full(shape, fill, np.float32)
     homes = {tensor_name(stored, base.config()): (stored, path) for stored, path in base.shards().items()}

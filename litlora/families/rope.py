@@ -19,7 +19,7 @@ def ropes(reader: Reader, family: Family, context: int, head_dim: int) -> tuple[
     """The rope of a model, and of its sliding layers where they have another. `context` is max_position_embeddings, which is also what
     a stretched model's first context defaults to."""
     key = "rope_scaling" if reader.values.get("rope_scaling") else "rope_parameters"  # as transformers decides
-    values = reader.values.get(key) or {}
+    values = reader.values.get(key) or family.rope
     if not isinstance(values, Mapping):
         raise reader.refusal(key, f"an object is needed, found {values!r}")
     nested = any(isinstance(value, Mapping) for value in values.values())

@@ -52,6 +52,7 @@ class Family:
     eps: float = 1e-6
     eps_key: str = "rms_norm_eps"
     theta: float = 10_000.0
+    rope: Mapping[str, Any] = field(default_factory=dict)  # how it is stretched where config.json is silent
     local_theta: float | None = None  # of sliding layers, where they turn by their own
     local_theta_key: str = "rope_local_base_freq"
     theta_key: str = "rope_theta"
@@ -158,6 +159,24 @@ SUPPORTED: dict[str, Family] = {
         fixed={"qk_norm": "head"},
         experts=ExpertKeys(count_key="num_experts", count=128, per_token=8, size=768, dense_layers=True, normed=False),
         refused={"use_sliding_window": (None, False)},
+    ),
+    "gpt_oss": Family(
+        architecture="GptOssForCausalLM",
+        num_key_value_heads=8,
+        max_position_embeddings=131_072,
+        head_dim=64,
+        bias="asked",
+        biased=True,
+        eps=1e-5,
+        theta=150_000.0,
+        rope={"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096},
+        window="pattern",
+        sliding_window=128,
+        pattern=2,
+        fixed={"mlp": "stacked", "router_bias": True, "attention_sinks": True},
+        numbers={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        experts=ExpertKeys(count_key="num_local_experts", count=128, per_token=4),
+        names={"mlp.gate": "mlp.router"},
     ),
     "gemma": Family(
         architecture="GemmaForCausalLM",

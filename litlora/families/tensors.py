@@ -25,6 +25,8 @@ def attention_shapes(config: Config) -> dict[str, tuple[int, int]]:
 
 def mlp_shapes(config: Config, layer: int) -> dict[str, tuple[int, int]]:
     """Of one MLP, or of every expert of this layer."""
+    if config.mlp == "stacked":
+        return {}
     if not config.has_experts(layer):
         return {f"mlp.{name}": shape for name, shape in unit_shapes(config, config.intermediate_size).items()}
     expert = unit_shapes(config, config.moe_intermediate_size)
@@ -54,7 +56,9 @@ def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
     for number in range(config.num_hidden_layers):
         layer = f"model.layers.{number}"
         if config.has_experts(number):
-            tensors[f"{layer}.mlp.gate.weight"] = (config.num_experts, C)
+            tensors |= {f"{layer}.mlp.{name}": shape for name, shape in router_shapes(config).items()}
+        if config.attention_sinks:
+            tensors[f"{layer}.self_attn.sinks"] = (config.num_attention_heads,)
         for name in config.norms.names:
             tensors |= norm_shapes(f"{layer}.{name}", C, config)
         if config.qk_norm is not None:
@@ -65,6 +69,17 @@ def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         tensors["lm_head.weight"] = (config.vocab_size, C)
     return tensors | ({"lm_head.bias": (config.vocab_size,)} if config.lm_head_bias else {})
+
+
+def router_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """What experts have besides their Linears: the router, and, stacked, themselves."""
+    E, C, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {"gate.weight": (E, C)} | ({"gate.bias": (E,)} if config.router_bias else {})
+    if config.mlp != "stacked":
+        return shapes
+    stacks: dict[str, tuple[int, ...]] = {"gate_up_proj": (E, C, 2 * inner), "gate_up_proj_bias": (E, 2 * inner)}
+    stacks |= {"down_proj": (E, inner, C), "down_proj_bias": (E, C)}
+    return shapes | {f"experts.{name}": shape for name, shape in stacks.items()}
 
 
 def is_biased(linear: str, config: Config) -> bool:

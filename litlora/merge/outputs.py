@@ -161,7 +161,7 @@ def new_model(base: Checkpoint, config: Config, tuning: Tuning, *, dtype: str | 
         info = files[path][stored]
         own = parameter in homes
         in_new_layer = ".inserted." in parameter
-        fill = config.silent.get(parameter.split(".")[-2]) if in_new_layer else None
+        fill = config.silence(parameter) if in_new_layer else None
         copied = own or parameter == HEAD or (in_new_layer and not trained and fill is None)
         outputs[path].append(
             Output(

@@ -66,7 +66,7 @@ def attach(model: GPT, tuning: Tuning, *, seed: int, stored: Mapping[str, Tensor
         block = blocks(model)[layer]
         block.inserted = silent_copy(block)
         for name, parameter in list(block.inserted.named_parameters()):
-            silent = name.split(".")[-2] in model.config.silent
+            silent = model.config.silence(name) is not None
             exact = parameter.detach() if silent else as_stored(f"model.layers.{layer}.{name}", parameter, stored)
             set_parameter(block.inserted, name, nn.Parameter(widened(exact)))
     for slot, kind in tuning.slots.items():

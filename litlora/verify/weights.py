@@ -241,7 +241,7 @@ def audible_layers(model: Checkpoint) -> list[int]:
     stored = {tensor_name(name, config): name for name in model.shards()}
     for layer in config.llama_pro_layers:
         for parameter in (parameter for parameter in stored if parameter.startswith(f"model.layers.{layer}.")):
-            fill = config.silent.get(parameter.split(".")[-2])
+            fill = config.silence(parameter)
             if fill is not None and not holds_only(fill, model.shards()[stored[parameter]], stored[parameter]):
                 heard.add(layer)
     return sorted(heard)
