@@ -96,6 +96,10 @@ def test_the_best_and_the_last_step_of_a_run_have_names(tmp_path: Path, capsys: 
     add_step(tmp_path / "unmeasured", 3)
     assert "no step of it has a validation loss" in refusal(tmp_path / "unmeasured" / "best")
     assert resolve(tmp_path / "unmeasured" / "last").path == tmp_path / "unmeasured" / "step-3"
+    (add_step(tmp_path / "unmeasured", 4) / names.MANIFEST).unlink()
+    assert "no step of it has a validation loss" in refusal(tmp_path / "unmeasured" / "best")
+    (tmp_path / "unmeasured" / "step-3" / names.MANIFEST).unlink()
+    assert "none of its 2 checkpoints is whole" in refusal(tmp_path / "unmeasured" / "best")
     base = make_base(run / "best")
     assert resolve(run / "best").path == base
     assert "there is no such directory" in refusal(base / "last")  # of no run

@@ -164,7 +164,8 @@ def of_run(run: Path, base_dir: Path | None = None, *, only: str = "") -> Checkp
     paths = list_step_paths(run)
     ranks = {path: _rank(path) for path in paths}
     ranked = list(reversed(paths)) if only == names.LAST else sorted(paths, key=lambda path: ranks[path])
-    if only == names.BEST and paths and all(math.isinf(loss) for loss, _ in ranks.values()):
+    losses = [loss for loss, _ in ranks.values()]
+    if only == names.BEST and math.inf in losses and not any(map(math.isfinite, losses)):
         hint = f"{run / names.LAST} is the newest"
         raise UserError("no step of it has a validation loss, so none is known to be the best", where=run, hint=hint)
     for path in ranked:
