@@ -350,7 +350,8 @@ def test_whatever_happens_to_a_run_whole_steps_are_found_and_torn_ones_never_tak
 
     Mutations, each caught by the few: a torn step taken as the one to go on from (by what finds it, and in training alone); a training
     state's hashes ignored; sizes compared instead of hashes; pruning that deletes all, the best, what the run began with, or what was
-    noted; a torn step not set aside; a resumed run with a fresh optimizer. Not caught: a commit renamed before it is synced.
+    noted; a torn step not set aside; a resumed run with a fresh optimizer; another rank let through; a run's path that means a torn step.
+    Not caught by the few: a commit that is renamed before it is synced, a deletion under a step's own name (test_keep.py has every call).
     Caught: RUN/best of a run of which no manifest is sound was refused for having no validation loss.
     """
     machine = type("AnyRun", (AnyRun,), {"world": world})
