@@ -90,7 +90,7 @@ class Config:
     qkv: Literal["apart", "stacked", "grouped"] = "apart"  # one Linear for all: q, k, v in turn, or for each k: its q, k, v
     attention_bias: bool = False  # on q, k and v
     attention_out_bias: bool = False  # on o
-    qk_norm: Literal["head", "width"] | None = None  # a norm of each head's q and k, or across all heads
+    qk_norm: Literal["head", "heads", "width"] | None = None  # of each head's q and k; with gains for each head; across all heads
     sliding_window: int | None = None  # tokens a query of a sliding layer looks back at, itself included
     layer_types: tuple[LayerType, ...] = ()  # one per layer; empty: all full_attention
     attention_multiplier: float | None = None  # what q k^T is multiplied by; None: 1 / sqrt(D)

@@ -231,7 +231,7 @@ class Attention(nn.Module):
         else:
             self.qkv_proj = Linear(C, (H + 2 * K) * D, config.attention_bias)
         self.o_proj = Linear(H * D, C, config.attention_out_bias)
-        widths = {None: None, "head": (D, D), "width": (H * D, K * D)}[config.qk_norm]
+        widths = {None: None, "head": (D, D), "heads": ((H, D), (K, D)), "width": (H * D, K * D)}[config.qk_norm]
         self.register_module("q_norm", norm(config, widths[0]) if widths else None)
         self.register_module("k_norm", norm(config, widths[1]) if widths else None)
         self.scale, self.cap = config.attention_scale, config.attn_logit_softcapping
@@ -268,7 +268,7 @@ class Attention(nn.Module):
             q, k, v = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
         if self.q_norm is None or self.k_norm is None:
             return q, k, v
-        if self.qk_norm == "head":
+        if self.qk_norm != "width":
             return self.q_norm(q), self.k_norm(k), v
         return self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k), v
 
@@ -472,8 +472,10 @@ class Head(Linear):
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
-def norm(config: Config, size: int) -> nn.Module:
-    """A norm of the family's kind over the last dimension."""
+def norm(config: Config, size: int | tuple[int, int]) -> nn.Module:
+    """A norm of the family's kind over the last dimension; of (heads, D): with gains for each head."""
+    if isinstance(size, tuple):
+        return HeadNorm(*size, config.rms_norm_eps)
     if config.norm == "rms":
         return RMSNorm(size, config.rms_norm_eps, config.norm_offset)
     return LayerNorm(size, config.rms_norm_eps, elementwise_affine=config.norm_gain, bias=config.norm_bias)
@@ -504,6 +506,18 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (None if side is None else side.to(x.dtype) for side in (self.weight, self.bias))
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class HeadNorm(nn.Module):
+    """The same of each head's D numbers, with gains of its own and no bias."""
+
+    def __init__(self, heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, head_dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, n, D) -> same
+        return (F.layer_norm(wider(x), x.shape[-1:], eps=self.eps) * wider(self.weight.to(x.dtype))).to(x.dtype)
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------
@@ -963,7 +977,7 @@ def init_weights(model: GPT, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     depth = math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
-        if name.endswith("weight") and parameter.dim() == 1:
+        if name.endswith("norm.weight") or (name.endswith("weight") and parameter.dim() == 1):
             parameter.fill_(1.0 - model.config.norm_offset)
         elif name.endswith("bias"):
             parameter.zero_()

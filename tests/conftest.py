@@ -160,7 +160,9 @@ MORE: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "tie_word_embeddings": True,
     },
+    "cohere_plus": {"model_type": "cohere", "logit_scale": 0.3, "tie_word_embeddings": True, "use_qk_norm": True},
     "phi": {"model_type": "phi", **SQUARE, "partial_rotary_factor": 1 / 3},
+    "phi_normed": {"model_type": "phi", **SQUARE, "partial_rotary_factor": 1 / 3, "qk_layernorm": True},
     "pythia": {"model_type": "gpt_neox", **SQUARE, "hidden_act": "gelu", "rotary_pct": 1 / 3, "num_key_value_heads": 4},
     "pythia_serial": {
         "model_type": "gpt_neox",
@@ -205,7 +207,7 @@ def randomise(model: GPT, seed: int = 0) -> GPT:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if name.endswith("weight") and parameter.dim() == 1:
+        if name.endswith("norm.weight") or (name.endswith("weight") and parameter.dim() == 1):
             noise = 1 - model.config.norm_offset + 0.3 * noise
         elif name.endswith("magnitude"):
             noise = parameter.float().cpu() * (1 + 0.2 * noise)

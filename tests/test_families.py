@@ -455,6 +455,7 @@ def test_another_family_is_refused_with_the_list_of_ours(folder: str) -> None:
     config = json.loads(path.read_text())
     with pytest.raises(UserError, match=config["model_type"]) as refused:
         config_from_hf(config, path)
+    assert "stored transposed" in refused.value.what
     assert all(name in refused.value.hint for name in SUPPORTED)
     assert "model_type" in refused.value.where
 
@@ -535,8 +536,8 @@ def test_what_litlora_cannot_compute_is_refused_by_its_key(model_type: str, key:
         ("smollm3", "use_sliding_window", True),
         ("stablelm", "qk_layernorm", True),
         ("stablelm", "head_dim", 8),
-        ("cohere", "use_qk_norm", True),
-        ("phi", "qk_layernorm", True),
+        ("cohere2", "use_qk_norm", True),
+        ("phi3", "qk_layernorm", True),
         ("glm4", "n_routed_experts", 8),
         ("falcon", "alibi", True),
         ("falcon", "num_ln_in_parallel_attn", 2),

@@ -126,6 +126,8 @@ def arithmetic(reader: Reader, family: Family, hidden: int) -> dict[str, Any]:
         fields[key] = reader.number(key, default) if default is not None or reader.values.get(key) is not None else None
         if key in reader.values and reader.values[key] is None and key.endswith("softcapping"):
             fields[key] = None
+    if family.qk_norm_key and reader.flag(family.qk_norm_key):
+        fields["qk_norm"] = family.qk_norm
     if family.scaled_embedding:
         fields["embedding_multiplier"] = math.sqrt(hidden)
     if family.parallel_key and reader.flag(family.parallel_key, family.parallel):
@@ -159,6 +161,7 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         **({"mlp_bias": config.mlp_bias} if family.mlp_bias else {}),
         **{key: plain_number(key, getattr(config, key)) for key in family.numbers},
         **({family.parallel_key: config.parallel_residual} if family.parallel_key else {}),
+        **({family.qk_norm_key: config.qk_norm is not None} if family.qk_norm_key else {}),
         **layers_to_hf(config, family),
         **experts_to_hf(config, family),
         "tie_word_embeddings": config.tie_word_embeddings,

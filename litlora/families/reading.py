@@ -8,7 +8,7 @@ from typing import Any
 from litlora.config import LayerType
 from litlora.errors import UserError, did_you_mean
 from litlora.families.quantised import quantised_by, why_refused
-from litlora.families.table import ACTION, ACTIVATIONS, ALSO_KNOWN_AS, NEUTRAL, SUPPORTED, Family
+from litlora.families.table import ACTION, ACTIVATIONS, ALSO_KNOWN_AS, NEUTRAL, SUPPORTED, WHY_NOT, Family
 from litlora.families.wrapped import WRAPPED
 
 LLAMA_PRO_LAYERS = "llama_pro_layers"  # our own key of config.json: which layers were inserted; other readers ignore it
@@ -88,7 +88,8 @@ def supported_family(reader: Reader) -> tuple[str, Family]:
     if model_type not in SUPPORTED:
         guess = did_you_mean(model_type, SUPPORTED)
         hint = f"supported: {names} ({ALSO_KNOWN_AS})"
-        raise reader.refusal("model_type", f"{model_type!r} is not supported{'; ' + guess if guess else ''}", hint)
+        why = f": {WHY_NOT[model_type]}" if model_type in WHY_NOT else f"; {guess}" if guess else ""
+        raise reader.refusal("model_type", f"{model_type!r} is not supported{why}", hint)
     return model_type, SUPPORTED[model_type]
 
 
@@ -98,6 +99,7 @@ def refuse_foreign_arithmetic(reader: Reader, model_type: str, family: Family) -
         raise reader.refusal(key, *why_refused(method))
     own = {
         *family.numbers,
+        family.qk_norm_key,
         "no_rope_layers" if family.unrotated == "listed" else "",
         *(["partial_rotary_factor", family.partial_key] if family.partial else []),
         *(EXPERT_COUNTS if family.experts else []),

@@ -65,6 +65,8 @@ class Family:
     bias_key: str = "attention_bias"
     biased: bool = False  # what it says where it is silent
     mlp_bias: bool = False  # whether config.json may ask for one
+    qk_norm_key: str = ""  # by which config.json may ask for norms of q and k ...
+    qk_norm: Literal["head", "heads"] = "head"  # ... of this kind
     window: Literal["none", "all", "upper", "pattern"] = "none"  # the layers that slide: from max_window_layers up; all but every n-th
     sliding_window: int | None = 4096
     pattern: int = 0  # that n
@@ -282,7 +284,7 @@ SUPPORTED: dict[str, Family] = {
         fixed={"norm": "layer", "norm_bias": True},
         parallel_key="use_parallel_residual",
     ),
-    "cohere": Family(architecture="CohereForCausalLM", **COHERE, theta=500_000.0),
+    "cohere": Family(architecture="CohereForCausalLM", **COHERE, theta=500_000.0, qk_norm_key="use_qk_norm", qk_norm="heads"),
     "cohere2": Family(architecture="Cohere2ForCausalLM", **COHERE, square=True, window="pattern", pattern=4, unrotated="full"),
     "phi": Family(
         architecture="PhiForCausalLM",
@@ -303,8 +305,11 @@ SUPPORTED: dict[str, Family] = {
             "mlp_bias": True,
             "lm_head_bias": True,
         },
+        qk_norm_key="qk_layernorm",
         names={
             "self_attn.o_proj": "self_attn.dense",
+            "self_attn.q_norm": "self_attn.q_layernorm",
+            "self_attn.k_norm": "self_attn.k_layernorm",
             "mlp.up_proj": "mlp.fc1",
             "mlp.down_proj": "mlp.fc2",
             "model.norm": "model.final_layernorm",
@@ -380,6 +385,14 @@ SUPPORTED: dict[str, Family] = {
 }
 
 ALSO_KNOWN_AS = "Llama 1 to 3, TinyLlama and SmolLM2 are llama; Qwen 2.5 is qwen2; Phi 4 is phi3"
+
+WHY_NOT = {  # model types that are asked for, and not supported
+    "gpt2": "its matrices are stored transposed and its positions learnt; pythia (gpt_neox) is of its size and age",
+    "bloom": "its positions are biases of the scores (ALiBi)",
+    "mpt": "its positions are biases of the scores (ALiBi)",
+    "llama4_text": "its attention is cut into chunks and its experts are fused",
+    "mamba": "it is no transformer",
+}
 
 # What the names of activations mean here; gelu_new and gelu_fast write the same formula another way.
 ACTIVATIONS = {

@@ -60,12 +60,13 @@ def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
         if config.attention_sinks:
             tensors[f"{layer}.self_attn.sinks"] = (config.num_attention_heads,)
         for name in config.norms.names:
-            tensors |= norm_shapes(f"{layer}.{name}", C, config)
+            tensors |= norm_shapes(f"{layer}.{name}", (C,), config)
         if config.qk_norm is not None:
-            D, whole = config.head_dim, config.qk_norm == "width"
-            tensors |= norm_shapes(f"{layer}.self_attn.q_norm", config.num_attention_heads * D if whole else D, config)
-            tensors |= norm_shapes(f"{layer}.self_attn.k_norm", config.num_key_value_heads * D if whole else D, config)
-    tensors |= norm_shapes("model.norm", C, config)
+            D = config.head_dim
+            for side, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+                shape = {"head": (D,), "heads": (heads, D), "width": (heads * D,)}[config.qk_norm]
+                tensors |= norm_shapes(f"{layer}.self_attn.{side}_norm", shape, config)
+    tensors |= norm_shapes("model.norm", (C,), config)
     if not config.tie_word_embeddings:
         tensors["lm_head.weight"] = (config.vocab_size, C)
     return tensors | ({"lm_head.bias": (config.vocab_size,)} if config.lm_head_bias else {})
@@ -89,9 +90,9 @@ def is_biased(linear: str, config: Config) -> bool:
     return config.attention_out_bias if name == "o_proj" else config.attention_bias
 
 
-def norm_shapes(name: str, size: int, config: Config) -> dict[str, tuple[int, ...]]:
+def norm_shapes(name: str, shape: tuple[int, ...], config: Config) -> dict[str, tuple[int, ...]]:
     parts = [part for part, there in (("weight", config.norm_gain), ("bias", config.norm_bias)) if there]
-    return {f"{name}.{part}": (size,) for part in parts}
+    return {f"{name}.{part}": shape for part in parts}
 
 
 def tensor_name(name: str, config: Config | None = None) -> str:

@@ -162,7 +162,9 @@ def adapter(options: AdapterOptions, config: Config) -> Tuning:
         inside = [name for name in chosen if layer_number(name, ()) in (None, *layers)]
         slots = {f"{name}.adapter": ScaleShiftSlot() for name in inside}
         if options.norms:
-            gains = [name for name, shape in expected_tensors(config).items() if len(shape) == 1 and name.endswith(".weight")]
+            gains = [
+                name for name, shape in expected_tensors(config).items() if name.endswith(".weight" if len(shape) == 1 else "_norm.weight")
+            ]
             norms = [name.removesuffix(".weight") for name in gains]
             norms = [name for name in norms if layer_number(f"{name}.", ()) in (None, *layers)]
     else:
