@@ -93,15 +93,22 @@ def test_the_result_is_pefts_where_its_definition_is_ours(tmp_path: Path, theirs
         assert np.linalg.norm(found[module] - update) <= 2e-4 * np.linalg.norm(update), module
 
 
+TOKENS = random_tokens(2, 9)
+
+
+@torch.no_grad()
+def logits_of(path: Path, **more: Any) -> torch.Tensor:
+    logits: torch.Tensor = load_model(resolve(path), **more).eval()(TOKENS)
+    return logits
+
+
 @pytest.mark.parametrize("name", ["patterns", "rsLoRA and LoRA", "a shared head in both", "a separate head in one", "three"])
 def test_peft_loads_the_result_and_computes_the_same(tmp_path: Path, name: str) -> None:
     base, steps = pair(tmp_path, name)
     result = made(tmp_path / "result", steps)
-    tokens = random_tokens(2, 9)
     with torch.no_grad():
-        ours = load_model(resolve(result)).eval()(tokens)
-        theirs = in_peft(base, [result]).eval()(tokens).logits
-        plain = load_model(resolve(base)).eval()(tokens)
+        theirs = in_peft(base, [result]).eval()(TOKENS).logits
+    ours, plain = logits_of(result), logits_of(base)
     assert torch.allclose(ours, theirs, atol=2e-4)
     assert not torch.allclose(ours, plain, atol=1e-2)
 
@@ -111,14 +118,10 @@ def test_the_result_merges_and_computes_what_its_parents_do_together(tmp_path: P
     """Composed at run time (`--adapter A:0.5 --adapter B:0.5`), the parents give the same logits where they train no tensor whole."""
     base, steps = pair(tmp_path, name)
     result = made(tmp_path / "result", steps)
-    tokens = random_tokens(2, 9)
-    with torch.no_grad():
-        ours = load_model(resolve(result)).eval()(tokens)
-        plain = load_model(resolve(merged(result, tmp_path / "merged"))).eval()(tokens)
-        assert torch.allclose(ours, plain, atol=2e-4)
-        if name == "patterns":
-            together = load_model(resolve(base), adapters=[(resolve(step), 0.5) for step in steps]).eval()(tokens)
-            assert torch.allclose(ours, together, atol=2e-4)
+    ours = logits_of(result)
+    assert torch.allclose(ours, logits_of(merged(result, tmp_path / "merged")), atol=2e-4)
+    if name == "patterns":
+        assert torch.allclose(ours, logits_of(base, adapters=[(resolve(step), 0.5) for step in steps]), atol=2e-4)
 
 
 def test_an_adapter_of_peft_is_a_parent_like_any_other(tmp_path: Path) -> None:

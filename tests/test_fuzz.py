@@ -265,17 +265,22 @@ def as_tensor(place: Path, name: str) -> list[list[str]]:
     ]
 
 
-def as_key(place: Path, name: str) -> list[list[str]]:
-    base = make_base(place / "base")
-    (base / names.CONFIG).write_text(json.dumps({**CONFIG, name: 1, "model_type": name, "hidden_act": name}))
-    return [["inspect", str(base)], ["verify", str(base)]]
+def as_manifest(place: Path, name: str) -> list[list[str]]:
+    """What a sealed manifest says of a step: whoever sealed it may have been somebody else."""
+    step = add_step(place / "out", 1, make_base(place / "base"))
+    values = json.loads((step / names.MANIFEST).read_text())
+    values |= {"method": name, "versions": {name: name}, "base": {**values["base"], "path": name}}
+    with contextlib.suppress(UnicodeEncodeError):
+        (step / names.MANIFEST).write_bytes(seal({key: value for key, value in values.items() if key != "sha256"}))
+    return [["inspect", str(step)], ["list", str(place / "out")], ["verify", str(step)], ["chat", str(step)]]
 
 
 def as_row(place: Path, name: str) -> list[list[str]]:
     rows = place / "rows.jsonl"
-    values = [{name: 1}, {"messages": [{"role": name, "content": name}]}, {"prompt": name, "completion": name}]
-    rows.write_text("".join(json.dumps(value) + "\n" for value in values))
-    return [["data", "validate", str(rows)], ["data", "inspect", str(rows), "--rows.on_error", "skip"]]
+    rows.write_text("".join(json.dumps(value) + "\n" for value in ({name: 1}, {"messages": [{"role": name, "content": name}]})))
+    good = place / "good.jsonl"
+    good.write_text(json.dumps({"prompt": f"a{name}", "completion": f"{name}b"}) + "\n")
+    return [["data", "validate", str(rows)], ["data", "inspect", str(good)], ["finetune", "lora", "--data", str(rows), "--dry_run"]]
 
 
 def as_file(place: Path, name: str) -> list[list[str]]:
@@ -290,11 +295,11 @@ def as_adapter(place: Path, name: str) -> list[list[str]]:
     values = json.loads((step / names.ADAPTER_CONFIG).read_text())
     (step / names.MANIFEST).unlink()
     adapter = step.rename(place / "adapter")
-    (adapter / names.ADAPTER_CONFIG).write_text(json.dumps({**values, "target_modules": [name], name: name}))
+    (adapter / names.ADAPTER_CONFIG).write_text(json.dumps({**values, "base_model_name_or_path": name, "revision": name, name: name}))
     return [[command, str(adapter)] for command in ("inspect", "verify", "merge_lora")]
 
 
-@pytest.mark.parametrize("put", [as_tensor, as_key, as_row, as_file, as_adapter])
+@pytest.mark.parametrize("put", [as_tensor, as_manifest, as_row, as_file, as_adapter])
 @settings(max_examples=max(EXAMPLES // 6, 5), deadline=None, suppress_health_check=list(HealthCheck))
 @given(name=HOSTILE)
 def test_no_name_of_somebody_elses_commands_the_terminal(put: Any, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -319,5 +324,6 @@ def test_every_way_to_say_something_writes_names_out(name: str) -> None:
         print_table(["a", "b"], [[name, "1"]])
         print(UserError(name, where=name, context=[name], hint=name).report(), file=err)
     lines = err.getvalue().split("\n")[:-1]
-    assert all(line.startswith(("warning: ", "hint: ", "error: ", "  ")) for line in lines) and len(out.getvalue().split("\n")) == 3
+    ours = [line.partition(": ")[0] for line in lines if not line.startswith("  ")]
+    assert ours == (["warning", "hint", "error", "hint"] if name else ["warning", "error"]) and len(out.getvalue().split("\n")) == 3
     assert not any(letter < " " or "\x7f" <= letter <= "\x9f" for line in (*lines, *out.getvalue().split("\n")) for letter in line)
