@@ -307,18 +307,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, context: Context
 
 
 def scored_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float,
-    cap: float | None,
-    sinks: Tensor | None,  # (H,)
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False, scale: float, cap: Any, sinks: Any
 ) -> Tensor:
     """A Product whose scores exist as a whole, which no kernel needs. With a cap they are c tanh(score / c) (Gemma 2: arXiv:2408.00118,
-    section 2); a head's sink is one more score, that takes its share and gives no value (gpt-oss: arXiv:2508.10925, section 2)."""
+    section 2); of `sinks` (H,) each is one more score of its head, which takes a share and gives no value (gpt-oss: arXiv:2508.10925)."""
     q, (T, S) = q.unflatten(1, (k.size(1), -1)), (q.size(2), k.size(2))  # (B, K, H / K, T, D)
     scores = q @ k[:, :, None].transpose(-2, -1) * scale  # (B, K, H / K, T, S)
     if cap is not None:

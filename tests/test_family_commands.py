@@ -20,7 +20,8 @@ from litlora.families import linear_shapes, stored_name
 
 # What is peculiar: phi: names, a head with a bias. pythia: names, grouped q k v, embed_out. gemma2: norms that are stored as gain - 1.
 # phi3: fused. cohere2: no positions in some layers, a tied head. glm4: norms after. olmo: norms without parameters.
-FAMILIES = ("phi", "pythia", "gemma2", "phi3", "cohere2", "glm4", "olmo")
+# mixtral, qwen3_moe: experts. gpt_oss: experts in one tensor, sinks.
+FAMILIES = ("phi", "pythia", "gemma2", "phi3", "cohere2", "glm4", "olmo", "qwen3_moe", "mixtral", "gpt_oss")
 families = pytest.mark.parametrize("family", [pytest.param(name, marks=() if name == "phi" else pytest.mark.slow) for name in FAMILIES])
 WORDS = f"{SMALL} --train.max_steps 4 --train.save_interval 2 --eval.interval 4 --precision fp32"
 TEXT = "the quick brown fox jumps over the lazy dog. " * 30
@@ -37,7 +38,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     path, made = tmp_path_factory.mktemp("bases"), {}
     for family in FAMILIES:
         assert family in EVERY
-        sizes = {"vocab_size": 288, "max_position_embeddings": 128, "eos_token_id": 257}
+        sizes: dict[str, Any] = {"vocab_size": 288, "max_position_embeddings": 128, "eos_token_id": 257}
+        if family == "qwen3_moe":
+            sizes["mlp_only_layers"] = []  # PEFT takes the names of a plain layer's MLP for those of experts
         transformers_model(family, tiny_gpt(family, **sizes), **sizes).save_pretrained(path / family, max_shard_size="60KB")
         made[family] = byte_tokenizer(path / family)
     return made

@@ -386,12 +386,15 @@ SUPPORTED: dict[str, Family] = {
 
 ALSO_KNOWN_AS = "Llama 1 to 3, TinyLlama and SmolLM2 are llama; Qwen 2.5 is qwen2; Phi 4 is phi3"
 
+LATENT = "latent attention, routing by groups and shared experts are not there; its distilled models (llama, qwen2) are supported"
 WHY_NOT = {  # model types that are asked for, and not supported
     "gpt2": "its matrices are stored transposed and its positions learnt; pythia (gpt_neox) is of its size and age",
     "bloom": "its positions are biases of the scores (ALiBi)",
     "mpt": "its positions are biases of the scores (ALiBi)",
     "llama4_text": "its attention is cut into chunks and its experts are fused",
     "mamba": "it is no transformer",
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
 }
 
 # What the names of activations mean here; gelu_new and gelu_fast write the same formula another way.
