@@ -148,6 +148,13 @@ class Progress:
         self.close()
 
 
+def duration(seconds: float) -> str:
+    """0.4 s, 35 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def count(number: float) -> str:
     """A count as people read it: 812, 3.1k, 2.2M, 8.0B."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

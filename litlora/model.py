@@ -30,6 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from litlora.config import Config, Rope, rotary_steps
 from litlora.errors import UserError
@@ -122,13 +123,15 @@ class Trunk(nn.Module):
         self.norm = norm(config, config.hidden_size)
         self.scale = config.embedding_multiplier
         self.dtype: torch.dtype | None = None  # what is computed in; None: the embedding's own
+        self.recompute = False  # a block's activations in the backward pass, instead of keeping them (Chen et al. 2016, arXiv:1604.06174)
 
     def forward(self, tokens: Tensor, context: "Context") -> Tensor:  # (B, T) -> (B, T, C)
         x: Tensor = self.embed_tokens(tokens).to(self.dtype)
         if self.scale != 1:
-            x = x * float(torch.tensor(self.scale, dtype=x.dtype))  # as it was trained: rounded
+            x = x * float(torch.tensor(self.scale, dtype=x.dtype, device="cpu"))  # as it was trained: rounded
         for block in self.layers:
-            x = block(x, context)
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, x, context, use_reentrant=False) if again else block(x, context)
         return x
 
 

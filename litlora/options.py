@@ -56,6 +56,9 @@ class TrainOptions:
     max_norm: float = option(1.0, "clip the gradient's norm to this; 0 turns clipping off", least=0)
     packing: bool = option(True, "compute whole samples as one stream without padding (false: padded rows; same result)")
     share_prefix: bool = option(True, "compute once what packed samples begin with alike, as a system prompt (same result)")
+    checkpoint_activations: Literal["auto", "none", "blocks"] = option(
+        "auto", "keep every block's activations, or compute them again in the backward pass (less memory, a third more time, same result)"
+    )
     mask_prompt: bool = option(True, "grade answers only (false: every token)")
     save_interval: int = option(100, "commit a checkpoint every so many optimizer steps; 0: only at the end", least=0)
     keep: str = option(

@@ -17,6 +17,10 @@ def finetune(help: str, options: str) -> Command:
     return Command(help, "litlora.commands.finetune", "finetune", options)
 
 
+def estimate(help: str, options: str) -> Command:
+    return Command(help, "litlora.commands.estimate", "estimate", options)
+
+
 def data(help: str, options: str) -> Command:
     return Command(help, "litlora.commands.data", "data", options)
 
@@ -30,6 +34,13 @@ COMMANDS: Commands = {
         "pro": finetune("LLaMA-Pro: new blocks between the frozen ones", "FinetunePro"),
         "freeze": finetune("some layers and modules, the rest frozen", "FinetuneFreeze"),
         "full": finetune("every parameter", "FinetuneFull"),
+    },
+    "estimate": {
+        "lora": estimate("memory and time that finetune lora would take", "FinetuneLoRA"),
+        "adapter": estimate("the same of finetune adapter", "FinetuneAdapter"),
+        "pro": estimate("the same of finetune pro", "FinetunePro"),
+        "freeze": estimate("the same of finetune freeze", "FinetuneFreeze"),
+        "full": estimate("the same of finetune full", "FinetuneFull"),
     },
     "pretrain": Command("train a small model from nothing, or a given one further", "litlora.commands.pretrain", "pretrain", "Pretrain"),
     "data": {

@@ -37,17 +37,7 @@ from litlora.train.signals import Signals
 def finetune(options: Finetune) -> None:
     """Fine-tune, committing a step now and then; print the last one's path."""
     with Signals() as signals:
-        start = resolve(options.checkpoint_dir, base_dir=options.base_dir) if options.checkpoint_dir else demo_base()
-        base = start.base()
-        options = with_rate(options, options.method, base)
-        work = Work(options, options.method, getattr(options, options.method), start, base)
-        base.shards()  # whatever is wrong with the model is said before anything is written
-        if start is not base:
-            refuse_another_method(start, work)
-        prompts = open_prompts(start, options.chat_template)
-        check_run(options, [start.path, base.path])
-        data = load_rows(options, prompts, context=work.config.max_position_embeddings)
-        job = job_of(work, f"finetune {options.method}", prompts, data)
+        work, job = planned(options)
         if options.dry_run:
             show_samples(job)
             return
@@ -56,8 +46,24 @@ def finetune(options: Finetune) -> None:
                 console.warn(message)
             last = train(job, directory.resume_from, signals)
         if is_first_process():
-            say_what_moved(resolve(last, base_dir=base.path), base)
+            say_what_moved(resolve(last, base_dir=work.base.path), work.base)
             say_what_next(last, options, work)
+
+
+def planned(options: Finetune, *, writes: bool = True) -> tuple["Work", Job]:
+    """What is trained, and how: everything that can be refused is, and nothing is written yet (`writes`: nor will be)."""
+    start = resolve(options.checkpoint_dir, base_dir=options.base_dir) if options.checkpoint_dir else demo_base()
+    base = start.base()
+    options = with_rate(options, options.method, base)
+    work = Work(options, options.method, getattr(options, options.method), start, base)
+    base.shards()  # whatever is wrong with the model is said before anything is written
+    if start is not base:
+        refuse_another_method(start, work)
+    prompts = open_prompts(start, options.chat_template)
+    if writes:
+        check_run(options, [start.path, base.path])
+    data = load_rows(options, prompts, context=work.config.max_position_embeddings)
+    return work, job_of(work, f"finetune {options.method}", prompts, data)
 
 
 def with_rate(options: Any, method: str, base: Checkpoint) -> Any:
@@ -156,6 +162,8 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
         files={**serving_files(start.tokenizer_dir(), prompts.template), **method_files(work)},
         card=card,
         config=config,
+        tuning=tuning,
+        stored=sum(path.stat().st_size for path in {*base.shards().values()}),
         lineage=start.manifest.lineage if start.manifest else (),
         origin=start.fingerprint() if work.is_full else None,
         lr_ratio=work.wanted.lr_ratio if isinstance(work.wanted, LoRAOptions) else 1.0,

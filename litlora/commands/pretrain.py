@@ -22,6 +22,7 @@ from litlora.data.samples import DataSet, texts_of
 from litlora.data.vocabulary import tokenizer_files, train_tokenizer
 from litlora.errors import UserError
 from litlora.families import config_to_hf
+from litlora.methods import tuning_of
 from litlora.model import GPT, init_weights
 from litlora.options import FullOptions, ModelOptions, Pretrain
 from litlora.prompts import Prompts, chosen_template
@@ -136,6 +137,7 @@ def model_job(options: Pretrain, prompts: Prompts, data: DataSet) -> Job:
     return Job(
         command="pretrain",
         config=config,
+        tuning=tuning_of(FullOptions(), config),
         options=options,
         method="full",
         method_options=asdict(options.model),

@@ -46,10 +46,11 @@ NOT_KEPT = "this model is being trained whole, and what its weights were is not 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def attach(model: GPT, tuning: Tuning, *, seed: int, stored: Mapping[str, Tensor] | None = None) -> None:
+def attach(model: GPT, tuning: Tuning, *, seed: int | None, stored: Mapping[str, Tensor] | None = None) -> None:
     """Freeze `model` and give it a fresh `tuning`, which changes nothing yet and is all that learns; it is kept in at least fp32.
 
     `stored`: the base's tensors as its files hold them, where `model` is computed in a narrower dtype: what is trained starts from them.
+    `seed` None: shapes are all that counts (the meta device), and nothing is drawn.
 
     The same seed gives a slot the same numbers whatever else is adapted, on every device; torch's own random state is
     left as it was. UserError where the model carries something already.
@@ -70,7 +71,9 @@ def attach(model: GPT, tuning: Tuning, *, seed: int, stored: Mapping[str, Tensor
             exact = parameter.detach() if silent else as_stored(f"model.layers.{layer}.{name}", parameter, stored)
             set_parameter(block.inserted, name, nn.Parameter(widened(exact)))
     for slot, kind in tuning.slots.items():
-        put_in(model, slot, fresh(model, slot, kind, seed))
+        put_in(
+            model, slot, fresh(model, slot, kind, seed) if seed is not None else made(model.get_submodule(slot.rpartition(".")[0]), kind)
+        )
     for name in tuning.whole:
         set_parameter(model, name, nn.Parameter(widened(as_stored(name, model.get_parameter(name), stored))))
     if tuning.whole:

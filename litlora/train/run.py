@@ -29,14 +29,16 @@ from litlora.data.samples import DataSet, Sample, load_data, marked, warn_of_pla
 from litlora.errors import Interrupted, UserError, WorkError
 from litlora.families import config_to_hf
 from litlora.methods.attach import trainable
+from litlora.methods.tuning import Tuning
 from litlora.model import GPT
 from litlora.options import FitOptions
 from litlora.parsing import to_yaml
 from litlora.precision import choose_dtype
 from litlora.prompts import Prompts
 from litlora.train.allocator import keep_freed_memory
+from litlora.train.estimate import Load, largest, memory_of, seconds_of_step
 from litlora.train.loop import MICRO_BATCH_TOKENS, Run, fit
-from litlora.train.metrics import Metrics
+from litlora.train.metrics import Metrics, peak_memory_mb
 from litlora.train.optimizer import build_optimizer
 from litlora.train.plan import Plan, Position
 from litlora.train.saving import Commit, Prepared, free_memory
@@ -67,6 +69,8 @@ class Job:
     card: Callable[[Manifest], str]  # the step's README
     lr_ratio: float = 1.0  # LoRA+
     config: Config  # of the base, or of the model that is made
+    tuning: Tuning  # what learns in it
+    stored: int = 0  # bytes of the base's weights on the disk
     lineage: Sequence[dict[str, Any]] = ()  # of the step that training goes on from
     origin: str | None = None  # without a base: the fingerprint of the model that training begins with
     watched: Mapping[str, str] = field(default_factory=dict)  # metrics by group: column -> how its parameters' names begin
@@ -89,7 +93,12 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
         if resumed is not None and (changed := lineage[-1]["changed"]):
             console.header([("changed", f"{name}: {old} until now, {new} from here on") for name, (old, new) in changed.items()])
     fabric = launch(options)
+    load = load_of(job, fabric.device)
+    recompute = recomputes(load, options)
+    if is_first_process():
+        console.header(needs(load, recompute, plan))
     model = job.build(fabric.device)
+    model.model.recompute = recompute
     trained = trainable(model)
     optimizer = build_optimizer(trained, options.train, job.lr_ratio)
     start = Position()
@@ -362,6 +371,54 @@ def plan_of(job: Job) -> Plan:
             "not one step is planned: an epoch draws no sample", where=" ".join(options.data), hint="raise the weight or --train.epochs"
         )
     return plan
+
+
+# ---- what it takes ---------------------------------------------------------------------------------------------------
+
+
+def load_of(job: Job, device: torch.device) -> Load:
+    """What a run of `job` computes, for its estimate."""
+    options, lengths = job.options, job.data.train.lengths
+    return Load(
+        config=job.config,
+        tuning=job.tuning,
+        dtype=torch.float32 if job.stored == 0 else choose_dtype(options.precision, device),
+        stored=job.stored,
+        device=device,
+        micro_batch=largest(lengths, options.train.micro_batch_tokens or MICRO_BATCH_TOKENS),
+        tokens=job.data.tokens / len(lengths) * options.train.global_batch_size / (options.devices * options.num_nodes),
+        length=job.data.tokens / len(lengths),
+        graded=job.data.graded / max(job.data.tokens, 1),
+        program=int(peak_memory_mb() * 2**20) if device.type == "cpu" else 0,
+    )
+
+
+def recomputes(load: Load, options: FitOptions) -> bool:
+    """Whether blocks are computed again in the backward pass; `auto`: where what they keep would not fit."""
+    if options.train.checkpoint_activations != "auto":
+        return options.train.checkpoint_activations == "blocks"
+    return memory_of(load).total - load.program > free_bytes(load.device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process may still take of the memory that it computes in."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
+
+
+def needs(load: Load, recompute: bool, plan: Plan) -> list[tuple[str, str]]:
+    """Header lines: how much memory at the peak and what for, and how long."""
+    memory, step = memory_of(load, recompute=recompute), seconds_of_step(load, recompute=recompute)
+    shares = {"weights": memory.weights, "what learns": memory.trained, "activations": memory.activations, "at work": memory.workspace}
+    parts = ", ".join(f"{what} {gigabytes(size)}" for what, size in shares.items())
+    again = ", which are computed again block by block" if recompute else ""
+    return [
+        ("memory", f"about {gigabytes(memory.total)} at the peak: {parts}{again}"),
+        ("time", f"about {console.duration(step)} a step, {console.duration(step * plan.steps)} in all without validation"),
+    ]
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GB"
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,38 @@
+"""`litlora estimate METHOD`: the memory and the time that `litlora finetune METHOD` with the same options would take. Writes nothing."""
+
+from dataclasses import replace
+
+import torch
+
+from litlora.commands.finetune import planned
+from litlora.console import duration, print_table
+from litlora.options import Finetune
+from litlora.train.estimate import FABRIC, memory_of, seconds_of_step
+from litlora.train.run import free_bytes, gigabytes, load_of, plan_of
+
+
+def estimate(options: Finetune) -> None:
+    """Print what is needed at the peak, with every block's activations kept and with them computed again, and the time of each."""
+    _, job = planned(options, writes=False)
+    device = torch.device("cuda" if torch.cuda.is_available() and options.accelerator in ("auto", "cuda") else "cpu")
+    load = load_of(job, device)
+    load = replace(load, program=load.program + FABRIC)
+    steps = plan_of(job).steps
+    ways = {"none": False, "blocks": True}
+    memories = {way: memory_of(load, recompute=again) for way, again in ways.items()}
+    seconds = {way: seconds_of_step(load, recompute=again) for way, again in ways.items()}
+    rows = [
+        [what, *(gigabytes(getattr(memory, name)) for memory in memories.values())]
+        for what, name in (
+            ("Python, torch, Lightning", "program"),
+            ("weights that stand still", "weights"),
+            ("what learns, its gradients and moments", "trained"),
+            ("activations", "activations"),
+            ("at work", "workspace"),
+            ("memory at the peak", "total"),
+        )
+    ]
+    rows.append(["a step", *(duration(step) for step in seconds.values())])
+    rows.append([f"{steps:,} steps, without validation", *(duration(step * steps) for step in seconds.values())])
+    print_table(["", *(f"--train.checkpoint_activations {way}" for way in ways)], rows, right={1, 2}, bold={5})
+    print(f"free on {device.type}: {gigabytes(free_bytes(device))}")

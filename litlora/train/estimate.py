@@ -1,0 +1,186 @@
+"""The memory and the time that a run will take, before a weight of it is read.
+
+Nothing is guessed from a table of models: the model is made without its numbers (torch's meta device), with what is attached to it, and
+sent a micro-batch; what autograd would keep for the backward pass is counted as it is kept. So it holds for every family and method.
+"""
+
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from litlora.checkpoint.weights import NothingDrawn
+from litlora.config import Config
+from litlora.methods.attach import attach, trainable
+from litlora.methods.tuning import Tuning
+from litlora.model import GPT, Attention, Context, Linear, chunk_rows
+
+TRAINED = 28  # bytes a trained parameter: fp32 itself, its gradient, AdamW's two moments, and a copy of all but the gradient in a commit
+EFFICIENCY = 0.72  # of the rate of plain products that a step reaches (extensions/benchmarks, C1: 0.71 to 0.74)
+FABRIC = 150 * 2**20  # bytes that Fabric's import takes, where it has not been imported yet
+PER_BLOCK = 1.2e-3  # seconds a block takes however few its tokens are, forward and back, on a CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a run computes with and on."""
+
+    config: Config
+    tuning: Tuning
+    dtype: torch.dtype  # of the frozen weights and the arithmetic
+    stored: int  # bytes of the base's files; 0: there is none
+    device: torch.device
+    micro_batch: int  # tokens of the largest one
+    tokens: float  # of a step, on one device
+    length: float  # of a sample, in the mean
+    graded: float  # share of the tokens
+    program: int  # bytes that are in use before the model is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes at the peak, by what they are for."""
+
+    program: int  # Python, torch and the rest
+    weights: int  # the base, as it is computed with, and its file's pages where that is another dtype
+    trained: int  # what learns, its gradients, its optimizer
+    activations: int  # what the largest micro-batch keeps for the backward pass
+    workspace: int  # logits, and what a block needs while it computes
+
+    @property
+    def total(self) -> int:
+        return self.program + self.weights + self.trained + self.activations + self.workspace
+
+
+def memory_of(load: Load, *, recompute: bool = False) -> Memory:
+    """The peak of a run, its activations kept or, block by block, computed again."""
+    model = shapes_of(load)
+    learning = trainable(model)
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    kept, inputs = kept_bytes(model, load), load.micro_batch * load.config.hidden_size * load.dtype.itemsize
+    rows = min(chunk_rows(load.config.vocab_size, load.device), max(1, round(load.micro_batch * load.graded)))
+    logits = 2 * 4 * rows * load.config.vocab_size
+    inside = 4 * load.micro_batch * max(load.config.intermediate_size, load.config.hidden_size) * load.dtype.itemsize
+    return Memory(
+        program=load.program,
+        weights=frozen + (load.stored if load.device.type == "cpu" and load.stored != frozen else 0),
+        trained=TRAINED * sum(p.numel() for p in learning.values()),
+        activations=max(kept) + inputs * sum(block > 0 for block in kept) if recompute else sum(kept),
+        workspace=max(logits, inside),
+    )
+
+
+def shapes_of(load: Load) -> GPT:
+    """The model with everything attached, without its numbers."""
+    with torch.device("meta"), NothingDrawn():
+        model = GPT(load.config).to(load.dtype)
+        attach(model, load.tuning, seed=None)
+    return model.train()
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------
+
+
+class Kept(torch.autograd.Function):
+    """Attention for its shapes: keeps what a fused kernel keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, H, T, D), (B, K, S, D) twice
+        y = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return y
+
+
+class WithoutNumbers(TorchFunctionMode):
+    """What shapes alone do not tell: which kernel computes attention (a fused one), and whom a router chooses (each expert as often as any)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return Kept.apply(*args[:3])
+        if func is Tensor.bincount:
+            chosen, experts = args[0].numel(), kwargs["minlength"]
+            return torch.tensor([chosen * (n + 1) // experts - chosen * n // experts for n in range(experts)], device="cpu")
+        return func(*args, **(kwargs or {}))
+
+
+def kept_bytes(model: GPT, load: Load) -> list[int]:
+    """What autograd keeps of a micro-batch, block by block."""
+    whole = max(1, round(load.micro_batch / max(load.length, 1)))
+    segments = [load.micro_batch // whole] * (whole - 1)
+    segments.append(load.micro_batch - sum(segments))
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    held: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in own:
+            held.setdefault(storage, tensor)
+        return tensor
+
+    def size() -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+    sizes = [0]
+    for block in model.model.layers:
+        block.register_forward_hook(lambda *_: sizes.append(size()))
+    with torch.device("meta"), WithoutNumbers(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        tokens = torch.zeros(1, load.micro_batch, dtype=torch.int64)
+        model.model(tokens, Context.of(tokens, load.config, segments, 0, None))
+    return [after - before for before, after in itertools.pairwise(sizes)]
+
+
+# ---- time --------------------------------------------------------------------------------------------------------------
+
+
+def seconds_of_step(load: Load, *, recompute: bool = False) -> float:
+    """From the operations that are necessary (4 N a token and more, as in extensions/benchmarks) and the rate of plain products now."""
+    model = shapes_of(load)
+    passes = 3 if recompute else 2
+    operations = 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            share = load.graded if name == "lm_head" else 1.0
+            if ".experts." in name:
+                share *= load.config.num_experts_per_tok / load.config.num_experts
+            count = module.in_features * module.out_features
+            whole = 1 if module.weight.requires_grad else 0  # its own gradient
+            operations += 2 * share * count * (passes + whole)
+            extra = 0 if module.adapter is None else sum(p.numel() for p in module.adapter.parameters())
+            operations += 2 * extra * (passes + 1)
+        elif isinstance(module, Attention):
+            operations += (passes + 1.5) * 4 * (load.length / 2) * module.heads * module.head_dim
+    batches = math.ceil(load.tokens / load.micro_batch)
+    blocks = sum(isinstance(module, Attention) for module in model.modules())
+    fixed = PER_BLOCK * blocks * batches if load.device.type == "cpu" else 0.0
+    return operations * load.tokens / (product_rate(load) * EFFICIENCY) + fixed
+
+
+def product_rate(load: Load, seconds: float = 0.15) -> float:
+    """Operations a second of this machine's matrix products, at this model's width, in its dtype: the fastest of those in `seconds`."""
+    rows, width = min(load.micro_batch, 1024), load.config.hidden_size
+    x = torch.randn(rows, width, device=load.device).to(load.dtype)
+    w = torch.randn(max(width, min(load.config.intermediate_size, 4096)), width, device=load.device).to(load.dtype)
+    fastest, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end or fastest == math.inf:
+        began = time.perf_counter()
+        F.linear(x, w)
+        wait(load.device)
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2.0 * rows * w.numel() / fastest
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def largest(lengths: np.ndarray, micro_batch_tokens: int) -> int:
+    """Tokens of the largest micro-batch: it is filled, or holds one sample that is longer than that."""
+    return max(min(micro_batch_tokens, int(lengths.sum())), int(lengths.max()))
