@@ -42,7 +42,9 @@ def load_of(family: str, options: Any, tokens: int = 96) -> Load:
         ("gemma3", "lora"),
         ("phi3", "lora"),
         ("stablelm", "dora"),
-        ("gemma2", "lora"), ("mixtral", "lora"), ("gpt_oss", "lora"),
+        ("gemma2", "lora"),
+        ("mixtral", "lora"),
+        ("gpt_oss", "lora"),
     ],
 )
 def test_what_a_micro_batch_keeps_is_known_without_computing_it(family: str, method: str) -> None:

@@ -99,7 +99,7 @@ class Kept(torch.autograd.Function):
 
 
 class WithoutNumbers(TorchFunctionMode):
-    """What shapes alone do not tell: which kernel computes attention (a fused one), and whom a router chooses (each expert as often as any)."""
+    """What shapes do not tell: the kernel that computes attention (fused), and whom a router chooses (each expert as often as any)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
