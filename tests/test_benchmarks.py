@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from extensions.benchmarks import checkpoint_c8
+from extensions.benchmarks import checkpoint_c8, plot
 from extensions.benchmarks.artefacts import SHAPES, flops_per_token, linears, random_samples
 from extensions.benchmarks.job import IGNORE, Job, Sample
 from extensions.benchmarks.measure import percentile, run, table, write_results
+from extensions.benchmarks.plot import READERS
 from extensions.benchmarks.run_litlora import train
 from extensions.benchmarks.start_c5_c6 import PROMPT, litgpt_answer, said_by_litgpt
 from extensions.benchmarks.train_c1 import losses_agree
@@ -172,3 +173,25 @@ def test_a_table_has_a_row_for_each_line_and_lines_up() -> None:
     lines = table([{"line": "a", "tok/s": "1.0"}, {"line": "longer", "tok/s": "20.0"}]).splitlines()
     assert len(lines) == 4
     assert len({len(line) for line in lines}) == 1
+
+
+RESULTS = sorted(
+    path for path in (ROOT / "extensions" / "benchmarks" / "results").glob("*.json") if json.loads(path.read_text()).get("id") in READERS
+)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_result_can_be_drawn(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Issue 6, point 9. Litlora stands in every picture, no tool beats the limit of C1 or C4, and nothing is left out."""
+    result = json.loads(path.read_text())
+    bars = READERS[result["id"].upper()](result)
+    assert any(name.startswith("litlora") for name in bars.values)
+    assert len(bars.values) >= 2
+    assert bars.limit is not None
+    if result["id"] in ("C1", "C4"):
+        assert all(value < bars.limit if bars.more_is_better else value > bars.limit for value in bars.values.values())
+    pytest.importorskip("matplotlib", reason='needs pip install "litlora[plot]"')
+    monkeypatch.setattr(sys, "argv", ["plot", str(path), "--out", str(tmp_path / "bars.svg")])
+    plot.main()
+    drawn = (tmp_path / "bars.svg").read_text()
+    assert drawn.count("<path") > 2 * len(bars.values)

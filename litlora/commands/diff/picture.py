@@ -123,10 +123,13 @@ def draw(difference: Difference, path: str, a: str, b: str) -> None:
     values = [[cells.get((layer, module)) for module in modules] for layer in layers]
     far = [[math.nan if one is None or one.equal else 100 * one.relative for one in row] for row in values]
     known = [value for row in far for value in row if math.isfinite(value) and value > 0]
-    panels = [(far, "||B - A|| in % of ||A||", "viridis", matplotlib.colors.LogNorm(*limits(known)), "{:.2g}")]
+    low, high = limits(known)
+    panels: list[tuple[list[list[float]], str, str, matplotlib.colors.Normalize, list[float], str]] = []
+    ticks = [low * (high / low) ** (part / 4) for part in range(5)]
+    panels.append((far, "||B - A|| in % of ||A||", "viridis", matplotlib.colors.LogNorm(low, high), ticks, "{:.2g}"))
     if difference.has_updates:
         way = [[math.nan if one is None or one.cosine is None else one.cosine for one in row] for row in values]
-        panels.append((way, "cosine of the two updates", "RdYlGn", matplotlib.colors.Normalize(-1, 1), "{:.2f}"))
+        panels.append((way, "cosine of the two updates", "RdYlGn", matplotlib.colors.Normalize(-1, 1), [-1, -0.5, 0, 0.5, 1], "{:.2f}"))
     width = 1.8 + max(2.4, 0.62 * len(modules))
     figure = Figure(figsize=(max(4.5, len(panels) * width), 1.9 + max(0.9, 0.3 * len(layers))), layout="constrained")
     FigureCanvasAgg(figure)
@@ -134,7 +137,7 @@ def draw(difference: Difference, path: str, a: str, b: str) -> None:
     if not modules:
         figure.text(0.5, 0.4, "no module of any layer differs", ha="center", fontsize=9)
         panels = []
-    for number, (numbers, title, colours, norm, form) in enumerate(panels, 1):
+    for number, (numbers, title, colours, norm, ticks, form) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), number)
         axes.set_facecolor("#e8e8e8")  # the same bit for bit, or not there
         image = axes.imshow(numbers, cmap=colours, norm=norm, aspect="auto")
@@ -144,8 +147,6 @@ def draw(difference: Difference, path: str, a: str, b: str) -> None:
         axes.set_title(title, fontsize=9)
         if len(layers) <= 40:
             write_numbers(axes, image, numbers, form)
-        ends = (norm.vmin, norm.vmax)
-        ticks = [-1, -0.5, 0, 0.5, 1] if ends == (-1, 1) else [ends[0] * (ends[1] / ends[0]) ** (part / 4) for part in range(5)]
         bar = figure.colorbar(image, ax=axes)
         bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks], fontsize=7)
         bar.minorticks_off()
