@@ -19,6 +19,7 @@ in the dtype of the embedding's output. Weights that are trained may be kept wid
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -381,9 +382,11 @@ class Experts(nn.Module):
         rows, weights = order // chosen.size(1), weights.flatten()[order, None]
         counts = chosen.flatten().bincount(minlength=len(self.gate.weight)).tolist()  # waits for the device
         y = torch.zeros_like(tokens, dtype=weights.dtype)
-        for expert, own, weight in zip(self.experts, rows.split(counts), weights.split(counts), strict=True):
-            if len(own) or torch.is_grad_enabled():  # whoever learns has a gradient, if of zeros: ranks wait for each other's
-                y.index_add_(0, own, expert(tokens.index_select(0, own)) * weight)
+        ends = itertools.accumulate(counts)
+        for expert, count, end in zip(self.experts, counts, ends, strict=True):
+            if count or torch.is_grad_enabled():  # whoever learns has a gradient, if of zeros: ranks wait for each other's
+                own = rows[end - count : end]
+                y.index_add_(0, own, expert(tokens.index_select(0, own)) * weights[end - count : end])
         return adapted(self, x, y.to(x.dtype).view_as(x))
 
 

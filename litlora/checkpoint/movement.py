@@ -30,8 +30,15 @@ def movement(step: Checkpoint, before: Checkpoint) -> dict[str, float]:
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if copied_base_tensor(name) is None}
     check_tensors(found, tuning.file_shapes(config), step.adapter_file())
     own = {name: tensors[stored] for stored, name in tuning.file_names(config).items()}
-    moved = {slot: slot_movement(slot, kind, own, base) for slot, kind in tuning.slots.items()}
-    return moved | {name: relative(name, own[name], old(base, name), config) for name in own if not in_slot(name, tuning)}
+    inside: dict[str, dict[str, Tensor]] = {slot: {} for slot in tuning.slots}
+    whole = []
+    for name, tensor in own.items():
+        if (slot := slot_of(name, tuning)) is None:
+            whole.append(name)
+        else:
+            inside[slot][name.removeprefix(f"{slot}.")] = tensor.float()
+    moved = {slot: slot_movement(slot, kind, inside[slot], base) for slot, kind in tuning.slots.items()}
+    return moved | {name: relative(name, own[name], old(base, name), config) for name in whole}
 
 
 @torch.no_grad()
@@ -50,9 +57,10 @@ def lost_to_rounding(step: Checkpoint, before: Checkpoint) -> float | None:
     return min(1.0, (lost / change) ** 0.5) if change else 0.0
 
 
-def in_slot(name: str, tuning: Tuning) -> bool:
+def slot_of(name: str, tuning: Tuning) -> str | None:
+    """The slot whose adapter a parameter belongs to."""
     parts = name.split(".")
-    return any(".".join(parts[:end]) in tuning.slots for end in range(1, len(parts)))
+    return next((slot for end in range(1, len(parts)) if (slot := ".".join(parts[:end])) in tuning.slots), None)
 
 
 def old(base: dict[str, Tensor], name: str) -> Tensor:
@@ -70,9 +78,8 @@ def ratio(change: Tensor, size: Tensor) -> float:
     return (change / size).item() if size > 0 else float(change.item() > 0)
 
 
-def slot_movement(slot: str, kind: Slot, own: dict[str, Tensor], base: dict[str, Tensor]) -> float:
+def slot_movement(slot: str, kind: Slot, parts: dict[str, Tensor], base: dict[str, Tensor]) -> float:
     host = slot.rpartition(".")[0]
-    parts = {name.removeprefix(f"{slot}."): tensor.float() for name, tensor in own.items() if name.startswith(f"{slot}.")}
     if isinstance(kind, PromptSlot):
         return parts["adaption_gate"].abs().item()
     if isinstance(kind, BottleneckSlot):

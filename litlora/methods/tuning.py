@@ -11,6 +11,7 @@ from litlora.config import Config, expanded_config
 from litlora.errors import UserError
 from litlora.families import expected_tensors, linear_shapes, stored_name, with_biases
 from litlora.peft import to_peft_name
+from litlora.peft.targets import modules_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -102,10 +103,10 @@ class Tuning:
 
         `config` is the base's. PiSSA's A and B have here the rank they are stored with, twice the trained one.
         """
-        base = expected_tensors(self.carrying(config))
+        base, linears = expected_tensors(self.carrying(config)), linear_shapes(config)
         shapes: Shapes = {}
-        for slot, kind in self.slots.items():
-            out, into = host_shape(slot.rpartition(".")[0], config)
+        for slot, kind in self.slots.items():  # an attention, an MLP or experts as a whole go from C to C
+            out, into = linears.get(slot.rpartition(".")[0], (config.hidden_size, config.hidden_size))
             shapes |= {f"{slot}.{part}": shape for part, shape in kind.shapes(out, into).items()}
         for layer in self.inserted:
             own = f"model.layers.{layer}."
@@ -133,18 +134,13 @@ class Tuning:
         return {stored: shapes[name] for stored, name in self.file_names(config).items()}
 
 
-def host_shape(module: str, config: Config) -> tuple[int, int]:
-    """(out, in) of the module that a slot belongs to: a Linear, or an attention or MLP as a whole."""
-    return linear_shapes(config).get(module, (config.hidden_size, config.hidden_size))
-
-
 def whole_parameters(modules: Iterable[str], config: Config) -> tuple[str, ...]:
     """The parameters of `modules`, in the model's order; a head that is the embedding is named as the embedding."""
     tensors = expected_tensors(config)
     chosen = set(modules)
     if config.tie_word_embeddings and "lm_head" in chosen:
         chosen.add(EMBEDDING.removesuffix(".weight"))
-    return tuple(name for name in tensors if any(name.startswith(f"{module}.") for module in chosen))
+    return tuple(name for name in tensors if not chosen.isdisjoint(modules_of([name])))
 
 
 # ---- folded into the base ----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ micro-batches, packed into streams or spread over ranks does not change the upda
 """
 
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -213,7 +214,8 @@ def check_alive(model: nn.Module, alive: set[str], step: int) -> None:
     """After the second update every trained tensor must have had a gradient: LoRA's A has none in the first, for B is zero."""
     trained = {name: parameter for name, parameter in inner(model).named_parameters() if parameter.requires_grad}
     alive |= {name for name, parameter in trained.items() if parameter.grad is not None and bool(parameter.grad.any())}
-    dead = sorted(name for name in trained if name not in alive and not any_expert(name, alive))
+    reached = {of_any_expert(name) for name in alive}  # an expert that no token went through yet is no fault
+    dead = sorted(name for name in trained if of_any_expert(name) not in reached)
     if step == 2 and dead:
         more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
         raise WorkError(
@@ -227,10 +229,9 @@ def inner(model: Any) -> Any:
     return getattr(model, "module", model)
 
 
-def any_expert(name: str, alive: set[str]) -> bool:
-    """Whether the same tensor of another expert of its layer is alive: an expert that no token went through yet is no fault."""
-    before, _, after = name.partition(".experts.")
-    return bool(after) and any(other.startswith(f"{before}.experts.") and other.endswith(after.lstrip("0123456789")) for other in alive)
+def of_any_expert(name: str) -> str:
+    """A parameter's name without the number of its expert: the same for all experts of a layer."""
+    return re.sub(r"(\.experts)\.\d+\.", r"\1.", name)
 
 
 def not_finite(step: int, committed: int, what: str) -> WorkError:
