@@ -3,6 +3,7 @@
 import random
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -52,7 +53,9 @@ def full_disks(place: Place, count: int, seed: int = 0, *more: str) -> Tally:
                 process = place.server.start(first, Fault(fills_at=committing) if kind == "in a commit" else Fault(slow_sync=slow))
                 if kind == "meanwhile":
                     process.wait_for(lambda: logged(out) >= 1 + turn % 4)  # noqa: B023
-                    fill(disk, rng.randrange(whole // 3))
+                    process.kill(signal.SIGSTOP)  # it must not be done before the disk is full
+                    fill(disk, rng.randrange(whole // 8))
+                    process.kill(signal.SIGCONT)
                 code, said = process.wait(), process.said
                 words = f"disk {number}, {kind}{f', {committing}' if kind == 'in a commit' else ''}"
                 if code == 0:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from extensions.reliability.processes import Server
 from litlora.checkpoint import names
@@ -20,6 +21,7 @@ class Place:
     path: Path
     server: Server
     references: dict[tuple[str, ...], dict[str, bytes]] = field(default_factory=dict)
+    benches: dict[str, Any] = field(default_factory=dict)  # of the commands that write
 
     @property
     def base(self) -> Path:

@@ -180,6 +180,14 @@ class Bench:
         return f"\n{place}\n" in f"\n{said}"
 
 
+def bench_of(place: Place, writer: Writer) -> Bench:
+    """Made once in a place."""
+    if writer.name not in place.benches:
+        place.benches[writer.name] = Bench(place, writer)
+    bench: Bench = place.benches[writer.name]
+    return bench
+
+
 def differences(found: Tree | None, wanted: Tree | None) -> str:
     if found is None or wanted is None:
         return "nothing is there"
@@ -192,7 +200,7 @@ def crashes(
     """It dies at each of its calls (or at every `share`-th, or at those of `points`); 0: after it."""
     kind = "the process dies" if lose is None else "the power fails"
     tally = Tally(f"{writer.name}: {kind} at each call to the disk")
-    bench = Bench(place, writer)
+    bench = bench_of(place, writer)
     for point in points if points is not None else [0, *range(1, bench.calls + 1, share)]:
         with tally.trial():
             bench.reset()
@@ -211,7 +219,7 @@ def crashes(
 def kills(place: Place, writer: Writer, count: int, seed: int = 0) -> Tally:
     """Kill -9 at a random time."""
     tally, rng = Tally(f"{writer.name}: kill -9"), random.Random(seed)
-    bench = Bench(place, writer)
+    bench = bench_of(place, writer)
     for number in range(count):
         with tally.trial():
             bench.reset()
@@ -233,7 +241,7 @@ def kills(place: Place, writer: Writer, count: int, seed: int = 0) -> Tally:
 def file_limits(place: Place, writer: Writer, count: int) -> Tally:
     """RLIMIT_FSIZE: no file may become larger than so many bytes."""
     tally = Tally(f"{writer.name}: a file may not grow (RLIMIT_FSIZE)")
-    bench = Bench(place, writer)
+    bench = bench_of(place, writer)
     assert bench.new is not None
     largest = max(map(len, bench.new.values()))
     for number in range(count):
@@ -252,7 +260,7 @@ def file_limits(place: Place, writer: Writer, count: int) -> Tally:
 def read_only(place: Place, writer: Writer) -> Tally:
     """The place may not be written to (F08): refused with its name, never a success without a file."""
     tally = Tally(f"{writer.name}: read-only")
-    bench = Bench(place, writer)
+    bench = bench_of(place, writer)
     with tally.trial():
         bench.reset()
         bench.parent.chmod(0o555)
