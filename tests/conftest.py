@@ -57,7 +57,7 @@ def stretched(kind: str, factor: float, original: int, **more: Any) -> dict[str,
 
 
 SQUARE = {"hidden_size": 48, "head_dim": 12}  # where H * D can be nothing but C
-FALCON = {**SQUARE, "model_type": "falcon", "hidden_act": "gelu", "tie_word_embeddings": True}
+FALCON = {**SQUARE, "head_dim": ..., "model_type": "falcon", "hidden_act": "gelu", "tie_word_embeddings": True}  # ...: without this key
 
 # name -> the keys of its config.json that are not COMMON's. On these every promise is tried.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -188,7 +188,7 @@ def tiny_hf_config(family: str = "llama3", **changes: Any) -> dict[str, Any]:
     """A config.json for a tiny model of the family."""
     values = {**COMMON, **EVERY[family], **changes}
     own = SUPPORTED[values["model_type"]]
-    return {own.keys.get(key, key): value for key, value in values.items() if key != "head_dim" or not own.square}
+    return {own.keys.get(key, key): value for key, value in values.items() if value is not ...}
 
 
 def tiny_config(family: str = "llama3", **changes: Any) -> Config:

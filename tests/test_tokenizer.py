@@ -345,6 +345,11 @@ def test_end_ids_are_those_of_all_three_files(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [im_end, size + 7]}))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
     assert Tokenizer(tmp_path).eos_ids == {im_end, 5, tokenizer.eos_id}  # an id that no text has can never be sampled
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {"eos_token_id": [7]}}))
+    assert Tokenizer(tmp_path).eos_ids == {im_end, 7, tokenizer.eos_id}
+    (tmp_path / "generation_config.json").unlink()  # a model need not have one
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None}))
+    assert Tokenizer(tmp_path).eos_ids == {tokenizer.eos_id}
 
 
 def test_the_chat_template_is_the_file_else_the_default_in_the_config(tmp_path: Path) -> None:

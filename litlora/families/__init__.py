@@ -37,7 +37,7 @@ from litlora.families.reading import (
 from litlora.families.rope import ropes, ropes_to_hf
 from litlora.families.table import SUPPORTED, Family
 from litlora.families.tensors import expected_tensors, is_derived, linear_shapes, stored_name, tensor_name
-from litlora.families.wrapped import is_wrapped, spelt_as, text_values, with_changes
+from litlora.families.wrapped import is_beside, is_wrapped, spelt_as, text_values, with_changes
 
 __all__ = [
     "DEQUANTISED",
@@ -47,6 +47,7 @@ __all__ = [
     "config_from_hf",
     "config_to_hf",
     "expected_tensors",
+    "is_beside",
     "is_derived",
     "linear_shapes",
     "quantised_by",

@@ -10,7 +10,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.config import Config, merged_layers
 from litlora.errors import UserError
-from litlora.families import expected_tensors, is_derived, spelt_as, stored_name, tensor_name
+from litlora.families import expected_tensors, is_beside, is_derived, spelt_as, stored_name, tensor_name
 from litlora.merge.tensors import WIDTH
 from litlora.methods.tuning import EMBEDDING, HEAD, LoRASlot, ScaleShiftSlot, Tuning, merged_config, merged_name
 from litlora.peft import scale
@@ -165,7 +165,7 @@ def new_model(base: Checkpoint, config: Config, tuning: Tuning, *, dtype: str | 
         copied = own or parameter == HEAD or (in_new_layer and not trained and fill is None)
         outputs[path].append(
             Output(
-                name=stored if own and (not renamed or is_derived(stored, config)) else full_name(name),
+                name=stored if own and (not renamed or is_beside(stored, config)) else full_name(name),
                 parameter=name,
                 shape=shapes.get(name, info.shape),
                 dtype=stored_dtype(dtype, stored, info, config),

@@ -55,6 +55,8 @@ class Tokenizer:
         self.bos_id = self._id_of_named("bos_token")
         models = [_read_json(model_dir / name) for name in ("generation_config.json", "config.json")]
         self._model_type = models[1].get("model_type")
+        inside = models[1].get("text_config")  # of a model of text and images
+        models += [inside] if isinstance(inside, dict) else []
         self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         ends = [i for config in models for i in _as_ids(config.get("eos_token_id")) if i < self.size]
         named_end = self._id_of_named("eos_token")
