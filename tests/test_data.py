@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import byte_level, real
 
+from litlora.data import rows as rows_module
 from litlora.data.batches import Batch, pack, share_of_rank
 from litlora.data.formats import Pair, Text, Verdict, format_of, parse_mapping, read_row, to_messages
 from litlora.data.order import epoch_order
@@ -146,6 +147,22 @@ def test_utf_16_is_read_where_it_says_so(tmp_path: Path, encoding: str) -> None:
     with pytest.raises(UserError, match="not UTF-16") as caught:
         list(read_rows(path))
     assert caught.value.where == f"{path}:3:18"
+
+
+def test_utf_16_is_read_a_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that end within a character, and within half of one, change no line and no place."""
+    rows = [{"prompt": "🙂é中" * 9, "completion": "🙂"}, {"prompt": "x", "completion": "y"}]
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for size in (1, 3, 7, 50):
+        monkeypatch.setattr(rows_module, "BLOCK", size)
+        for encoding in ("utf-16-le", "utf-16-be"):
+            path = tmp_path / "rows.jsonl"
+            path.write_bytes(f"\ufeff{text}".encode(encoding))
+            assert [(row.value, row.where) for row in read_rows(path)] == list(zip(rows, (f"{path}:1:1", f"{path}:3:1"), strict=True))
+            path.write_bytes(f"\ufeff{text}".encode(encoding) + "\ud83d".encode(encoding, "surrogatepass"))
+            with pytest.raises(UserError, match="not UTF-16") as caught:
+                list(read_rows(path))
+            assert caught.value.where == f"{path}:3:{len(json.dumps(rows[1])) + 1}"
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])

@@ -62,7 +62,7 @@ def rendered_cases() -> list[tuple[str, str, dict[str, Any], str]]:
 
 
 def test_published_templates_render_as_their_projects_say() -> None:
-    """D01, D04: all 25 of the shared templates. Against: lstrip_blocks left off."""
+    """D01, D04: all 25 of the shared templates."""
     cases = rendered_cases()
     assert len(cases) == 25
     for name, template, data, expected in cases:
@@ -70,6 +70,7 @@ def test_published_templates_render_as_their_projects_say() -> None:
 
 
 def test_what_transformers_gives_a_template_is_there() -> None:
+    """D04. Against: lstrip_blocks left off."""
     text = (
         "{% generation %}{{ {'a': ['é', 1]} | tojson }}{% endgeneration %}{% for x in [1, 2, 3] %}{% if x == 2 %}{% continue %}{% endif %}"
         "{{ x }}{% endfor %}{% set ns = namespace(n=1) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ dict(a=1)['a'] }}{{ 'a' ~ 1 ~ none }}"

@@ -61,7 +61,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_samples_on_disk_are_those_in_memory(tmp_path: Path, prompts: Prompts, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """D06. The split too, and again from what was kept. Against: places of the first file for the second; counts lost."""
+    """D06. The split too, and again from what was kept. Against: counts lost."""
     path = jsonl(tmp_path / "rows.jsonl", [*pairs(20), {"prompt": "x" * 600, "completion": "y"}])
     first = load(path, prompts, 100)
     made = counted(monkeypatch)

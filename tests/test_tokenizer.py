@@ -207,6 +207,16 @@ def test_a_shielded_control_string_is_text_and_an_open_one_is_not(kinds: dict[st
     assert shown.replace(" ", "") == "a</s><think>b</s><think></s>"
 
 
+def test_control_strings_that_overlap_are_all_shielded(tmp_path: Path) -> None:
+    """D05. Against: one pass alone, which leaves what begins inside of another."""
+    tokenizer = Tokenizer(byte_level(tmp_path, "<a>", "a><b>"))
+    text = "x<a><b>y"
+    shielded = tokenizer.shield(text, "\ufdd2")
+    (ids,) = tokenizer.encode_batch([shielded], special=True, mark="\ufdd2")
+    assert not set(ids) & set(tokenizer.control.values()) and tokenizer.decode(ids) == text
+    assert set(tokenizer.encode(text, special=True)) & set(tokenizer.control.values())
+
+
 def test_text_after_other_text_has_no_space_of_a_beginning(kinds: dict[str, Tokenizer]) -> None:
     for kind in ("pieces", "metaspace"):
         tokenizer = kinds[kind]

@@ -27,6 +27,8 @@ OTHER_FORMS = {  # what a file begins with that is no text -> what it is, what t
     codecs.BOM_UTF32_LE: ("UTF-32 text", "save it as UTF-8"),
     codecs.BOM_UTF32_BE: ("UTF-32 text", "save it as UTF-8"),
 }
+UTF_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+BLOCK = 1 << 20  # bytes of UTF-16 that are read at once
 PIECE = 1 << 20  # characters of a long text that are read at once
 Documents = Literal["file", "blank", "line"]
 
@@ -141,20 +143,32 @@ def _parsed(first: bytes, lines: Iterable[bytes], file: DataFile, on_bad: OnBad 
 def _utf8_lines(stream: BinaryIO, name: str) -> Iterator[bytes]:
     """The lines of a text, its byte order mark taken off; UTF-16 is known by its own. Nothing but a line feed ends a line."""
     begin = stream.read(3)
-    if begin[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        stream.seek(0)
-        stream = io.BytesIO(_from_utf16(stream.read(), name))
+    if (encoding := UTF_16.get(begin[:2])) is not None:
+        stream.seek(2)
+        yield from _from_utf16(stream, encoding, name)
     else:
         stream.seek(len(codecs.BOM_UTF8) if begin == codecs.BOM_UTF8 else 0)
-    yield from stream
+        yield from stream
 
 
-def _from_utf16(data: bytes, name: str) -> bytes:
-    try:
-        return data.decode("utf-16").encode()
-    except UnicodeDecodeError as error:
-        good = data[: error.start].decode("utf-16")
-        refuse(f"not UTF-16 ({error.reason})", good, len(good), name, 1, "save the file as UTF-8")
+def _from_utf16(stream: BinaryIO, encoding: str, name: str) -> Iterator[bytes]:
+    """The lines as UTF-8. UserError at the first bytes that are no text."""
+    decoder, number = codecs.getincrementaldecoder(encoding)(), 1
+    parts: list[str] = []  # of the line that is not at its end yet
+    block = None
+    while block != b"":
+        block = stream.read(BLOCK)
+        try:
+            first, *others = decoder.decode(block, final=not block).split("\n")
+        except UnicodeDecodeError as error:
+            good = "".join([*parts, error.object[: error.start].decode(encoding)])
+            refuse(f"not UTF-16 ({error.reason})", good, len(good), name, number, "save the file as UTF-8")
+        parts.append(first)
+        for other in others:
+            yield "".join([*parts, "\n"]).encode()
+            parts, number = [other], number + 1
+    if any(parts):
+        yield "".join(parts).encode()
 
 
 def text_rows(lines: Iterable[bytes], name: str, documents: Documents) -> Iterator[Row]:
