@@ -41,18 +41,21 @@ def load(
     base_dir: str | Path | None = None,
     dtype: "torch.dtype | None" = None,
     adapters: Mapping[str | Path, float] | None = None,
+    quantize: str = "auto",
 ) -> "GPT":
     """The model at `path`: a Hugging Face directory, a step, a run (None: the run in `out`, else the demo base).
 
-    `adapters` maps more adapters to the weights with which they are added. `dtype` None keeps the weights' own.
+    `adapters` maps more adapters to the weights with which they are added. `dtype` None keeps the weights' own. `quantize`: int8, nf4,
+    nf4-dq or none; auto is what the step was trained on.
     UserError where a path is none of these, or anything in it does not fit.
     """
     from litlora.checkpoint.resolve import resolve
-    from litlora.checkpoint.weights import load_model
+    from litlora.checkpoint.weights import load_model, quantize_meant
 
     checkpoint = resolve(path, base_dir=base_dir)
     added = [(resolve(adapter, base_dir=checkpoint.base().path), weight) for adapter, weight in (adapters or {}).items()]
-    model = load_model(checkpoint, dtype=dtype, adapters=added)
+    on = [*([] if checkpoint.is_model else [checkpoint]), *(adapter for adapter, _ in added)]
+    model = load_model(checkpoint, dtype=dtype, adapters=added, quantize=quantize_meant(quantize, on))
     model.checkpoint = checkpoint
     return model
 

@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litlora.config import Config, Rope, rotary_steps
 from litlora.errors import UserError
+from litlora.quantized import Quantized
 
 IGNORE = -100  # a target that is not graded
 
@@ -53,17 +54,19 @@ class GPT(nn.Module):
         self.tie()
 
     @staticmethod
-    def from_pretrained(path: str | Path | None, *, base_dir: str | Path | None = None, dtype: torch.dtype | None = None) -> "GPT":
+    def from_pretrained(
+        path: str | Path | None, *, base_dir: str | Path | None = None, dtype: torch.dtype | None = None, quantize: str = "auto"
+    ) -> "GPT":
         """The model at `path`: a Hugging Face directory, a step, a run, a merged model (None: as the commands choose).
 
         A step gets its adapter attached; `base_dir` says where its base is now, if it moved. `dtype` None keeps the
-        weights' own. UserError where the path is none of these, or anything in it does not fit.
+        weights' own; `quantize` as in `litlora.load`. UserError where the path is none of these, or anything in it does not fit.
         """
         from litlora.checkpoint.resolve import resolve  # the one import upwards: a model does not need files to exist
-        from litlora.checkpoint.weights import load_model
+        from litlora.checkpoint.weights import load_model, quantize_meant
 
         checkpoint = resolve(path, base_dir=base_dir)
-        model = load_model(checkpoint, dtype=dtype)
+        model = load_model(checkpoint, dtype=dtype, quantize=quantize_meant(quantize, [] if checkpoint.is_model else [checkpoint]))
         model.checkpoint = checkpoint
         return model
 
@@ -446,14 +449,39 @@ class Linear(nn.Linear):
     """Every weight matrix of a GPT. The one place to adapt, to quantize and to count."""
 
     adapter: "Adapter | None"
+    quantized: Quantized | None  # the weight in few bits; `weight` is None then
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(in_features, out_features, bias)
         self.register_module("adapter", None)  # a class attribute would shadow the module put here
+        self.register_module("quantized", None)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        return adapted(self, x, F.linear(x, self.weight.to(x.dtype), bias))
+        return adapted(self, x, self.product(x, self.bias))
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., in) -> (..., out)
+        """x W^T + bias, in x's dtype."""
+        bias = None if bias is None else bias.to(x.dtype)
+        if self.quantized is None:
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        y: Tensor = self.quantized(x)
+        return y if bias is None else y + bias
+
+    def wide(self) -> Tensor:
+        """The weight (out, in), or what its few bits stand for: then a new tensor, for the moment."""
+        return self.weight if self.quantized is None else self.quantized.wide()
+
+    def hold(self, quantized: Quantized | None) -> None:
+        """This instead of the weight; None: a weight again, of what the few bits stand for, which learns as a new one does."""
+        weight = nn.Parameter(self.wide()) if quantized is None else None
+        self.register_parameter("weight", weight)
+        self.quantized = quantized
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """dtype, at least fp32, and device of what an adapter puts beside the weight."""
+        held = self.quantized.scales if self.quantized is not None else self.weight
+        return {"dtype": torch.promote_types(held.dtype, torch.float32), "device": held.device}
 
 
 class Head(Linear):
@@ -783,10 +811,8 @@ class LoRA(Adapter):
 
     def __init__(self, host: Linear, r: int, alpha: float, dropout: float, use_rslora: bool = False) -> None:
         super().__init__()
-        weight = host.weight
-        wide: dict[str, Any] = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
-        self.lora_A = nn.Parameter(torch.empty(r, host.in_features, **wide))  # (R, in)
-        self.lora_B = nn.Parameter(torch.zeros(host.out_features, r, **wide))  # (out, R)
+        self.lora_A = nn.Parameter(torch.empty(r, host.in_features, **host.beside))  # (R, in)
+        self.lora_B = nn.Parameter(torch.zeros(host.out_features, r, **host.beside))  # (out, R)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT
         self.dropout = dropout
         self.scale = alpha / math.sqrt(r) if use_rslora else alpha / r  # arXiv:2312.03732, equation 7
@@ -807,7 +833,7 @@ class LoRA(Adapter):
 
     def folded(self, host: Linear) -> tuple[Tensor, Tensor | None]:
         a, b = self.matrices()
-        return torch.addmm(host.weight.to(b.dtype), b, a, alpha=self.scale), host.bias
+        return torch.addmm(host.wide().to(b.dtype), b, a, alpha=self.scale), host.bias
 
 
 class PiSSA(LoRA):
@@ -825,7 +851,9 @@ class PiSSA(LoRA):
         super().__init__(host, r, alpha, dropout, use_rslora)
         with torch.no_grad():
             self.lora_A.zero_()
-            u, s, v = torch.svd_lowrank(wider(host.weight), q=min(r + 8, *host.weight.shape), niter=8)  # (out, q), (q,), (in, q)
+            u, s, v = torch.svd_lowrank(
+                wider(host.wide()), q=min(r + 8, host.out_features, host.in_features), niter=8
+            )  # (out, q), (q,), (in, q)
             size = (s[:r] / self.scale).sqrt()
             self.register_buffer("start_A", size[:, None] * v[:, :r].t(), persistent=False)
             self.register_buffer("start_B", u[:, :r] * size, persistent=False)
@@ -839,7 +867,7 @@ class DoRA(LoRA):
 
     def __init__(self, host: Linear, r: int, alpha: float, dropout: float, use_rslora: bool = False) -> None:
         super().__init__(host, r, alpha, dropout, use_rslora)
-        self.magnitude = nn.Parameter(torch.linalg.vector_norm(host.weight.detach().to(self.lora_B.dtype), dim=1))  # (out,)
+        self.magnitude = nn.Parameter(torch.linalg.vector_norm(host.wide().detach().to(self.lora_B.dtype), dim=1))  # (out,)
 
     def forward(self, host: Linear, x: Tensor, y: Tensor) -> Tensor:
         """gain (W + scale B A) x + bias; with dropout, as PEFT, everything but the plain W x sees the dropped-out x."""
@@ -848,7 +876,7 @@ class DoRA(LoRA):
         base = y if host.bias is None else y - host.bias
         if self.training and self.dropout > 0:
             x = F.dropout(x, self.dropout)
-            base = F.linear(x, host.weight)
+            base = host.product(x)
             rest = y - base
         return (gain * self.added(x, base, self.scale) + rest).to(y.dtype)
 
@@ -866,16 +894,15 @@ class ScaleShift(Adapter):
 
     def __init__(self, host: Linear) -> None:
         super().__init__()
-        wide = wider(host.weight.detach()[:, 0])
-        self.scale = nn.Parameter(torch.ones_like(wide))
-        self.shift = nn.Parameter(torch.zeros_like(wide))
+        self.scale = nn.Parameter(torch.ones(host.out_features, **host.beside))
+        self.shift = nn.Parameter(torch.zeros(host.out_features, **host.beside))
 
     def forward(self, host: Linear, x: Tensor, y: Tensor) -> Tensor:
         return (self.scale * (y + self.shift)).to(y.dtype)
 
     def folded(self, host: Linear) -> tuple[Tensor, Tensor | None]:
         bias = self.shift if host.bias is None else host.bias + self.shift
-        return self.scale[:, None] * host.weight, self.scale * bias
+        return self.scale[:, None] * host.wide(), self.scale * bias
 
 
 class Bottleneck(Adapter):
@@ -884,11 +911,14 @@ class Bottleneck(Adapter):
 
     def __init__(self, host: Attention | MLP | Experts, width: int, scale: float, activation: str, parallel: bool) -> None:
         super().__init__()
-        last = host.o_proj if isinstance(host, Attention) else host.gate if isinstance(host, Experts) else host.down_proj
-        C = last.weight.size(1) if isinstance(last, Router) else last.out_features
-        weight = wider(last.weight.detach()[:1, :1])
-        self.down = nn.Linear(C, width, device=weight.device, dtype=weight.dtype)
-        self.up = nn.Linear(width, C, device=weight.device, dtype=weight.dtype)
+        if isinstance(host, Experts):
+            like = wider(host.gate.weight.detach()[:1, :1])
+            C, beside = host.gate.weight.size(1), dict[str, Any](dtype=like.dtype, device=like.device)
+        else:
+            last = host.o_proj if isinstance(host, Attention) else host.down_proj
+            C, beside = last.out_features, last.beside
+        self.down = nn.Linear(C, width, **beside)
+        self.up = nn.Linear(width, C, **beside)
         for silent in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(silent)
         self.scale, self.parallel = scale, parallel
@@ -910,9 +940,8 @@ class Prompt(Adapter):
 
     def __init__(self, host: Attention, length: int) -> None:
         super().__init__()
-        weight = wider(host.o_proj.weight.detach()[:1, :1])
-        self.adaption_prompt = nn.Parameter(weight.new_empty(1, length, host.o_proj.out_features).normal_())  # (1, P, C)
-        self.adaption_gate = nn.Parameter(weight.new_zeros(1))
+        self.adaption_prompt = nn.Parameter(torch.empty(1, length, host.o_proj.out_features, **host.o_proj.beside).normal_())  # (1, P, C)
+        self.adaption_gate = nn.Parameter(torch.zeros(1, **host.o_proj.beside))
 
     def forward(self, host: Attention, q: Tensor, y: Tensor) -> Tensor:  # -> (B, T, H, D)
         _, *prompt = host.project(self.adaption_prompt.to(q.dtype))  # (1, P, K, D) twice
@@ -938,7 +967,7 @@ class Composed(Adapter):
         return total
 
     def folded(self, host: Linear) -> tuple[Tensor, Tensor | None]:
-        base = wider(host.weight)
+        base = wider(host.wide())
         total, bias = base, cast("Tensor | None", host.bias)
         for adapter, weight in zip(self.adapters, self.weights, strict=True):
             assert isinstance(adapter, Adapter)
@@ -961,6 +990,8 @@ def silent_copy(block: Block) -> Block:
         for slot in SLOTS:
             if slot in module._modules:
                 setattr(module, slot, None)
+        if isinstance(module, Linear) and module.quantized is not None:  # it is to learn
+            module.hold(None)
     for name, parameter in copied.named_parameters():
         if (value := block.silence(name)) is not None:
             parameter.fill_(value)

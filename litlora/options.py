@@ -216,6 +216,15 @@ class ComputeOptions:
 
 
 @dataclass(kw_only=True)
+class QuantizeOptions:
+    """Of commands that use a base without changing it."""
+
+    quantize: Literal["auto", "none", "int8", "nf4", "nf4-dq"] = option(
+        "auto", "bits of the frozen weights in memory: int8; nf4 (4, QLoRA's); nf4-dq (its scales in 8); auto: what a step was trained on"
+    )
+
+
+@dataclass(kw_only=True)
 class FitOptions(ComputeOptions):
     """What every training command has."""
 
@@ -237,7 +246,7 @@ class FitOptions(ComputeOptions):
 
 
 @dataclass(kw_only=True)
-class Finetune(FitOptions):
+class Finetune(FitOptions, QuantizeOptions):
     """What `litlora finetune` has with every method; the method's own options are the group that bears its name."""
 
     method: ClassVar[str]
@@ -312,7 +321,7 @@ class MergeLoRA:
 
 
 @dataclass(kw_only=True)
-class TalkOptions(ComputeOptions):
+class TalkOptions(ComputeOptions, QuantizeOptions):
     """Which model is spoken to, and how."""
 
     checkpoint_dir: str | None = option(None, "a model, a step or a run", unset=RUN_OR_DEMO)

@@ -14,9 +14,10 @@ from torch import Tensor
 from litlora.__main__ import main
 from litlora.data.batches import pack
 from litlora.methods import tuning_of
-from litlora.methods.attach import attach, trainable
+from litlora.methods.attach import attach, linears, trainable
 from litlora.model import GPT, Attention
 from litlora.options import FinetuneLoRA, TrainOptions
+from litlora.quantized import quantized
 from litlora.train import estimate as estimate_file
 from litlora.train import run as run_file
 from litlora.train.estimate import Load, kept_bytes, largest, memory_of, seconds_of_step, shapes_of
@@ -26,7 +27,7 @@ from litlora.train.loop import seed_step, train_step
 def load_of(family: str, options: Any, tokens: int = 96) -> Load:
     config = tiny_config(family)
     return Load(
-        config=config, tuning=tuning_of(options, config), dtype=torch.float32, stored=0, device=torch.device("cpu"),
+        config=config, tuning=tuning_of(options, config), dtype=torch.float32, device=torch.device("cpu"),
         micro_batch=tokens, tokens=200.0, length=tokens / 3, graded=0.5, program=0,
     )  # fmt: skip
 
@@ -100,8 +101,17 @@ def test_the_parts_of_memory_are_those_of_the_model(method: str) -> None:
     assert again.activations < kept.activations or method == "freeze", "of the one block that learns, all is needed"
     assert replace(again, activations=0) == replace(kept, activations=0)
     assert kept.total == kept.weights + kept.trained + kept.activations + kept.workspace
-    halved = memory_of(replace(load, dtype=torch.bfloat16, stored=100))
-    assert halved.weights == kept.weights // 2 + 100, "and the file's pages, which are of another dtype"
+    assert memory_of(replace(load, dtype=torch.bfloat16)).weights == kept.weights // 2, "the file's pages leave where that is another dtype"
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "nf4-dq"])
+@pytest.mark.parametrize("method", [name for name in TUNINGS if name != "full"])
+def test_few_bits_are_counted_as_what_they_take(method: str, kind: str) -> None:
+    """Of weights that stand still in the blocks, and of no others. (Mutation: those that learn counted as well.)"""
+    load, model = load_of("llama3", TUNINGS[method]), adapted(options=TUNINGS[method])
+    hosts = [host for name, host in linears(model).items() if name != "lm_head" and not host.weight.requires_grad]
+    saved = sum(host.weight.nbytes - quantized(kind, host.weight.detach()).nbytes for host in hosts)
+    assert saved > 0 and memory_of(load).weights - memory_of(replace(load, quantize=kind)).weights == saved
 
 
 def test_the_largest_micro_batch_is_full_or_one_long_sample() -> None:

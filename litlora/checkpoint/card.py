@@ -46,6 +46,9 @@ def _what(manifest: Manifest, here: str) -> str:
     if manifest.base is not None:
         lines += ["", f"{_kind(manifest)}. It holds no base weights; its base is `{manifest.base.path}` ({manifest.base.model_type}),"]
         lines += [f"fingerprint `{manifest.base.fingerprint}`."]
+        if manifest.base.quantize != "none":
+            lines += [f"Training held the base's weights in {manifest.base.quantize}, and litlora does so when it answers; others and a"]
+            lines += ["merge take them as they are in the base, which is close to it and not the same."]
         if manifest.base.path == names.DEMO:
             lines += ["", "The base is the toy model that comes with litlora: good for trying things, not for answers."]
     else:

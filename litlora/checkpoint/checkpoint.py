@@ -116,11 +116,17 @@ class Checkpoint:
         values: dict[str, Any] = self.training_state()["values"]
         return values
 
-    def record(self, run: Path) -> BaseRecord:
+    @property
+    def quantize(self) -> str:
+        """In which few bits its training held the base's weights, in the word of --quantize; none of a whole model."""
+        return self.manifest.base.quantize if self.manifest and self.manifest.base else "none"
+
+    def record(self, run: Path, quantize: str = "none") -> BaseRecord:
         """What the manifests of `run` say about this model when it is their base."""
         step = run.resolve() / names.step_name(0)
         relative = "" if self.is_demo else os.path.relpath(self.path.resolve(), step)
-        return BaseRecord(path=self.recorded_path, model_type=self.config().model_type, fingerprint=self.fingerprint(), relative=relative)
+        model_type, fingerprint = self.config().model_type, self.fingerprint()
+        return BaseRecord(path=self.recorded_path, model_type=model_type, fingerprint=fingerprint, relative=relative, quantize=quantize)
 
     @cached_property
     def _shards(self) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from litlora.checkpoint.reading import is_plain_name, parse_json, read_bytes, sh
 from litlora.errors import UserError
 from litlora.safetensors_file import Raw
 
-FORMAT_VERSION = 2  # 2: `lineage`. What 1 wrote is read as it is
+FORMAT_VERSION = 3  # 2: `lineage`; 3: `base.quantize`. What earlier ones wrote is read as it is
 LARGEST = 2**63  # no count of a step or a token comes near it
 SEAL = "sha256"  # the last field of a sealed file
 
@@ -38,6 +38,7 @@ class BaseRecord:
     model_type: str
     fingerprint: str  # of all its weights: fingerprint.py
     relative: str = ""  # the same directory as seen from the step: a run and its base may move together
+    quantize: str = "none"  # in which few bits training held its weights (quantized.py); the base itself is what it was
 
 
 @dataclass(frozen=True, kw_only=True)

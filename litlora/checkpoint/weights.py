@@ -5,7 +5,9 @@ share it. (The map is private, so the file never changes; do not overwrite a bas
 Everything is strict: a tensor too many, too few or of another shape is listed and nothing is loaded.
 """
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import mmap
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from litlora.errors import UserError
 from litlora.families import expected_tensors, is_derived, stored_name, tensor_name
 from litlora.methods.attach import add
 from litlora.methods.tuning import EMBEDDING, HEAD
-from litlora.model import GPT
+from litlora.model import GPT, Linear
+from litlora.quantized import KINDS, quantized
 from litlora.safetensors_file import SafetensorsFile
 
 STORED = {
@@ -45,18 +48,22 @@ def load_model(
     dtype: torch.dtype | None = None,
     adapters: Sequence[tuple[Checkpoint, float]] = (),
     device: str | torch.device = "cpu",
+    quantize: str = "none",
 ) -> GPT:
     """The model that a checkpoint means: a base as it is, a step or PEFT adapter added to its base.
 
     `dtype` of the base's weights (None: as stored), and of weights that were trained whole; what sits in slots is fp32. `adapters`:
     more of them, with the weights they are added with; each must belong to the same base. Of what is added nothing learns.
+    `quantize`: see `load_base`; `quantize_meant` makes it of what the user said.
     UserError where anything is missing, too much, of the wrong shape, or of another base.
     """
     base = checkpoint.base()
     for other, _ in adapters:
         check_same_base(other, base)
-    model = load_base(base, dtype, device)
-    for other, weight in [*([] if checkpoint.is_model else [(checkpoint, 1.0)]), *adapters]:
+    on = [*([] if checkpoint.is_model else [(checkpoint, 1.0)]), *adapters]
+    wide = {name for other, _ in on for name in other.tuning().whole} if quantize != "none" else set()
+    model = load_base(base, dtype, device, quantize=quantize, wide=wide)
+    for other, weight in on:
         put_on(model, other, weight)
     return model
 
@@ -66,8 +73,19 @@ def put_on(model: GPT, adapter: Checkpoint, weight: float = 1.0) -> None:
     add(model, adapter.tuning(), adapter_tensors(adapter), weight, where=adapter.adapter_file())
 
 
-def load_base(base: Checkpoint, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> GPT:
-    """A whole model, every parameter of it from the files, requiring gradients as a new one does."""
+def load_base(
+    base: Checkpoint,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    quantize: str = "none",
+    wide: Collection[str] = (),
+) -> GPT:
+    """A whole model, every parameter of it from the files, requiring gradients as a new one does.
+
+    `quantize` int8, nf4 or nf4-dq: the Linears of the blocks hold their weights in few bits, which do not learn, all but those named
+    in `wide`. It is done tensor by tensor, and none is kept wide. UserError where a weight holds numbers that are not finite.
+    """
     config = base.config()
     with torch.device("meta"), NothingDrawn():
         model = GPT(config)
@@ -75,11 +93,28 @@ def load_base(base: Checkpoint, dtype: torch.dtype | None = None, device: str | 
     with torch.no_grad():
         for name, tensor in tensors.items():
             module, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(module), attribute, nn.Parameter(tensor.to(device=device, dtype=dtype)))
+            host = model.get_submodule(module)
+            if quantize != "none" and isinstance(host, Linear) and attribute == "weight" and module != "lm_head" and name not in wide:
+                host.hold(quantized(quantize, tensor.to(device), f"{base.path}: {name}"))
+                forget(tensor)
+                continue
+            value = tensor.to(device=device, dtype=dtype)
+            setattr(host, attribute, nn.Parameter(value))
+            if value.data_ptr() != tensor.data_ptr():
+                forget(tensor)
     model.tie()
     unset = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     assert not unset, f"no file fills {unset}"
     return model
+
+
+def quantize_meant(word: str, on: Sequence[Checkpoint]) -> str:
+    """What --quantize means: itself, or (auto) what the first of the adapters was trained on. UserError of one that is not known here."""
+    meant = next((adapter.quantize for adapter in on), "none") if word == "auto" else word
+    if meant not in ("none", *KINDS):
+        hint = "--quantize none, or a newer litlora, which may know it"
+        raise UserError(f"was trained on a base in {meant}, which this litlora does not know", where=on[0].path if on else "", hint=hint)
+    return meant
 
 
 def base_tensors(base: Checkpoint) -> dict[str, Tensor]:
@@ -139,6 +174,14 @@ class NothingDrawn(TorchFunctionMode):
         if getattr(func, "__module__", "") == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
+
+
+def forget(tensor: Tensor) -> None:
+    """The pages of a mapped tensor that was copied leave this process's memory; looked at again, they come from the file."""
+    page, start, end = mmap.PAGESIZE, tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    first, last = -(-start // page) * page, end // page * page  # whole pages: its neighbours' stay
+    if tensor.device.type == "cpu" and hasattr(mmap, "MADV_DONTNEED") and first < last:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------

@@ -154,13 +154,18 @@ def manifest_of(plan: Plan, event: dict[str, Any], val_loss: float | None) -> Ma
         epoch=max((one.epoch for one in known), default=0.0),
         tokens=max((one.tokens for one in known), default=0),
         val_loss=val_loss,
-        base=blend.base.record(plan.out_dir.absolute().parent) if isinstance(blend, Blend) else None,
+        base=blend.base.record(plan.out_dir.absolute().parent, held_in_training(plan)) if isinstance(blend, Blend) else None,
         tokenizer=prompts.tokenizer.hash if prompts else "",
         chat_template=prompts.template_hash if prompts else "",
         data=common([one.data for one in known]) if len(known) == len(plan.parents) else "",
         lineage=(event,),
         versions={"litlora": __version__, "numpy": np.__version__},
     )
+
+
+def held_in_training(plan: Plan) -> str:
+    """The few bits that all parents were trained on, if they are the same."""
+    return common([parent.checkpoint.quantize for parent in plan.parents]) or "none"
 
 
 def small_files(plan: Plan, manifest: Manifest) -> dict[str, bytes]:

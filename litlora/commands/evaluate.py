@@ -19,13 +19,13 @@ BATCH_TOKENS = 2048  # computed at once for the loss
 
 def evaluate(options: Evaluate) -> None:
     """Print one line of figures for the checkpoint, and one for its base alone with `--compare_base`."""
-    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter, options.chat_template)
+    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter, options.chat_template, options.quantize)
     config = opened.model.config
     data = load_data(options.data, opened.prompts, rows=options.rows, max_seq_length=config.max_position_embeddings, heldout=True)
     samples = data.train[: options.max_samples]
     console.header(
         [
-            ("model", str(opened.checkpoint.path)),
+            ("model", str(opened.checkpoint.path) + (f", weights held in {opened.quantize}" if opened.quantize != "none" else "")),
             ("data", summary(data, samples)),
         ]
     )

@@ -17,12 +17,13 @@ from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.files import as_json, model_files, open_prompts, serving_files
 from litlora.checkpoint.manifest import Manifest
 from litlora.checkpoint.resolve import demo_base, resolve
-from litlora.checkpoint.weights import adapter_tensors, as_files_name, base_tensors, load_base
+from litlora.checkpoint.weights import adapter_tensors, as_files_name, base_tensors, load_base, quantize_meant
 from litlora.config import Config, merged_layers
 from litlora.data.samples import IGNORE, DataSet
 from litlora.errors import UserError, WorkError
+from litlora.families import linear_shapes
 from litlora.methods import METHODS, lora_config, stored_tuning, tuning_of
-from litlora.methods.attach import attach, frozen_state, load_tuned_state, trainable, tuned_state
+from litlora.methods.attach import attach, frozen_state, linears, load_tuned_state, numbers_in, trainable, tuned_state
 from litlora.methods.tuning import EMBEDDING, HEAD, LoRASlot, Tuning, why_unmergeable
 from litlora.model import GPT
 from litlora.options import AdapterOptions, Finetune, FitOptions, FreezeOptions, LoRAOptions
@@ -55,7 +56,9 @@ def planned(options: Finetune, *, writes: bool = True) -> tuple["Work", Job]:
     start = resolve(options.checkpoint_dir, base_dir=options.base_dir) if options.checkpoint_dir else demo_base()
     base = start.base()
     options = with_rate(options, options.method, base)
-    work = Work(options, options.method, getattr(options, options.method), start, base)
+    quantize = quantize_meant(options.quantize, [] if start is base else [start])
+    work = Work(options, options.method, getattr(options, options.method), start, base, quantize)
+    refuse_nothing_frozen(work)
     base.shards()  # whatever is wrong with the model is said before anything is written
     if start is not base:
         refuse_another_method(start, work)
@@ -83,6 +86,7 @@ class Work:
     wanted: Any  # the method's own options
     start: Checkpoint  # the base, or the step that training goes on from
     base: Checkpoint
+    quantize: str = "none"  # in which few bits the frozen weights are held
 
     @property
     def config(self) -> Config:
@@ -113,14 +117,15 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
     dtypes = dict.fromkeys(dtypes, torch.float32) if work.is_full and work.wanted.dtype == "float32" else dtypes
 
     def build(device: torch.device) -> GPT:
-        model = load_base(base, choose_dtype(options.precision, device), device)
+        model = load_base(base, choose_dtype(options.precision, device), device, quantize=work.quantize, wide=tuning.whole)
         attach(model, tuning, seed=options.seed, stored=base_tensors(base))
         if start is not base:
             restore(model, start)
         if is_first_process():
             if not {EMBEDDING, HEAD} & set(tuning.whole) and "lm_head.adapter" not in tuning.slots:
                 warn_of_untrained_end(model, graded_ends(data, prompts), prompts.tokenizer)
-            console.header([("trained", trained_text(model))])
+            few = [("frozen", few_bits_text(model, work.quantize))] if work.quantize != "none" else []
+            console.header([*few, ("trained", trained_text(model))])
         return model
 
     def restore(model: GPT, step: Checkpoint) -> None:
@@ -152,7 +157,7 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
         method_options=asdict(work.wanted),
         prompts=prompts,
         data=data,
-        base=None if work.is_full else base.record(Path(options.out_dir)),
+        base=None if work.is_full else base.record(Path(options.out_dir), work.quantize),
         parent=str(start.path.resolve()) if work.is_full or start is not base else None,
         facts=[*facts(work, stored), ("template", prompts.template_name)],
         build=build,
@@ -198,6 +203,18 @@ def graded_ends(data: DataSet, prompts: Prompts) -> set[int]:
     """The ids that end an answer in the first rows: what the model has to learn to stop with."""
     last = [int(sample.targets[sample.targets != IGNORE][-1]) for sample in data.train[:64]]
     return set(last) & prompts.stop_ids
+
+
+def refuse_nothing_frozen(work: Work) -> None:
+    """Few bits are for weights that stand still."""
+    if work.quantize != "none" and set(linear_weights(work.config)) <= set(work.tuning.whole):
+        what = f"{work.method} trains every weight, and those in {work.quantize} cannot learn"
+        raise UserError(what, where="--quantize", hint="--quantize none, or a method that leaves weights as they are, such as lora")
+
+
+def linear_weights(config: Config) -> list[str]:
+    """The weights that --quantize is about: those of the blocks' Linears."""
+    return [f"{name}.weight" for name in linear_shapes(config) if name != "lm_head"]
 
 
 def refuse_another_method(start: Checkpoint, work: Work) -> None:
@@ -274,8 +291,16 @@ def new_layers(tuning: Tuning, config: Config) -> dict[str, str]:
 
 def trained_text(model: GPT) -> str:
     count = sum(parameter.numel() for parameter in trainable(model).values())
-    all_of_it = sum(parameter.numel() for parameter in model.parameters())
+    all_of_it = numbers_in(model)
     return f"{console.count(count)} of {console.count(all_of_it)} parameters ({count / all_of_it:.1%})"
+
+
+def few_bits_text(model: GPT, quantize: str) -> str:
+    """What is held in few bits, and what that saves."""
+    held = [host for host in linears(model).values() if host.quantized is not None]
+    few = sum(host.quantized.nbytes for host in held if host.quantized is not None)
+    wide = sum(host.in_features * host.out_features for host in held) * model.model.embed_tokens.weight.element_size()
+    return f"{len(held)} weights in {quantize}: {console.amount(few)} instead of {console.amount(wide)}; all others stay wide"
 
 
 def say_what_next(last: Path, options: Finetune, work: Work) -> None:

@@ -31,7 +31,7 @@ Message = dict[str, Any]
 
 def generate(options: Generate) -> None:
     questions = read_questions(options)
-    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter, options.chat_template)
+    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter, options.chat_template, options.quantize)
     from litlora.generation import Conversation
 
     prompts = [question.prompt_ids(opened.prompts) for question in questions]
@@ -199,6 +199,7 @@ class Opened:
     model: "GPT"
     prompts: Prompts
     chat_template: str | None = None  # what --chat_template said: it stays when the adapters change
+    quantize: str = "none"  # in which few bits the base's weights are held
 
     @property
     def base(self) -> Checkpoint:
@@ -206,9 +207,14 @@ class Opened:
 
 
 def open_model(
-    options: ComputeOptions, path: str | None, base_dir: str | None, adapters: Sequence[str], chat_template: str | None = None
+    options: ComputeOptions,
+    path: str | None,
+    base_dir: str | None,
+    adapters: Sequence[str],
+    chat_template: str | None = None,
+    quantize: str = "none",
 ) -> Opened:
-    """Load what a command names. What can be refused without torch is refused before it is imported."""
+    """Load what a command names. What can be refused without torch is refused before it is imported. `quantize`: as it was typed."""
     checkpoint = resolve(path, base_dir=base_dir)
     added = [(open_adapter(name, checkpoint.base()), weight) for name, weight in map(split_weight, adapters)]
     on = [*([] if checkpoint.is_model else [(checkpoint, 1.0)]), *added]
@@ -216,14 +222,15 @@ def open_model(
 
     import torch
 
-    from litlora.checkpoint.weights import load_model
+    from litlora.checkpoint.weights import load_model, quantize_meant
     from litlora.precision import choose_dtype
 
+    quantize = quantize_meant(quantize, [adapter for adapter, _ in on])
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(checkpoint, dtype=choose_dtype(options.precision, device), adapters=added, device=device)
-    return Opened(checkpoint, on, model.eval(), prompts, chat_template)
+    model = load_model(checkpoint, dtype=choose_dtype(options.precision, device), adapters=added, device=device, quantize=quantize)
+    return Opened(checkpoint, on, model.eval(), prompts, chat_template, quantize)
 
 
 def split_weight(word: str) -> tuple[str, float]:

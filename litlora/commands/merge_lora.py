@@ -66,6 +66,9 @@ def tell(report: dict[str, Any]) -> None:
     say(f"{report['size']}")
     if report["modules_unchanged"]:
         warn(f"{len(report['modules_unchanged'])} adapted modules did not change at all: their update is zero")
+    if report["trained_on"] != "none":
+        kind = report["trained_on"]
+        say(f"training saw the base in {kind}; this went into the original weights, which are near to that and not the same")
     lost = report["update_lost_to_rounding"]
     if lost > 0.5:
         hint = "--dtype float32 keeps all of it; or use the adapter unmerged (litlora chat, vLLM with LoRA)"

@@ -178,6 +178,7 @@ def make_report(plan: Plan, moved: Mapping[str, Moved], directory: Path) -> dict
         },
         "base": {"path": model.base.recorded_path, "bytes": model.base_bytes, "fingerprint": fingerprint_before(model, moved)},
         "base_was_proven": record is not None and record.base is not None,
+        "trained_on": plan.checkpoint.quantize,  # the few bits that training held the base in; what was merged into is the base itself
         "merged": {"bytes": model.bytes, "fingerprint": fingerprint_after(model, moved)},
         "size": size_explained(model),
         "tensors": {

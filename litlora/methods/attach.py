@@ -58,6 +58,7 @@ def attach(model: GPT, tuning: Tuning, *, seed: int | None, stored: Mapping[str,
     carrying = [f"{name}.{slot}".lstrip(".") for name, module, slot in slots_in(model) if getattr(module, slot) is not None]
     if carrying:
         raise UserError(f"{carrying[0]} holds something already", hint="merge it first, or remove it")
+    refuse_few_bits(model, tuning.whole)
     model.plain = NOT_KEPT if tuning.whole else snapshot(model)
     model.requires_grad_(False)
     computed = model.model.embed_tokens.weight.dtype
@@ -80,6 +81,15 @@ def attach(model: GPT, tuning: Tuning, *, seed: int | None, stored: Mapping[str,
         model.tie()
     if model.model.embed_tokens.weight.dtype != computed:
         model.model.dtype = computed
+
+
+def refuse_few_bits(model: GPT, whole: Sequence[str]) -> None:
+    """A weight in few bits cannot be trained, nor be replaced by one that was; one that is to be stays wide when it is loaded."""
+    for name in whole:
+        host = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(host, Linear) and host.quantized is not None and name.endswith(".weight"):
+            what = f"is held in {host.quantized.kind}, and here it is trained whole"
+            raise UserError(what, where=name, hint="load the model with --quantize none")
 
 
 def as_stored(name: str, parameter: Tensor, stored: Mapping[str, Tensor] | None) -> Tensor:
@@ -113,7 +123,7 @@ def fresh(model: GPT, slot: str, kind: Slot, seed: int) -> Adapter:
 
 
 def refuse_zero_rows(slot: str, host: nn.Module, kind: LoRASlot) -> None:
-    if kind.use_dora and isinstance(host, Linear) and bool((torch.linalg.vector_norm(host.weight, dim=1) == 0).any()):
+    if kind.use_dora and isinstance(host, Linear) and bool((torch.linalg.vector_norm(host.wide(), dim=1) == 0).any()):
         what = "has rows of zeros, whose direction DoRA cannot learn"
         raise UserError(what, where=slot.rpartition(".")[0], hint="LoRA can: leave use_dora out, or leave this module out of the targets")
 
@@ -233,6 +243,8 @@ def is_copy_of_base(model: GPT, name: str, tensor: Tensor, where: str | Path) ->
     host = linears(model).get(copied.removesuffix(".weight")) if copied else None
     if host is None:
         return False
+    if host.quantized is not None:
+        raise UserError(f"{name} repeats the base's {copied}, which is held in {host.quantized.kind}", where=where, hint="--quantize none")
     plain = host.weight if model.plain in (None, NOT_KEPT) else model.plain.parameters.get(copied, model.plain.head)
     if tensor.shape != plain.shape or not torch.equal(tensor.to(plain), plain):
         raise UserError(f"{name} is not the base's {copied}: the adapter was trained on another base", where=where)
@@ -255,6 +267,7 @@ def add(model: GPT, tuning: Tuning, tensors: Mapping[str, Tensor], weight: float
     before = snapshot(model)
     base: Config = model.plain.config
     try:
+        refuse_few_bits(model, tuning.whole)
         values = by_parameter(model, tuning, tensors, where, base)
         if tuning.inserted and (weight != 1.0 or any(block.inserted is not None for block in blocks(model))):
             raise UserError("inserted blocks cannot be weighted or combined with others", where=where, hint="merge them into a base first")
@@ -392,6 +405,11 @@ def merge(model: GPT) -> GPT:
     """
     held = [(name, module, slot) for name, module, slot in slots_in(model) if slot != "inserted" and getattr(module, slot) is not None]
     hosts = [(name, module) for name, module, slot in held if isinstance(module, Linear)]
+    few = next((name for name, host in linears(model).items() if host.quantized is not None), None)
+    if few is not None:
+        raise UserError(
+            "holds its weight in few bits; merging goes into the original weights", where=few, hint="load it with quantize none"
+        )
     for name, module, slot in held:
         parts = parts_of(getattr(module, slot))
         if not isinstance(module, Linear) or any(type(part).folded is Adapter.folded for part in parts):
@@ -434,6 +452,12 @@ def in_line(model: GPT) -> list[int]:
 def linears(model: GPT) -> dict[str, Linear]:
     """Every Linear by its name: the modules that can carry LoRA."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def numbers_in(model: GPT) -> int:
+    """How many numbers its parameters are; those of a weight in few bits count as the weight's."""
+    small = sum(host.in_features * host.out_features for host in linears(model).values() if host.quantized is not None)
+    return small + sum(parameter.numel() for name, parameter in model.named_parameters() if ".quantized." not in name)
 
 
 def slots_in(model: GPT) -> Iterator[tuple[str, Any, str]]:

@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from litlora.checkpoint.weights import NothingDrawn
 from litlora.config import Config
-from litlora.methods.attach import attach, trainable
+from litlora.methods.attach import attach, linears, trainable
 from litlora.methods.tuning import Tuning
 from litlora.model import GPT, Attention, Context, Linear, chunk_rows
+from litlora.quantized import bytes_of
 
 TRAINED = 28  # bytes a trained parameter: fp32 itself, its gradient, AdamW's two moments, and a copy of all but the gradient in a commit
 EFFICIENCY = 0.72  # of the rate of plain products that a step reaches (extensions/benchmarks, C1: 0.71 to 0.74)
@@ -35,7 +36,7 @@ class Load:
     config: Config
     tuning: Tuning
     dtype: torch.dtype  # of the frozen weights and the arithmetic
-    stored: int  # bytes of the base's files; 0: there is none
+    quantize: str = "none"  # in which few bits the frozen weights of the blocks are held
     device: torch.device
     micro_batch: int  # tokens of the largest one
     tokens: float  # of a step, on one device
@@ -49,7 +50,7 @@ class Memory:
     """Bytes at the peak, by what they are for."""
 
     program: int  # Python, torch and the rest
-    weights: int  # the base, as it is computed with, and its file's pages where that is another dtype
+    weights: int  # the base, as it is computed with
     trained: int  # what learns, its gradients, its optimizer
     activations: int  # what the largest micro-batch keeps for the backward pass
     workspace: int  # logits, and what a block needs while it computes
@@ -64,17 +65,26 @@ def memory_of(load: Load, *, recompute: bool = False) -> Memory:
     model = shapes_of(load)
     learning = trainable(model)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    frozen -= saved_by_few_bits(model, load.quantize)
     kept, inputs = kept_bytes(model, load), load.micro_batch * load.config.hidden_size * load.dtype.itemsize
     rows = min(chunk_rows(load.config.vocab_size, load.device), max(1, round(load.micro_batch * load.graded)))
     logits = 2 * 4 * rows * load.config.vocab_size
     inside = 4 * load.micro_batch * max(load.config.intermediate_size, load.config.hidden_size) * load.dtype.itemsize
     return Memory(
         program=load.program,
-        weights=frozen + (load.stored if load.device.type == "cpu" and load.stored != frozen else 0),
+        weights=frozen,
         trained=TRAINED * sum(p.numel() for p in learning.values()),
         activations=max(kept) + inputs * sum(block > 0 for block in kept) if recompute else sum(kept),
         workspace=max(logits, inside),
     )
+
+
+def saved_by_few_bits(model: GPT, quantize: str) -> int:
+    """Bytes that the frozen weights of the blocks' Linears are fewer than when they are wide."""
+    hosts = [host for name, host in linears(model).items() if name != "lm_head" and not host.weight.requires_grad]
+    if quantize == "none":
+        return 0
+    return sum(host.weight.nbytes - bytes_of(quantize, host.out_features, host.in_features) for host in hosts)
 
 
 def shapes_of(load: Load) -> GPT:

@@ -243,6 +243,7 @@ def what_may_not_change(job: Job) -> dict[str, Any]:
         "train.packing": options.train.packing,
         "train.share_prefix": options.train.share_prefix,
         "precision": options.precision,
+        **({"quantize": job.base.quantize} if job.base and job.base.quantize != "none" else {}),  # as older runs have it: left out
     }
 
 
@@ -383,7 +384,7 @@ def load_of(job: Job, device: torch.device) -> Load:
         config=job.config,
         tuning=job.tuning,
         dtype=torch.float32 if job.stored == 0 else choose_dtype(options.precision, device),
-        stored=job.stored,
+        quantize=job.base.quantize if job.base else "none",
         device=device,
         micro_batch=largest(lengths, options.train.micro_batch_tokens or MICRO_BATCH_TOKENS),
         tokens=job.data.tokens / len(lengths) * options.train.global_batch_size / (options.devices * options.num_nodes),

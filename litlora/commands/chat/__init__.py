@@ -13,7 +13,7 @@ from litlora.options import Chat
 def chat(options: Chat) -> None:
     """Read a message, answer it, until the end of the input. On a pipe each line or block is a message, and replies are all that
     is printed; a line that was refused makes the exit code 1 at the end."""
-    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter, options.chat_template)
+    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter, options.chat_template, options.quantize)
     interactive = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
     banner(opened, interactive)
     session = Session(opened, options, interactive=interactive)
@@ -40,6 +40,8 @@ def banner(opened: Opened, interactive: bool) -> None:
     rows = [("model", str(checkpoint.path))]
     if not checkpoint.is_model:
         rows.append(("base", str(opened.base.path)))
+    if opened.quantize != "none":
+        rows.append(("weights", f"held in {opened.quantize}"))
     rows += [("adapter", described(adapter, weight)) for adapter, weight in opened.on if adapter is not checkpoint]
     rows.append(("template", opened.prompts.template_name))
     rows.append(("context", f"{opened.model.config.max_position_embeddings} tokens"))

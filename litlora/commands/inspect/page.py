@@ -112,7 +112,8 @@ def base_text(base: Mapping[str, Any]) -> str:
         "unchecked": "there, its weights not compared: --check reads them",
     }
     if base["state"] in words:
-        return f"{base['path']} ({words[base['state']]})"
+        held = f"; training held it in {base['quantize']}" if base["quantize"] != "none" else ""
+        return f"{base['path']} ({words[base['state']]}{held})"
     return f"{base['state']}: {base['why']}"
 
 

@@ -72,6 +72,7 @@ def base_of(adapter: Checkpoint, *, check: bool) -> tuple[Checkpoint, dict[str, 
     """
     record = adapter.manifest.base if adapter.manifest else None
     said = {"recorded": record.path if record else None, "fingerprint": record.fingerprint if record else None, "path": None, "why": None}
+    said["quantize"] = adapter.quantize
     state = "unusable"
     try:
         said["recorded"] = record.path if record else recorded_name(adapter) or None

@@ -1,0 +1,477 @@
+"""Bases in few bits: the code book, what rounding costs, and that a model of them computes what its few bits stand for.
+
+The oracle is an ordinary model whose weights are those few bits, made wide. Mutations seen to fail stand in each test's docstring.
+"""
+
+import copy
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, random_tokens, relative, tiny_gpt
+from talkers import make_talker
+from test_merge import exact, half_unit, read
+from test_promises import CASES, learnt
+from test_saving import weights_of
+from test_saving import words as words_of
+from torch import Tensor
+
+import litlora
+from litlora import quantized as few
+from litlora.__main__ import main
+from litlora.checkpoint import names
+from litlora.checkpoint.manifest import read_manifest
+from litlora.checkpoint.resolve import resolve
+from litlora.checkpoint.weights import base_tensors, load_base, load_model, quantize_meant
+from litlora.errors import UserError
+from litlora.methods import tuning_of
+from litlora.methods.attach import add, as_base, attach, blocks, linears, merge, numbers_in, trainable, tuned_state
+from litlora.methods.tuning import Tuning
+from litlora.model import GPT
+from litlora.options import FullOptions
+from litlora.quantized import KINDS, NF4, Int8, Quantized, quantized
+
+kinds = pytest.mark.parametrize("kind", list(KINDS))
+WIDEST = (1 - 0.6961928009986877) / 2  # the farthest that a number lies from its code in NF4: between the two lowest
+
+
+def weight_of(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
+
+
+def words(talker: tuple[Path, Path], out: Path, method: str = "lora", more: str = "") -> list[str]:
+    """`litlora finetune`, 12 small steps, a commit every 4."""
+    start, _, *rest = words_of(talker, out, "full", more)
+    return [start, method, *rest]
+
+
+def in_few_bits(model: GPT, kind: str, wide: tuple[str, ...] = ()) -> tuple[GPT, GPT]:
+    """The model with its blocks' weights in few bits, and an ordinary one of what these stand for."""
+    for name, host in linears(model).items():
+        if name != "lm_head" and f"{name}.weight" not in wide:
+            host.hold(quantized(kind, host.weight.detach()))
+    plain = copy.deepcopy(model)
+    for host in linears(plain).values():
+        if host.quantized is not None:
+            host.hold(None)
+    return model, plain
+
+
+# ---- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_the_code_book_is_the_papers() -> None:
+    """arXiv:2305.14314, section 3 and appendix E: quantiles of a normal distribution, 0 among them. (Mutation: a digit changed.)"""
+    offset = (1 - 1 / 32 + 1 - 1 / 30) / 2  # 0.9677083, as the authors chose it
+    above = torch.special.ndtri(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
+    below = -torch.special.ndtri(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
+    values = torch.cat((above, below, torch.zeros(1))).sort().values
+    assert len(NF4) == 16 and NF4[7] == 0
+    assert (values / values.max() - torch.tensor(NF4)).abs().max() < 1e-6
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
+
+
+# What bitsandbytes 0.50.2 makes on a CPU of three weights drawn one after the other: codes, scales, wide, wide by way of nf4-dq.
+BITSANDBYTES = [
+    ((64, 128), torch.float32, "53cf813e1a32cc03", "300c46dd3c6e0847", "50c2facb553223db", "7de3f99fa79def56"),
+    ((64, 128), torch.bfloat16, "f6a547fb8466c0b7", "16dd6c3292d1ae3f", "ad6b015d6f7d893d", "3901199876225d24"),
+    ((7, 40), torch.float32, "8194c374edb8330a", "5964e976efd92ca3", "9ef0bb68b976d3e9", "28d6dbd2c0b3a2e7"),
+]
+
+
+@pytest.mark.parametrize("at_once", [2**20, 64 * 40])
+def test_nf4_is_bit_for_bit_what_bitsandbytes_makes(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also cut into several parts, and where blocks of 64 go over the ends of rows. (Mutations: low half of a byte first; the last block
+    of a part left out.)"""
+    monkeypatch.setattr(few, "AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(5)
+    for shape, dtype, codes, scales, wide, twice in BITSANDBYTES:
+        weight = (torch.randn(shape, generator=generator) * 0.02).to(dtype)
+        made = quantized("nf4", weight)
+        assert (digest(made.get_parameter("codes").data), digest(made.scales.data)) == (codes, scales)
+        assert digest(made.wide().to(dtype).float()) == wide
+        assert digest(quantized("nf4-dq", weight).wide().to(dtype).float()) == twice
+    assert digest(few.table(few.eight_bit(), torch.device("cpu"))) == "e732639a65f497b4"
+
+
+def test_the_nearest_code_is_found_on_both_sides_of_every_midpoint() -> None:
+    """(Mutation: parts that begin where they begin: a number that rounds into the next part gets that part's code.)"""
+    middles = few.midpoints(NF4, torch.device("cpu"))
+    close = [middles, *(torch.nextafter(middles, torch.full_like(middles, way)) for way in (-2.0, 2.0))]
+    edges = torch.arange(-128, 129) / 128
+    close += [edges, *(torch.nextafter(edges, torch.full_like(edges, way)) for way in (-2.0, 2.0)), torch.rand(2**16) * 2 - 1]
+    numbers = torch.cat(close).clamp(-1, 1)
+    assert torch.equal(few.nearest(numbers).long(), torch.bucketize(numbers, middles))
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(96, 128), (31, 40), (3, 7)])
+def test_no_number_is_farther_from_its_few_bits_than_half_a_gap(kind: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """The scale is the largest number's, by row or by block of 64. (Mutations: rounding down; one scale for all.)"""
+    weight = weight_of(*shape, dtype).float()
+    made = quantized(kind, weight.to(dtype))
+    error = (made.wide() - weight).abs()
+    assert error.max() > 0
+    if kind == "int8":
+        assert (error <= weight.abs().amax(1, keepdim=True) / 127 * 0.5 * (1 + 1e-5)).all()
+        return
+    blocks_of = few.in_blocks(weight, 64).abs().amax(1)
+    scales = blocks_of.repeat_interleave(64)[: weight.numel()].view(shape)
+    slack = 0.0 if kind == "nf4" else float((blocks_of - blocks_of.mean()).abs().max()) * 0.015  # the eight bits' own half gap at the top
+    assert (error <= scales * WIDEST * (1 + 1e-5) + slack).all()
+
+
+@kinds
+def test_what_few_bits_stand_for_has_the_same_few_bits(kind: str) -> None:
+    """Nothing is lost twice; zeros stay zeros. (Mutation: a scale that is no number of the row.)"""
+    weight = weight_of(16, 64)
+    weight[3] = 0
+    once = quantized(kind, weight)
+    assert (once.wide()[3] == 0).all()
+    again = quantized(kind, once.wide())
+    assert torch.equal(again.get_parameter("codes"), once.get_parameter("codes"))
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("int8", 8 + 32 / 1024), ("nf4", 4.5), ("nf4-dq", 4 + 8 / 64 + 32 / 64 / 256 + 32 / 2**20)])
+def test_so_many_bits_a_weight_are_kept_and_no_more(kind: str, bits: float) -> None:
+    """C2. (Mutation: scales kept in fp64.)"""
+    made = quantized(kind, weight_of(1024, 1024))
+    assert made.nbytes * 8 == bits * 2**20
+    for shape in ((1024, 1024), (7, 40), (33, 65)):
+        assert few.bytes_of(kind, *shape) == quantized(kind, weight_of(*shape)).nbytes
+    assert made.nbytes == sum(tensor.nbytes for tensor in made.state_dict().values()) and not list(made.buffers())
+
+
+@kinds
+def test_numbers_that_are_none_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    """(Mutation: the check left out: a whole row becomes NaN.)"""
+    for bad in (math.nan, math.inf):
+        weight = weight_of(4, 64)
+        weight[2, 5] = bad
+        with pytest.raises(UserError, match="not finite") as refused:
+            quantized(kind, weight, "somewhere: q_proj")
+        assert "somewhere: q_proj" in str(refused.value)
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+@kinds
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_logits_are_those_of_what_the_few_bits_stand_for(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every family, weights in one part and in several. (Mutations: a bias left out; another part's rows; another row's scale.)"""
+    model, plain = in_few_bits(tiny_gpt(family), kind)
+    tokens = random_tokens(2, 17)
+    with torch.no_grad():
+        wanted = plain(tokens)
+        assert relative(model(tokens), wanted) <= 1e-5
+        assert relative(wanted, tiny_gpt(family)(tokens)) > 1e-4  # it is another model
+        monkeypatch.setattr(few, "AT_ONCE", 64 * 9)
+        assert relative(model(tokens), wanted) <= 1e-5
+
+
+ALL = [(name, case.families[0]) for name, case in CASES.items() if not isinstance(case.options, FullOptions)]
+
+
+@kinds
+@pytest.mark.parametrize(("case", "family"), ALL)
+def test_what_learns_gets_the_gradients_that_it_gets_beside_wide_weights(case: str, family: str, kind: str) -> None:
+    """N01 for few bits, every method, in fp64. (Mutations: the way back without the scales; the rounded product while training; a block's
+    copy in few bits, which cannot learn.)"""
+    options, changes = CASES[case].options, CASES[case].changes
+    base = tiny_gpt(family, **changes).double()  # in fp32 the last layer's rounding is larger than a mistake might be
+    stored = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    tuning = tuning_of(options, base.config)
+    models = in_few_bits(base, kind, tuning.whole)
+    tokens, found = random_tokens(2, 19), []
+    for model in models:
+        attach(model, tuning, seed=1, stored=stored)
+        found.append({name: parameter.detach().clone() for name, parameter in trainable(model).items()})
+        learnt(model)
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+    (ours, theirs), (start, their_start) = (trainable(model) for model in models), found
+    assert ours.keys() == theirs.keys() != {}
+    for name, parameter in ours.items():
+        assert torch.equal(start[name], their_start[name]), f"{name} starts elsewhere"
+        assert parameter.grad is not None and relative(parameter.grad, theirs[name].grad) <= 1e-5, name  # type: ignore[arg-type]
+    held = [host for host in linears(models[0]).values() if host.quantized is not None]
+    assert held and not any(parameter.requires_grad for host in held for parameter in host.quantized.parameters())  # type: ignore[union-attr]
+
+
+@kinds
+def test_no_wide_copy_outlives_its_product(kind: str) -> None:
+    """C2: neither for the backward pass nor afterwards. (Mutation: the product left to autograd, which keeps the wide weight.)"""
+    model, _ = in_few_bits(tiny_gpt("llama"), kind)
+    attach(model, tuning_of(CASES["lora"].options, model.config), seed=1)
+    shapes = {shape for host in linears(model).values() if host.quantized for shape in ((host.out_features, host.in_features),)}
+    kept: list[tuple[int, ...]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    tokens = random_tokens(2, 19)
+    before = {id(tensor) for tensor in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert kept and not [shape for shape in kept if shape in shapes or shape[::-1] in shapes]
+    assert {id(tensor) for tensor in model.parameters()} == before and not list(model.buffers())
+
+
+def test_few_rows_in_int8_are_as_near_as_bf16_and_many_are_exact() -> None:
+    """C3: torch's own product for the tokens of an answer rounds what goes in and what comes out to bf16: 2^-8 of the sum of what is added.
+    (Mutation: the scales rounded as well, which moves a row as a whole.)"""
+    weight = weight_of(300, 256)
+    made = quantized("int8", weight)
+    assert isinstance(made, Int8)
+    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = x @ made.wide().t()
+        assert relative(made(x), wanted) <= 1e-6
+        near = made(x[:4])
+        assert ((near - wanted[:4]).abs() <= 2.0**-8 * (x[:4].abs() @ made.wide().abs().t())).all()
+        assert relative(near, wanted[:4]) <= 4e-3
+        odd = quantized("int8", weight[:, :100].clone())  # torch's product would read beyond the weight's end, and crash
+        assert relative(odd(x[:4, :100]), x[:4, :100] @ odd.wide().t()) <= 1e-6
+    assert relative(made(x[:4].requires_grad_()), wanted[:4]) <= 1e-6  # while training
+
+
+def test_scales_of_rows_are_not_rounded_where_few_rows_are_computed() -> None:
+    """A scale rounded to bf16 would be off by up to 0.4%, the same way for every token."""
+    made = quantized("int8", weight_of(64, 64))
+    ones = torch.ones(1, 64)
+    with torch.no_grad():
+        exactly = made.wide().double().sum(1)
+        rounded = (made.get_parameter("codes").double().sum(1)).bfloat16().double() * made.scales.double()
+        assert torch.allclose(made(ones)[0].double(), rounded, rtol=1e-6) and not torch.equal(rounded, exactly)
+
+
+def test_a_model_in_few_bits_counts_moves_and_refuses_as_a_wide_one(tmp_path: Path) -> None:
+    """A06: merged in memory is refused, and so is training what cannot learn. (Mutations: each refusal left out.)"""
+    wide = tiny_gpt("llama")
+    model, _ = in_few_bits(copy.deepcopy(wide), "nf4")
+    assert numbers_in(model) == numbers_in(wide) == sum(parameter.numel() for parameter in wide.parameters())
+    for options in (CASES["full"].options, CASES["freeze"].options):
+        with pytest.raises(UserError, match="is held in nf4, and here it is trained whole"):
+            attach(model, tuning_of(options, model.config), seed=1)
+        assert model.plain is None
+    trained_wide = copy.deepcopy(wide)
+    tuning = tuning_of(CASES["freeze"].options, wide.config)
+    attach(trained_wide, tuning, seed=1)
+    with pytest.raises(UserError, match="is held in nf4"):
+        add(model, tuning, tuned_state(learnt(trained_wide), tuning, wide.config))
+    attach(model, tuning_of(CASES["lora"].options, model.config), seed=1)
+    with pytest.raises(UserError, match="merging goes into the original weights"):
+        merge(model)
+    assert model.to("cpu") is model and all(host.quantized is not None for name, host in linears(model).items() if name != "lm_head")
+
+
+@kinds
+def test_adapters_come_off_again_and_leave_the_few_bits(kind: str) -> None:
+    """Compare and /adapter in chat. (Mutation: a snapshot that does not know the few bits.)"""
+    model, plain = in_few_bits(tiny_gpt("llama"), kind)
+    tokens, config = random_tokens(1, 18), model.config
+    tuning = tuning_of(CASES["lora"].options, config)
+    attach(plain, tuning, seed=1)
+    state = tuned_state(learnt(plain), tuning, config)
+    with torch.no_grad():
+        before = model(tokens)
+        add(model, tuning, state)
+        assert relative(model(tokens), plain(tokens)) <= 1e-5
+        with as_base(model):
+            assert torch.equal(model(tokens), before)
+        assert relative(model(tokens), plain(tokens)) <= 1e-5
+
+
+# ---- from files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def talker(tmp_path: Path) -> tuple[Path, Path]:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"Name a colour, {n}.", "output": "blue" * (n % 4 + 1)}) + "\n" for n in range(24)))
+    return make_talker(tmp_path / "base"), rows
+
+
+@kinds
+def test_loading_makes_the_same_few_bits_and_keeps_the_rest(kind: str, tmp_path: Path) -> None:
+    """Embedding, head, norms and what is named stay wide. (Mutations: the head too; `wide` ignored; pages that another tensor needs
+    forgotten before they are read.)"""
+    base = resolve(make_talker(tmp_path / "base"))
+    stays = "model.layers.1.mlp.up_proj.weight"
+    model, wide = load_base(base, quantize=kind, wide={stays}), load_base(base)
+    for name, parameter in wide.named_parameters():
+        module = name.rpartition(".")[0]
+        held = getattr(model.get_submodule(module), "quantized", None)
+        if held is None:
+            assert torch.equal(model.get_parameter(name), parameter), name
+        else:
+            assert torch.equal(held.wide(), quantized(kind, parameter.detach()).wide())
+    counted = sum(isinstance(module, Quantized) for module in model.modules())
+    assert counted == 2 * 7 - 1 and model.get_parameter(stays) is not None
+    broken = make_talker(tmp_path / "broken")
+    raw = bytearray((broken / names.WEIGHTS).read_bytes())
+    size = int.from_bytes(raw[:8], "little")
+    start = json.loads(raw[8 : 8 + size])["model.layers.0.self_attn.q_proj.weight"]["data_offsets"][0]
+    raw[8 + size + start : 8 + size + start + 4] = np.float32("nan").tobytes()
+    (broken / names.WEIGHTS).write_bytes(raw)
+    with pytest.raises(UserError, match="not finite") as refused:
+        load_base(resolve(broken), quantize=kind)
+    assert "model.layers.0.self_attn.q_proj.weight" in str(refused.value)
+
+
+def test_a_step_says_what_it_was_trained_on_and_is_served_on_that(
+    talker: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is trained is what is served. The base stays what it was: path and fingerprint. (Mutations: auto means none; the record left
+    out of the manifest; an adapter's record not looked at.)"""
+    assert main(words(talker, tmp_path / "out", more="--quantize nf4 --train.max_steps 2")) == 0
+    said = capsys.readouterr().err
+    assert "frozen   14 weights in nf4: " in said
+    step = resolve(tmp_path / "out" / "step-2")
+    record = read_manifest(step.path).base
+    assert record is not None and (record.quantize, record.fingerprint) == ("nf4", resolve(talker[0]).fingerprint())
+    assert "held the base's weights in nf4" in (step.path / names.README).read_text()
+    assert quantize_meant("auto", [step]) == "nf4" and quantize_meant("none", [step]) == "none" and quantize_meant("auto", []) == "none"
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        served, wide = litlora.load(step.path)(tokens), litlora.load(step.path, quantize="none")(tokens)
+        added = litlora.load(talker[0], adapters={step.path: 1.0})(tokens)
+        assert torch.equal(served, load_model(step, quantize="nf4")(tokens)) and torch.equal(served, GPT.from_pretrained(step.path)(tokens))
+        assert torch.equal(added, served) and torch.equal(wide, load_model(step)(tokens)) and relative(wide, served) > 1e-3
+    for word, more in (("nf4", []), ("int8", ["--quantize", "int8"])):
+        assert main(["evaluate", str(step.path), "--data", str(talker[1]), "--max_samples", "2", "--exact_match", "false", *more]) == 0
+        assert f"weights held in {word}" in capsys.readouterr().err
+    assert main(["evaluate", str(step.path), "--data", str(talker[1]), "--exact_match", "false", "--quantize", "none"]) == 0
+    assert "held in" not in capsys.readouterr().err
+    assert main(["generate", str(step.path), "--prompt", "hi", "--max_new_tokens", "3"]) == 0
+    assert main(["inspect", str(step.path)]) == 0
+    assert "training held it in nf4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("method", "kind"), [("lora", "int8"), ("pissa", "nf4"), ("pro", "nf4-dq"), ("freeze", "nf4")])
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(method: str, kind: str, talker: tuple[Path, Path], tmp_path: Path) -> None:
+    """R01, R04: to the bit; and not on other bits. (Mutation: the few bits left out of what may not change.)"""
+    import shutil
+
+    more = {"pissa": "--lora.r 4 --lora.init pissa", "freeze": "--freeze.layers last:1"}.get(method, "") + f" --quantize {kind}"
+    command = "lora" if method == "pissa" else method
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(words(talker, whole, command, more)) == 0
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "step-12")
+    assert main(["finetune", command, "--resume", "--out_dir", str(cut)]) == 0
+    assert weights_of(cut / "step-12") == weights_of(whole / "step-12")
+    if method == "lora":
+        shutil.rmtree(cut / "step-12")
+        assert main(["finetune", command, "--resume", "--out_dir", str(cut), "--quantize", "none"]) == 2
+        assert main(["finetune", command, "--resume", "--out_dir", str(cut), "--quantize", "nf4"]) == 2
+        assert not (cut / "step-12").exists()
+    if method == "freeze":
+        trained = {name for name in base_tensors(resolve(talker[0])) if ".layers.1." in name}
+        model = litlora.load(whole / "step-12")
+        held = {name for name, host in linears(model).items() if host.quantized is not None}
+        assert held and not any(f"{name}.weight" in trained for name in held)
+
+
+def test_training_goes_on_from_a_step_on_what_it_was_trained_on(talker: tuple[Path, Path], tmp_path: Path) -> None:
+    """(Mutation: auto looks at the base.)"""
+    assert main(words(talker, tmp_path / "out", more="--quantize int8 --train.max_steps 2")) == 0
+    assert main(words((tmp_path / "out" / "step-2", talker[1]), tmp_path / "more", more="--train.max_steps 2")) == 0
+    record = read_manifest(tmp_path / "more" / "step-2").base
+    assert record is not None and record.quantize == "int8"
+
+
+def test_a_method_that_trains_every_weight_is_refused_before_anything_is_written(
+    talker: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """(Mutation: the refusal left out.)"""
+    assert main(words(talker, tmp_path / "out", "full", "--quantize nf4")) == 2
+    assert "full trains every weight, and those in nf4 cannot learn" in capsys.readouterr().err
+    assert main(words(talker, tmp_path / "out", "freeze", "--quantize int8 --freeze.layers 0-1")) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_new_blocks_begin_as_copies_of_the_original_and_add_nothing_to_the_few_bits(tmp_path: Path) -> None:
+    """N07 on few bits. (Mutations: the copy made of the few bits; the output projection of the copy not zero.)"""
+    base = resolve(make_talker(tmp_path / "base"))
+    model, tokens = load_base(base, quantize="nf4"), torch.arange(60)[None]
+    stored = base_tensors(base)
+    with torch.no_grad():
+        before = model(tokens)
+        attach(model, tuning_of(CASES["pro-positions"].options, model.config), seed=1, stored=stored)
+        assert torch.equal(model(tokens), before)
+    new = blocks(model)[0].inserted
+    assert new is not None and torch.equal(new.self_attn.q_proj.weight, stored["model.layers.0.self_attn.q_proj.weight"])
+    assert not any(isinstance(module, Quantized) for module in new.modules())
+
+
+def test_a_merge_goes_into_the_original_weights_and_says_what_training_saw(
+    talker: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A06, N04: the base is never the few bits. (Mutations: merged into what the few bits stand for; the report silent.)"""
+    base, _ = talker
+    assert main(words(talker, tmp_path / "out", more="--quantize nf4 --train.max_steps 4 --train.lr 1e-2")) == 0
+    step = tmp_path / "out" / "step-4"
+    capsys.readouterr()
+    assert main(["merge_lora", str(step)]) == 0
+    assert "training saw the base in nf4; this went into the original weights" in capsys.readouterr().err
+    report = json.loads((step / names.MERGED / names.MERGE_REPORT).read_text())
+    assert report["trained_on"] == "nf4" and report["base"]["fingerprint"] == resolve(base).fingerprint()
+    oracle, before, after = exact(step, base), read(base), read(step / names.MERGED)
+    assert set(oracle) == {f"{name}.weight" for name in linears(litlora.load(base)) if name != "lm_head"}
+    for name, (stored, values, raw) in after.items():
+        if name not in oracle:
+            assert raw == before[name][2]
+            continue
+        result, error = oracle[name]
+        assert (np.abs(values - result) <= half_unit(values, stored) + error).all(), name
+        assert np.linalg.norm(result - before[name][1]) > 0
+
+
+def test_bits_that_this_litlora_does_not_know_are_refused(talker: tuple[Path, Path], tmp_path: Path) -> None:
+    """A manifest of a later litlora, or somebody's own. (Mutation: the check left out.)"""
+    from dataclasses import replace
+
+    from litlora.checkpoint.checkpoint import Checkpoint
+
+    assert main(words(talker, tmp_path / "out", more="--train.max_steps 1")) == 0
+    step = resolve(tmp_path / "out" / "step-1")
+    assert step.manifest is not None and step.manifest.base is not None
+    other = Checkpoint(step.path, "step", manifest=replace(step.manifest, base=replace(step.manifest.base, quantize="int3")))
+    with pytest.raises(UserError, match="int3, which this litlora does not know"):
+        quantize_meant("auto", [other])
+
+
+def test_a_combination_remembers_what_all_its_parents_were_trained_on(talker: tuple[Path, Path], tmp_path: Path) -> None:
+    """(Mutation: the record left out.)"""
+    for name, kind in (("a", "nf4"), ("b", "nf4"), ("c", "none")):
+        assert main(words(talker, tmp_path / name, more=f"--quantize {kind} --train.max_steps 1")) == 0
+    found: dict[str, Any] = {}
+    for other in "bc":
+        steps = [str(tmp_path / name / "step-1") for name in ("a", other)]
+        assert main(["combine", *steps, "--out_dir", str(tmp_path / f"with_{other}")]) == 0
+        record = read_manifest(tmp_path / f"with_{other}").base
+        found[other] = record.quantize if record else None
+    assert found == {"b": "nf4", "c": "none"}
+
+
+def test_tuning_is_what_it_is_whatever_holds_the_base(tmp_path: Path) -> None:
+    """The file of a step names no few bits: others load it as any other."""
+    model, plain = in_few_bits(tiny_gpt("llama"), "nf4")
+    tuning: Tuning = tuning_of(CASES["dora"].options, model.config)
+    config = model.config
+    for each in (model, plain):
+        attach(each, tuning, seed=1)
+    ours, theirs = tuned_state(model, tuning, config), tuned_state(plain, tuning, config)
+    assert list(ours) == list(theirs) == list(tuning.file_shapes(config))
