@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litlora.config import Config, Rope, rotary_steps
 from litlora.errors import UserError
-from litlora.quantized import Quantized
+from litlora.quantized import Quantized, beside, hold
 
 IGNORE = -100  # a target that is not graded
 
@@ -460,7 +460,6 @@ class Linear(nn.Linear):
         return adapted(self, x, self.product(x, self.bias))
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., in) -> (..., out)
-        """x W^T + bias, in x's dtype."""
         bias = None if bias is None else bias.to(x.dtype)
         if self.quantized is None:
             return F.linear(x, self.weight.to(x.dtype), bias)
@@ -470,18 +469,6 @@ class Linear(nn.Linear):
     def wide(self) -> Tensor:
         """The weight (out, in), or what its few bits stand for: then a new tensor, for the moment."""
         return self.weight if self.quantized is None else self.quantized.wide()
-
-    def hold(self, quantized: Quantized | None) -> None:
-        """This instead of the weight; None: a weight again, of what the few bits stand for, which learns as a new one does."""
-        weight = nn.Parameter(self.wide()) if quantized is None else None
-        self.register_parameter("weight", weight)
-        self.quantized = quantized
-
-    @property
-    def beside(self) -> dict[str, Any]:
-        """dtype, at least fp32, and device of what an adapter puts beside the weight."""
-        held = self.quantized.scales if self.quantized is not None else self.weight
-        return {"dtype": torch.promote_types(held.dtype, torch.float32), "device": held.device}
 
 
 class Head(Linear):
@@ -811,8 +798,8 @@ class LoRA(Adapter):
 
     def __init__(self, host: Linear, r: int, alpha: float, dropout: float, use_rslora: bool = False) -> None:
         super().__init__()
-        self.lora_A = nn.Parameter(torch.empty(r, host.in_features, **host.beside))  # (R, in)
-        self.lora_B = nn.Parameter(torch.zeros(host.out_features, r, **host.beside))  # (out, R)
+        self.lora_A = nn.Parameter(torch.empty(r, host.in_features, **beside(host)))  # (R, in)
+        self.lora_B = nn.Parameter(torch.zeros(host.out_features, r, **beside(host)))  # (out, R)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT
         self.dropout = dropout
         self.scale = alpha / math.sqrt(r) if use_rslora else alpha / r  # arXiv:2312.03732, equation 7
@@ -894,8 +881,8 @@ class ScaleShift(Adapter):
 
     def __init__(self, host: Linear) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(host.out_features, **host.beside))
-        self.shift = nn.Parameter(torch.zeros(host.out_features, **host.beside))
+        self.scale = nn.Parameter(torch.ones(host.out_features, **beside(host)))
+        self.shift = nn.Parameter(torch.zeros(host.out_features, **beside(host)))
 
     def forward(self, host: Linear, x: Tensor, y: Tensor) -> Tensor:
         return (self.scale * (y + self.shift)).to(y.dtype)
@@ -911,14 +898,9 @@ class Bottleneck(Adapter):
 
     def __init__(self, host: Attention | MLP | Experts, width: int, scale: float, activation: str, parallel: bool) -> None:
         super().__init__()
-        if isinstance(host, Experts):
-            like = wider(host.gate.weight.detach()[:1, :1])
-            C, beside = host.gate.weight.size(1), dict[str, Any](dtype=like.dtype, device=like.device)
-        else:
-            last = host.o_proj if isinstance(host, Attention) else host.down_proj
-            C, beside = last.out_features, last.beside
-        self.down = nn.Linear(C, width, **beside)
-        self.up = nn.Linear(width, C, **beside)
+        last = host.o_proj if isinstance(host, Attention) else host.gate if isinstance(host, Experts) else host.down_proj
+        C = last.weight.size(1) if isinstance(last, Router) else last.out_features
+        self.down, self.up = nn.Linear(C, width, **beside(host)), nn.Linear(width, C, **beside(host))
         for silent in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(silent)
         self.scale, self.parallel = scale, parallel
@@ -940,8 +922,8 @@ class Prompt(Adapter):
 
     def __init__(self, host: Attention, length: int) -> None:
         super().__init__()
-        self.adaption_prompt = nn.Parameter(torch.empty(1, length, host.o_proj.out_features, **host.o_proj.beside).normal_())  # (1, P, C)
-        self.adaption_gate = nn.Parameter(torch.zeros(1, **host.o_proj.beside))
+        self.adaption_prompt = nn.Parameter(torch.empty(1, length, host.o_proj.out_features, **beside(host)).normal_())  # (1, P, C)
+        self.adaption_gate = nn.Parameter(torch.zeros(1, **beside(host)))
 
     def forward(self, host: Attention, q: Tensor, y: Tensor) -> Tensor:  # -> (B, T, H, D)
         _, *prompt = host.project(self.adaption_prompt.to(q.dtype))  # (1, P, K, D) twice
@@ -991,7 +973,7 @@ def silent_copy(block: Block) -> Block:
             if slot in module._modules:
                 setattr(module, slot, None)
         if isinstance(module, Linear) and module.quantized is not None:  # it is to learn
-            module.hold(None)
+            hold(module, None)
     for name, parameter in copied.named_parameters():
         if (value := block.silence(name)) is not None:
             parameter.fill_(value)

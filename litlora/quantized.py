@@ -219,6 +219,18 @@ def quantized(kind: str, weight: Tensor, where: str = "") -> Quantized:
     return made
 
 
+def hold(linear: Any, quantized: Quantized | None) -> None:
+    """This instead of a model's Linear's weight; None: a weight again, of what the few bits stand for, which learns as a new one does."""
+    linear.register_parameter("weight", nn.Parameter(linear.wide()) if quantized is None else None)
+    linear.quantized = quantized
+
+
+def beside(host: nn.Module) -> dict[str, Any]:
+    """dtype, at least fp32, and device of what an adapter puts beside its host, in whatever the host's numbers are held."""
+    held = list(host.parameters())
+    return {"dtype": functools.reduce(torch.promote_types, (one.dtype for one in held), torch.float32), "device": held[0].device}
+
+
 # ---- tables ------------------------------------------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ from litlora.methods.attach import add, as_base, attach, blocks, linears, merge,
 from litlora.methods.tuning import Tuning
 from litlora.model import GPT
 from litlora.options import FullOptions
-from litlora.quantized import KINDS, NF4, Int8, Quantized, quantized
+from litlora.quantized import KINDS, NF4, Int8, Quantized, hold, quantized
 
 kinds = pytest.mark.parametrize("kind", list(KINDS))
 WIDEST = (1 - 0.6961928009986877) / 2  # the farthest that a number lies from its code in NF4: between the two lowest
@@ -54,11 +54,11 @@ def in_few_bits(model: GPT, kind: str, wide: tuple[str, ...] = ()) -> tuple[GPT,
     """The model with its blocks' weights in few bits, and an ordinary one of what these stand for."""
     for name, host in linears(model).items():
         if name != "lm_head" and f"{name}.weight" not in wide:
-            host.hold(quantized(kind, host.weight.detach()))
+            hold(host, quantized(kind, host.weight.detach()))
     plain = copy.deepcopy(model)
     for host in linears(plain).values():
         if host.quantized is not None:
-            host.hold(None)
+            hold(host, None)
     return model, plain
 
 

@@ -27,7 +27,7 @@ from litlora.families import expected_tensors, is_derived, stored_name, tensor_n
 from litlora.methods.attach import add
 from litlora.methods.tuning import EMBEDDING, HEAD
 from litlora.model import GPT, Linear
-from litlora.quantized import KINDS, quantized
+from litlora.quantized import KINDS, hold, quantized
 from litlora.safetensors_file import SafetensorsFile
 
 STORED = {
@@ -95,7 +95,7 @@ def load_base(
             module, _, attribute = name.rpartition(".")
             host = model.get_submodule(module)
             if quantize != "none" and isinstance(host, Linear) and attribute == "weight" and module != "lm_head" and name not in wide:
-                host.hold(quantized(quantize, tensor.to(device), f"{base.path}: {name}"))
+                hold(host, quantized(quantize, tensor.to(device), f"{base.path}: {name}"))
                 forget(tensor)
                 continue
             value = tensor.to(device=device, dtype=dtype)
