@@ -30,11 +30,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from litlora.config import Config, Rope, rotary_steps
 from litlora.errors import UserError
+from litlora.kernels import Gated, Normed, Rotated, SummedLoss, turned
 from litlora.quantized import Quantized, beside, hold
 
 IGNORE = -100  # a target that is not graded
@@ -587,11 +587,6 @@ def rotate(x: Tensor, turn: Turn) -> Tensor:  # (B, n, T, D) -> same
     return y
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, way: int) -> Tensor:
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else x.roll(x.size(-1) // 2, -1)
-    return (x * cos).addcmul_(swapped, sin, value=way).to(x.dtype)  # in fp32, rounded once
-
-
 class KVCache:
     """Keys and values of the tokens already seen. It belongs to a conversation (`rows` of them), not to the model.
 
@@ -650,118 +645,6 @@ def summed_loss(head: Linear, x: Tensor, targets: Tensor, counts: Tensor | None 
     parameters = [p for p in head.parameters() if p.requires_grad]
     loss: Tensor = SummedLoss.apply(head, x, targets, counts, torch.is_grad_enabled(), *parameters)
     return loss
-
-
-class SummedLoss(torch.autograd.Function):
-    """Gradients are computed in the forward pass, chunk by chunk, by asking autograd about the head alone.
-
-    So it serves whatever the head is: frozen, trained, tied or adapted.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, head: Linear, x: Tensor, targets: Tensor, counts: Tensor | None, learning: bool, *parameters: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=x.device)
-        learning = learning and any(ctx.needs_input_grad)
-        grad_x = torch.zeros_like(x) if learning else None
-        grads = [torch.zeros_like(p) for p in parameters] if learning else []
-        rows = chunk_rows(head.out_features, x.device)
-        for start in range(0, len(x), rows):
-            chunk = slice(start, start + rows)
-            with torch.set_grad_enabled(learning):
-                part = x[chunk].detach().requires_grad_(learning)
-                logits = head(part)  # (n, V)
-            loss, grad_logits = softmax_loss(logits.detach().to(wide), targets[chunk], None if counts is None else counts[chunk])
-            total += loss
-            if grad_x is not None:
-                found = torch.autograd.grad(logits, (part, *parameters), grad_logits.to(logits.dtype))
-                grad_x[chunk] = found[0]
-                for grad, more in zip(grads, found[1:], strict=True):
-                    grad += more
-        if grad_x is not None:
-            ctx.save_for_backward(grad_x, *grads)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, *grads = ctx.saved_tensors
-        return (None, grad_x * grad_loss, None, None, None, *(grad * grad_loss for grad in grads))
-
-
-def softmax_loss(logits: Tensor, targets: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy (scalar) of logits (n, V), and its gradient (n, V), which is written over the logits."""
-    logits -= logits.amax(-1, keepdim=True)
-    chosen = logits.gather(-1, targets[:, None])  # (n, 1)
-    sums = logits.exp_().sum(-1, keepdim=True)  # (n, 1)
-    losses = sums.log() - chosen
-    logits /= sums
-    logits.scatter_add_(-1, targets[:, None], -torch.ones_like(chosen))
-    if counts is not None:
-        losses *= counts[:, None]
-        logits *= counts[:, None]
-    return losses.sum(), logits
-
-
-def chunk_rows(V: int, device: torch.device) -> int:
-    """How many rows of logits exist at once: 64 MiB of fp32 on a CPU, 512 MiB on a GPU."""
-    return max(1, (2**24 if device.type == "cpu" else 2**27) // V)
-
-
-# ---- arithmetic whose backward pass is written out, to keep and touch less memory than autograd would ------------------
-
-
-class Normed(torch.autograd.Function):
-    """RMS norm of x (..., C) with gains (C,); keeps x alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return F.rms_norm(x, weight.shape, weight, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-        x, grad = x.to(wide), grad.to(wide)
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(ctx.eps).rsqrt_()  # (..., 1)
-        grad_weight = (grad * x * inverse).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        grad = grad * weight
-        along = torch.linalg.vecdot(grad, x).unsqueeze_(-1).mul_(inverse).mul_(inverse).div_(-x.size(-1))
-        return grad.addcmul_(x, along).mul_(inverse).to(dtype), grad_weight, None
-
-
-class Gated(torch.autograd.Function):
-    """silu(gate) * up, both (..., F); keeps the two and recomputes the rest."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-class Rotated(torch.autograd.Function):
-    """`turned`; the way back is to turn back, so it keeps the table alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return turned(x, cos, sin, interleaved, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return turned(grad, cos, sin, ctx.interleaved, -1), None, None, None
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ SOURCE = ROOT / "litlora"
 
 FLOORS = [
     {"errors", "config", "options"},
-    {"quantized"},
+    {"kernels", "quantized"},
     {"parsing", "console", "precision", "model", "families", "peft", "safetensors_file", "tokenizer"},
     {"methods", "prompts"},
     {"checkpoint", "data", "generation"},

@@ -12,9 +12,10 @@ from conftest import FAMILIES, gradients, random_tokens, randomise, relative, ti
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litlora import model as model_file
+from litlora import kernels
 from litlora.config import Rope, rotary_steps
 from litlora.errors import UserError
+from litlora.kernels import SummedLoss
 from litlora.methods.attach import merge
 from litlora.model import (
     GPT,
@@ -26,7 +27,6 @@ from litlora.model import (
     KVCache,
     Linear,
     LoRA,
-    SummedLoss,
     init_weights,
     rotary_frequencies,
     rotary_table,
@@ -338,7 +338,7 @@ def plain_loss(gpt: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
 
 @pytest.fixture
 def three_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_file, "chunk_rows", lambda V, device: 3)
+    monkeypatch.setattr(kernels, "chunk_rows", lambda V, device: 3)
 
 
 @pytest.mark.usefixtures("three_rows_at_once")
@@ -419,9 +419,9 @@ def test_a_bf16_model_has_an_fp32_loss() -> None:
 @pytest.mark.parametrize(
     ("apply", "shapes"),
     [
-        (lambda x, w: model_file.Normed.apply(x, w, 1e-5), [(2, 3, 6), (6,)]),
-        (model_file.Gated.apply, [(2, 3, 5), (2, 3, 5)]),
-        (lambda x: model_file.Rotated.apply(x, torch.ones(1, 1, 3, 6), torch.full((1, 1, 3, 6), 0.5), False), [(2, 4, 3, 6)]),
+        (lambda x, w: kernels.Normed.apply(x, w, 1e-5), [(2, 3, 6), (6,)]),
+        (kernels.Gated.apply, [(2, 3, 5), (2, 3, 5)]),
+        (lambda x: kernels.Rotated.apply(x, torch.ones(1, 1, 3, 6), torch.full((1, 1, 3, 6), 0.5), False), [(2, 4, 3, 6)]),
     ],
 )
 def test_a_written_out_derivative_is_the_derivative(apply: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> None:
@@ -432,7 +432,7 @@ def test_a_written_out_derivative_is_the_derivative(apply: Callable[..., Tensor]
     if len(inputs) == 1:
         angle = torch.rand(1, 1, 3, 3, dtype=torch.float64)
         cos, sin = torch.cat((angle.cos(),) * 2, -1), torch.cat((-angle.sin(), angle.sin()), -1)
-        assert torch.autograd.gradcheck(lambda x: model_file.Rotated.apply(x, cos, sin, False), inputs)
+        assert torch.autograd.gradcheck(lambda x: kernels.Rotated.apply(x, cos, sin, False), inputs)
         return
     assert torch.autograd.gradcheck(apply, inputs)
 
@@ -629,4 +629,4 @@ def gradients_are_on() -> Iterator[None]:
     """A test that left them off would make later ones pass for nothing."""
     yield
     assert torch.is_grad_enabled()
-    assert SummedLoss is model_file.SummedLoss
+    assert SummedLoss is kernels.SummedLoss

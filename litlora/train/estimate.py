@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from litlora.checkpoint.weights import NothingDrawn
 from litlora.config import Config
+from litlora.kernels import chunk_rows
 from litlora.methods.attach import attach, linears, trainable
 from litlora.methods.tuning import Tuning
-from litlora.model import GPT, Attention, Context, Linear, chunk_rows
+from litlora.model import GPT, Attention, Context, Linear
 from litlora.quantized import bytes_of
 
 TRAINED = 28  # bytes a trained parameter: fp32 itself, its gradient, AdamW's two moments, and a copy of all but the gradient in a commit
