@@ -67,7 +67,7 @@ def published(path: Path, layout: str, **changes: Any) -> tuple[Path, dict[str, 
 
 
 def test_every_fp8_number_is_what_torch_says() -> None:
-    """All 256, subnormal ones and the two that are no numbers. (Mutations seen to fail: bias 8; a leading 1 in the least exponent.)"""
+    """All 256, subnormal ones and the two that are no numbers. Caught: bias 8; a leading 1 in the least exponent."""
     codes = np.arange(256, dtype=np.uint8)
     ours = torch.from_numpy(e4m3(Part(dtype="F8_E4M3", shape=(256,), load=lambda: codes)))
     theirs = torch.from_numpy(codes).view(torch.float8_e4m3fn).float()
@@ -76,8 +76,8 @@ def test_every_fp8_number_is_what_torch_says() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fp8_weights_become_plain_ones(layout: str, tmp_path: Path) -> None:
-    """M02, issue 5.3. Bit for bit the reference, rounded once; transformers reads the result. (Mutations seen to fail: divided by the
-    scale; blocks of rows and columns exchanged; the last block not cut; quantization_config left in config.json.)"""
+    """M02, issue 5.3. Bit for bit the reference, rounded once; transformers reads the result. Caught: divided by the scale; blocks of rows
+    and columns exchanged; the last block not cut; quantization_config left in config.json."""
     from transformers import AutoModelForCausalLM
 
     base, meant = published(tmp_path / "fp8", layout)
@@ -117,7 +117,7 @@ def test_fp8_that_is_not_understood_is_refused_whole(fault: str, tmp_path: Path)
 
 @pytest.mark.parametrize("method", [*HOW, "something-new", None])
 def test_every_other_method_is_refused_by_its_name(method: str | None, tmp_path: Path) -> None:
-    """Must catch: a method that falls through because its entry is spelt otherwise."""
+    """Caught: a method without an entry that falls through."""
     base, _ = published(tmp_path / "base", "rows")
     values = json.loads((base / names.CONFIG).read_text())
     values["quantization_config"] = {"bits": 4} if method is None else {"quant_method": method}

@@ -66,7 +66,7 @@ def in_few_bits(model: GPT, kind: str, wide: tuple[str, ...] = ()) -> tuple[GPT,
 
 
 def test_the_code_book_is_the_papers() -> None:
-    """arXiv:2305.14314, section 3 and appendix E: quantiles of a normal distribution, 0 among them. (Mutation: a digit changed.)"""
+    """arXiv:2305.14314, section 3 and appendix E: quantiles of a normal distribution, 0 among them. Caught: a digit changed."""
     offset = (1 - 1 / 32 + 1 - 1 / 30) / 2  # 0.9677083, as the authors chose it
     above = torch.special.ndtri(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
     below = -torch.special.ndtri(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
@@ -89,8 +89,8 @@ BITSANDBYTES = [
 
 @pytest.mark.parametrize("at_once", [2**20, 64 * 40])
 def test_nf4_is_bit_for_bit_what_bitsandbytes_makes(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also cut into several parts, and where blocks of 64 go over the ends of rows. (Mutations: low half of a byte first; the last block
-    of a part left out.)"""
+    """Also cut into several parts, and where blocks of 64 go over the ends of rows. Caught: low half of a byte first; the last block of
+    a part left out."""
     monkeypatch.setattr(few, "AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(5)
     for shape, dtype, codes, scales, wide, twice in BITSANDBYTES:
@@ -103,7 +103,7 @@ def test_nf4_is_bit_for_bit_what_bitsandbytes_makes(at_once: int, monkeypatch: p
 
 
 def test_the_nearest_code_is_found_on_both_sides_of_every_midpoint() -> None:
-    """(Mutation: parts that begin where they begin: a number that rounds into the next part gets that part's code.)"""
+    """Caught: parts that begin half a part later."""
     middles = few.midpoints(NF4, torch.device("cpu"))
     close = [middles, *(torch.nextafter(middles, torch.full_like(middles, way)) for way in (-2.0, 2.0))]
     edges = torch.arange(-128, 129) / 128
@@ -116,7 +116,7 @@ def test_the_nearest_code_is_found_on_both_sides_of_every_midpoint() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(96, 128), (31, 40), (3, 7)])
 def test_no_number_is_farther_from_its_few_bits_than_half_a_gap(kind: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    """The scale is the largest number's, by row or by block of 64. (Mutations: rounding down; one scale for all.)"""
+    """The scale is the largest number's, by row or by block of 64. Caught: rounding down; one scale for all."""
     weight = weight_of(*shape, dtype).float()
     made = quantized(kind, weight.to(dtype))
     error = (made.wide() - weight).abs()
@@ -132,7 +132,8 @@ def test_no_number_is_farther_from_its_few_bits_than_half_a_gap(kind: str, dtype
 
 @kinds
 def test_what_few_bits_stand_for_has_the_same_few_bits(kind: str) -> None:
-    """Nothing is lost twice; zeros stay zeros. (Mutation: a scale that is no number of the row.)"""
+    """Nothing is lost twice; zeros stay zeros. Caught: a scale that is no number of the row; zeros divided by their
+    scale."""
     weight = weight_of(16, 64)
     weight[3] = 0
     once = quantized(kind, weight)
@@ -143,7 +144,7 @@ def test_what_few_bits_stand_for_has_the_same_few_bits(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8 + 32 / 1024), ("nf4", 4.5), ("nf4-dq", 4 + 8 / 64 + 32 / 64 / 256 + 32 / 2**20)])
 def test_so_many_bits_a_weight_are_kept_and_no_more(kind: str, bits: float) -> None:
-    """C2. (Mutation: scales kept in fp64.)"""
+    """C2. Caught: scales kept in fp64."""
     made = quantized(kind, weight_of(1024, 1024))
     assert made.nbytes * 8 == bits * 2**20
     for shape in ((1024, 1024), (7, 40), (33, 65)):
@@ -153,7 +154,7 @@ def test_so_many_bits_a_weight_are_kept_and_no_more(kind: str, bits: float) -> N
 
 @kinds
 def test_numbers_that_are_none_are_refused_by_name(kind: str, tmp_path: Path) -> None:
-    """(Mutation: the check left out: a whole row becomes NaN.)"""
+    """Caught: the check left out."""
     for bad in (math.nan, math.inf):
         weight = weight_of(4, 64)
         weight[2, 5] = bad
@@ -168,7 +169,8 @@ def test_numbers_that_are_none_are_refused_by_name(kind: str, tmp_path: Path) ->
 @kinds
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_logits_are_those_of_what_the_few_bits_stand_for(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every family, weights in one part and in several. (Mutations: a bias left out; another part's rows; another row's scale.)"""
+    """Every family, weights in one part and in several. Caught: a bias left out; another part's rows; in int8 another row's
+    scale."""
     model, plain = in_few_bits(tiny_gpt(family), kind)
     tokens = random_tokens(2, 17)
     with torch.no_grad():
@@ -185,8 +187,8 @@ ALL = [(name, case.families[0]) for name, case in CASES.items() if not isinstanc
 @kinds
 @pytest.mark.parametrize(("case", "family"), ALL)
 def test_what_learns_gets_the_gradients_that_it_gets_beside_wide_weights(case: str, family: str, kind: str) -> None:
-    """N01 for few bits, every method, in fp64. (Mutations: the way back without the scales; the rounded product while training; a block's
-    copy in few bits, which cannot learn.)"""
+    """N01 for few bits, every method, in fp64. Caught: the way back without the scales; a block's copy in few bits, which
+    cannot learn."""
     options, changes = CASES[case].options, CASES[case].changes
     base = tiny_gpt(family, **changes).double()  # in fp32 the last layer's rounding is larger than a mistake might be
     stored = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
@@ -210,7 +212,7 @@ def test_what_learns_gets_the_gradients_that_it_gets_beside_wide_weights(case: s
 
 @kinds
 def test_no_wide_copy_outlives_its_product(kind: str) -> None:
-    """C2: neither for the backward pass nor afterwards. (Mutation: the product left to autograd, which keeps the wide weight.)"""
+    """C2: neither for the backward pass nor afterwards. Caught: the product left to autograd, which keeps the wide weight."""
     model, _ = in_few_bits(tiny_gpt("llama"), kind)
     attach(model, tuning_of(CASES["lora"].options, model.config), seed=1)
     shapes = {shape for host in linears(model).values() if host.quantized for shape in ((host.out_features, host.in_features),)}
@@ -230,7 +232,7 @@ def test_no_wide_copy_outlives_its_product(kind: str) -> None:
 
 def test_few_rows_in_int8_are_as_near_as_bf16_and_many_are_exact() -> None:
     """C3: torch's own product for the tokens of an answer rounds what goes in and what comes out to bf16: 2^-8 of the sum of what is added.
-    (Mutation: the scales rounded as well, which moves a row as a whole.)"""
+    Caught: the rounded product while training; torch's product for rows of every length."""
     weight = weight_of(300, 256)
     made = quantized("int8", weight)
     assert isinstance(made, Int8)
@@ -247,7 +249,7 @@ def test_few_rows_in_int8_are_as_near_as_bf16_and_many_are_exact() -> None:
 
 
 def test_scales_of_rows_are_not_rounded_where_few_rows_are_computed() -> None:
-    """A scale rounded to bf16 would be off by up to 0.4%, the same way for every token."""
+    """A scale rounded to bf16 would be off by up to 0.4%, the same way for every token. Caught: scales rounded."""
     made = quantized("int8", weight_of(64, 64))
     ones = torch.ones(1, 64)
     with torch.no_grad():
@@ -257,7 +259,8 @@ def test_scales_of_rows_are_not_rounded_where_few_rows_are_computed() -> None:
 
 
 def test_a_model_in_few_bits_counts_moves_and_refuses_as_a_wide_one(tmp_path: Path) -> None:
-    """A06: merged in memory is refused, and so is training what cannot learn. (Mutations: each refusal left out.)"""
+    """A06: merged in memory is refused, and so is training what cannot learn. Caught: each refusal
+    left out; few bits that are not counted."""
     wide = tiny_gpt("llama")
     model, _ = in_few_bits(copy.deepcopy(wide), "nf4")
     assert numbers_in(model) == numbers_in(wide) == sum(parameter.numel() for parameter in wide.parameters())
@@ -278,7 +281,7 @@ def test_a_model_in_few_bits_counts_moves_and_refuses_as_a_wide_one(tmp_path: Pa
 
 @kinds
 def test_adapters_come_off_again_and_leave_the_few_bits(kind: str) -> None:
-    """Compare and /adapter in chat. (Mutation: a snapshot that does not know the few bits.)"""
+    """Compare and /adapter in chat. Caught: an adapter that is left in its slot."""
     model, plain = in_few_bits(tiny_gpt("llama"), kind)
     tokens, config = random_tokens(1, 18), model.config
     tuning = tuning_of(CASES["lora"].options, config)
@@ -305,8 +308,8 @@ def talker(tmp_path: Path) -> tuple[Path, Path]:
 
 @kinds
 def test_loading_makes_the_same_few_bits_and_keeps_the_rest(kind: str, tmp_path: Path) -> None:
-    """Embedding, head, norms and what is named stay wide. (Mutations: the head too; `wide` ignored; pages that another tensor needs
-    forgotten before they are read.)"""
+    """Embedding, head, norms and what is named stay wide. Caught: the head too; `wide` ignored; a refusal that does not name
+    the tensor."""
     base = resolve(make_talker(tmp_path / "base"))
     stays = "model.layers.1.mlp.up_proj.weight"
     model, wide = load_base(base, quantize=kind, wide={stays}), load_base(base)
@@ -333,8 +336,8 @@ def test_loading_makes_the_same_few_bits_and_keeps_the_rest(kind: str, tmp_path:
 def test_a_step_says_what_it_was_trained_on_and_is_served_on_that(
     talker: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is trained is what is served. The base stays what it was: path and fingerprint. (Mutations: auto means none; the record left
-    out of the manifest; an adapter's record not looked at.)"""
+    """What is trained is what is served. The base stays what it was: path and fingerprint. Caught: auto means none, in the library
+    or in the commands; the record left out of the manifest; an adapter's record not looked at."""
     assert main(words(talker, tmp_path / "out", more="--quantize nf4 --train.max_steps 2")) == 0
     said = capsys.readouterr().err
     assert "frozen   14 weights in nf4: " in said
@@ -361,7 +364,7 @@ def test_a_step_says_what_it_was_trained_on_and_is_served_on_that(
 
 @pytest.mark.parametrize(("method", "kind"), [("lora", "int8"), ("pissa", "nf4"), ("pro", "nf4-dq"), ("freeze", "nf4")])
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(method: str, kind: str, talker: tuple[Path, Path], tmp_path: Path) -> None:
-    """R01, R04: to the bit; and not on other bits. (Mutation: the few bits left out of what may not change.)"""
+    """R01, R04: to the bit; and not on other bits. Caught: the few bits left out of what may not change."""
     import shutil
 
     more = {"pissa": "--lora.r 4 --lora.init pissa", "freeze": "--freeze.layers last:1"}.get(method, "") + f" --quantize {kind}"
@@ -385,7 +388,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(method: str, kind: st
 
 
 def test_training_goes_on_from_a_step_on_what_it_was_trained_on(talker: tuple[Path, Path], tmp_path: Path) -> None:
-    """(Mutation: auto looks at the base.)"""
+    """Caught: auto looks at the base."""
     assert main(words(talker, tmp_path / "out", more="--quantize int8 --train.max_steps 2")) == 0
     assert main(words((tmp_path / "out" / "step-2", talker[1]), tmp_path / "more", more="--train.max_steps 2")) == 0
     record = read_manifest(tmp_path / "more" / "step-2").base
@@ -395,7 +398,7 @@ def test_training_goes_on_from_a_step_on_what_it_was_trained_on(talker: tuple[Pa
 def test_a_method_that_trains_every_weight_is_refused_before_anything_is_written(
     talker: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """(Mutation: the refusal left out.)"""
+    """Caught: the refusal left out."""
     assert main(words(talker, tmp_path / "out", "full", "--quantize nf4")) == 2
     assert "full trains every weight, and those in nf4 cannot learn" in capsys.readouterr().err
     assert main(words(talker, tmp_path / "out", "freeze", "--quantize int8 --freeze.layers 0-1")) == 2
@@ -403,7 +406,7 @@ def test_a_method_that_trains_every_weight_is_refused_before_anything_is_written
 
 
 def test_new_blocks_begin_as_copies_of_the_original_and_add_nothing_to_the_few_bits(tmp_path: Path) -> None:
-    """N07 on few bits. (Mutations: the copy made of the few bits; the output projection of the copy not zero.)"""
+    """N07 on few bits. Caught: the copy made of the few bits; the output projection of the copy not zero."""
     base = resolve(make_talker(tmp_path / "base"))
     model, tokens = load_base(base, quantize="nf4"), torch.arange(60)[None]
     stored = base_tensors(base)
@@ -419,7 +422,7 @@ def test_new_blocks_begin_as_copies_of_the_original_and_add_nothing_to_the_few_b
 def test_a_merge_goes_into_the_original_weights_and_says_what_training_saw(
     talker: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A06, N04: the base is never the few bits. (Mutations: merged into what the few bits stand for; the report silent.)"""
+    """A06, N04: the base is never the few bits. Caught: merged into what the few bits stand for; the report silent."""
     base, _ = talker
     assert main(words(talker, tmp_path / "out", more="--quantize nf4 --train.max_steps 4 --train.lr 1e-2")) == 0
     step = tmp_path / "out" / "step-4"
@@ -440,7 +443,7 @@ def test_a_merge_goes_into_the_original_weights_and_says_what_training_saw(
 
 
 def test_bits_that_this_litlora_does_not_know_are_refused(talker: tuple[Path, Path], tmp_path: Path) -> None:
-    """A manifest of a later litlora, or somebody's own. (Mutation: the check left out.)"""
+    """A manifest of a later litlora, or somebody's own. Caught: the check left out."""
     from dataclasses import replace
 
     from litlora.checkpoint.checkpoint import Checkpoint
@@ -454,7 +457,7 @@ def test_bits_that_this_litlora_does_not_know_are_refused(talker: tuple[Path, Pa
 
 
 def test_a_combination_remembers_what_all_its_parents_were_trained_on(talker: tuple[Path, Path], tmp_path: Path) -> None:
-    """(Mutation: the record left out.)"""
+    """Caught: the record left out; the first parent's record."""
     for name, kind in (("a", "nf4"), ("b", "nf4"), ("c", "none")):
         assert main(words(talker, tmp_path / name, more=f"--quantize {kind} --train.max_steps 1")) == 0
     found: dict[str, Any] = {}

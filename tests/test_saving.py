@@ -180,7 +180,7 @@ def one() -> Any:
 
 
 def test_one_commit_is_on_its_way_at_a_time_and_is_said_once_it_is_durable(one: Any) -> None:
-    """DESIGN section 3. Mutations: saying it when it is begun; not waiting for the earlier one."""
+    """DESIGN section 3. Caught: saying it when it is begun; not waiting for the earlier one."""
     said, events, gate = list[str](), list[str](), threading.Event()
 
     def prepare(commit: Commit) -> Prepared:
@@ -206,7 +206,7 @@ def test_one_commit_is_on_its_way_at_a_time_and_is_said_once_it_is_durable(one: 
 def test_what_is_old_goes_only_after_the_new_step_was_said_to_be_there(
     talker: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """DESIGN section 3, F09: by the command, at each deletion. Mutation: deleting in the commit itself, which is said when it is over."""
+    """DESIGN section 3, F09: by the command, at each deletion. Caught: deleting in the commit itself, which is said when it is over."""
     drop, said, dropped = run.drop_old_steps, "", list[str]()
 
     def watched(place: Path, *more: Any, **named: Any) -> Any:
@@ -225,7 +225,7 @@ def test_what_is_old_goes_only_after_the_new_step_was_said_to_be_there(
 
 @pytest.mark.parametrize("failing", [1, 2])
 def test_what_fails_after_a_commit_is_not_lost_unsaid(one: Any, failing: int) -> None:
-    """The step it came after is durable, and was said. Mutations: not looking at it before the next commit, or at the end."""
+    """The step it came after is durable, and was said. Caught: not looking at it before the next commit, or at the end."""
     said, written = list[str](), list[int]()
 
     def prepare(commit: Commit) -> Prepared:
@@ -248,7 +248,7 @@ def test_what_fails_after_a_commit_is_not_lost_unsaid(one: Any, failing: int) ->
 
 
 def test_what_is_not_copied_is_written_before_training_goes_on(one: Any) -> None:
-    """A whole model may be too large to copy. Mutation: handing it over all the same."""
+    """A whole model may be too large to copy. Caught: handing it over all the same."""
     said, written = list[str](), list[int]()
 
     def prepare(commit: Commit) -> Prepared:

@@ -67,7 +67,7 @@ def theirs(path: Path) -> Any:
 @spellings
 @kinds
 def test_the_text_model_gives_transformers_logits_and_gradients(kind: str, old: bool, tmp_path: Path) -> None:
-    """M01, issue 5.2: nested text_config, both spellings of the weights. Must catch: end ids of the whole overlooked."""
+    """M01, issue 5.2: nested text_config, both spellings of the weights. Caught: end ids of the whole overlooked."""
     base = made(tmp_path / "base", kind, old=old)
     ours, reference = GPT.from_pretrained(base).eval(), theirs(base)
     assert ours.config.text_of == kind and ours.config.eos_token_ids == (257, 258)
@@ -87,7 +87,7 @@ def test_the_text_model_gives_transformers_logits_and_gradients(kind: str, old: 
 @kinds
 def test_a_step_is_peft_s_and_a_merge_carries_the_rest_over(kind: str, old: bool, tmp_path: Path) -> None:
     """N02, N05, N07, A07: the merged directory is of the same class, its vision tower the same bytes, its names the base's; so are those of
-    a deeper one. (Mutations seen to fail: the tower's tensors left out; converted with --dtype; renamed in the deeper model.)"""
+    a deeper one. Caught: the tower's tensors left out; converted with --dtype; renamed in the deeper model."""
     from peft import PeftModel
 
     base, rows = made(tmp_path / "base", kind, old=old), write_rows(tmp_path / "rows.jsonl", "one two three four")
