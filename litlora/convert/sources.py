@@ -96,7 +96,7 @@ def open_source(path: str | Path | None, *, to: str, base_dir: str | None = None
         if (place / names.ADAPTER_CONFIG).exists() and not (place / names.ADAPTER_WEIGHTS).exists() and pickled_adapter_file(place):
             return pickled_adapter(place, moved)
         if to in ("hf", "gguf") and has_weights(place):
-            from litlora.convert.quantised import dequantised_model, is_dequantised
+            from litlora.convert.fp8 import dequantised_model, is_dequantised
 
             if is_dequantised(place):
                 return dequantised_model(place)

@@ -3,14 +3,14 @@
 A family is an entry in SUPPORTED. What its config.json leaves out takes the default of the transformers package (the
 reference for all of these); what asks for arithmetic that `model.py` does not have is refused by the name of its key. No torch here.
 
-    table.py      the families
-    reading.py    values out of a config.json, checked
-    experts.py    experts, read and written
-    rope.py       rotary embeddings, read and written
-    own_keys.py   layouts that keys of one family decide
-    quantised.py  checkpoints whose weights are not plain numbers, and what to do with them
-    tensors.py    names and shapes of the weights
-    wrapped.py    the text model inside a model of text and images
+    table.py          the families
+    reading.py        values out of a config.json, checked
+    experts.py        experts, read and written
+    rope.py           rotary embeddings, read and written
+    own_keys.py       layouts that keys of one family decide
+    quant_methods.py  checkpoints whose weights are not plain numbers, and what to do with them
+    tensors.py        names and shapes of the weights
+    wrapped.py        the text model inside a model of text and images
 """
 
 import math
@@ -22,7 +22,7 @@ from typing import Any
 from litlora.config import Config
 from litlora.families import own_keys
 from litlora.families.experts import experts, experts_to_hf
-from litlora.families.quantised import DEQUANTISED, quantised_by
+from litlora.families.quant_methods import DEQUANTISED, quantised_by
 from litlora.families.reading import (
     LLAMA_PRO_LAYERS,
     Reader,

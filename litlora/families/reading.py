@@ -7,7 +7,7 @@ from typing import Any
 
 from litlora.config import LayerType
 from litlora.errors import UserError, did_you_mean
-from litlora.families.quantised import quantised_by, why_refused
+from litlora.families.quant_methods import quantised_by, why_refused
 from litlora.families.table import ACTION, ACTIVATIONS, ALSO_KNOWN_AS, NEUTRAL, SUPPORTED, WHY_NOT, Family
 from litlora.families.wrapped import WRAPPED
 

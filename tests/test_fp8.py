@@ -14,9 +14,9 @@ from test_finetune import did, refused
 
 from litlora import GPT
 from litlora.checkpoint import names
+from litlora.convert.fp8 import e4m3
 from litlora.convert.parts import Part
-from litlora.convert.quantised import e4m3
-from litlora.families.quantised import HOW
+from litlora.families.quant_methods import HOW
 
 BLOCK = (16, 24)  # no side of the matrices is a multiple of it
 LAYOUTS = ("blocks", "rows", "matrix")
