@@ -20,7 +20,7 @@ from litlora.checkpoint.commit import Tensors
 from litlora.checkpoint.manifest import read_manifest, verify_files
 from litlora.checkpoint.resolve import resolve
 from litlora.combine import Parent, combine, prepare, recipe_of
-from litlora.combine.arithmetic import dropped, elected, factored, shortened, stacked, trimmed
+from litlora.combine.arithmetic import dropping, elected, factored, shortened, stacked, trimming
 from litlora.errors import UserError
 from litlora.methods.tuning import LoRASlot
 from litlora.options import AdapterOptions, Combine, FreezeOptions, LoRAOptions, ProOptions
@@ -300,25 +300,53 @@ def test_ties_is_the_papers_algorithm(tmp_path: Path, name: str) -> None:
         assert cost["relative_error"] == pytest.approx(error, rel=1e-3, abs=1e-4)
 
 
+def trimmed(update: np.ndarray, density: float, rows: int) -> np.ndarray:
+    """What TIES keeps of an update that comes so many rows at a time."""
+    blocks = [update[row : row + rows] for row in range(0, len(update), rows)]
+    trim = trimming(lambda: iter(blocks), update.size, density)
+    return np.concatenate([trim(block) for block in blocks])
+
+
 def test_the_steps_of_ties_on_numbers_one_can_check_by_hand() -> None:
     update = np.array([[3.0, -1.0], [0.5, -4.0]])
-    assert trimmed(update, 0.5).tolist() == [[3.0, 0.0], [0.0, -4.0]]
-    assert trimmed(update, 1.0).tolist() == update.tolist()
+    assert trimmed(update, 0.5, 2).tolist() == [[3.0, 0.0], [0.0, -4.0]]
+    assert trimmed(update, 1.0, 2).tolist() == update.tolist()
     one, other = np.array([2.0, -1.0, 0.0, 1.0]), np.array([4.0, 3.0, 0.0, -1.0])
     assert elected([one, other], [1.0, 1.0]).tolist() == [3.0, 3.0, 0.0, 1.0]  # a sum of zero elects plus, as PEFT does
     assert elected([one, other], [4.0, 1.0]).tolist() == [2.4, -1.0, 0.0, 1.0]
 
 
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("density", [1e-9, 0.01, 0.2, 0.999])
+@pytest.mark.parametrize("kind", ["normal", "tiny", "many alike", "zeros"])
+def test_ties_keeps_the_largest_numbers_without_sorting_them(kind: str, density: float, rows: int) -> None:
+    """Against a sort, in blocks of any size. Caught: counting from below; all kept that are as large as the
+    least kept; as many of them in every block."""
+    normal = np.random.default_rng(3).normal(size=(300, 20)).astype(np.float32)
+    kinds = {"normal": normal, "tiny": normal * np.float32(1e-40), "many alike": np.round(normal), "zeros": np.where(normal > 2, normal, 0)}
+    update = kinds[kind].astype(np.float32)
+    found, kept = trimmed(update, density, rows), max(1, int(density * update.size))
+    order = np.argsort(-np.abs(update).reshape(-1), kind="stable")[:kept]
+    wanted = np.zeros(update.size, np.float32)
+    wanted[order] = update.reshape(-1)[order]
+    assert np.array_equal(found.reshape(-1), wanted)
+
+
 def test_dare_keeps_its_share_and_the_expectation() -> None:
     """(Mutation: no rescaling.)"""
     update = np.random.default_rng(0).normal(size=(300, 200)).astype(np.float32)
-    found = dropped(update, 0.25, "a key")
+
+    def dropped(key: str, rows: int = 300) -> np.ndarray:
+        drop = dropping(0.25, key)
+        return np.concatenate([drop(update[row : row + rows]) for row in range(0, 300, rows)])
+
+    found = dropped("a key")
     kept = found != 0
     assert 0.24 < kept.mean() < 0.26
     assert np.array_equal(found[kept], update[kept] / np.float32(0.25))
-    assert np.array_equal(found, dropped(update, 0.25, "a key"))
-    assert not np.array_equal(found, dropped(update, 0.25, "another key"))
-    mean = np.mean([dropped(update, 0.25, str(number)) for number in range(200)], axis=0)
+    assert np.array_equal(found, dropped("a key", rows=7)), "the same in blocks of any size"
+    assert not np.array_equal(found, dropped("another key"))
+    mean = np.mean([dropped(str(number)) for number in range(200)], axis=0)
     assert np.linalg.norm(mean - update) / np.linalg.norm(update) < 0.15  # sqrt(3 / 200)
 
 

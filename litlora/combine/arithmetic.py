@@ -5,13 +5,14 @@ theta_i - theta_0. Arrays of one call have one shape; sums are taken in fp64.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.floating]
+Pick = Callable[[Array], Array]  # of an update, whose blocks it is given in their order: what is taken of it
 Factors = tuple[Array, Array]  # B (out, R) and A (R, in): an update B A
 
 
@@ -79,19 +80,50 @@ def weighted(updates: Sequence[Array], weights: Sequence[float]) -> Array:
 # ---- TIES ------------------------------------------------------------------------------------------------------------
 
 
-def trimmed(update: Array, density: float) -> Array:
-    """Its largest numbers, the share `density` of them, the others zero (TIES, arXiv:2306.01708, algorithm 1, step 1).
+def trimming(passes: Callable[[], Iterator[Array]], size: int, density: float) -> Pick:
+    """What keeps the largest numbers of an update, the share `density` of its `size`, and makes the others zero (TIES, arXiv:2306.01708,
+    algorithm 1, step 1); of those that are equally large, the first.
 
-    Of each tensor by itself, as PEFT and mergekit do; the paper ranks the numbers of all tensors together.
+    Of each tensor by itself, as PEFT and mergekit do; the paper ranks the numbers of all tensors together. The update comes in blocks,
+    which `passes` begins anew: the size of the least number kept is found by counting, 16 of its 31 bits at a time, so that no tensor is
+    ever in memory as a whole.
     """
-    kept = max(1, int(density * update.size))
-    if kept == update.size:
-        return update
-    flat = update.reshape(-1)
-    largest = np.argpartition(np.abs(flat), update.size - kept)[update.size - kept :]
-    result = np.zeros_like(flat)
-    result[largest] = flat[largest]
-    return result.reshape(update.shape)
+    kept = max(1, int(density * size))
+    if kept == size:
+        return lambda block: block
+    upper = np.zeros(1 << 15, np.int64)
+    for block in passes():
+        upper += np.bincount(magnitudes(block) >> 16, minlength=len(upper))
+    first, larger = least_kept(upper, kept)
+    lower = np.zeros(1 << 16, np.int64)
+    for block in passes():
+        found = magnitudes(block)
+        lower += np.bincount(found[found >> 16 == first] & 0xFFFF, minlength=len(lower))
+    second, between = least_kept(lower, kept - larger)
+    least, ties = first << 16 | second, kept - larger - between
+
+    def trim(block: Array) -> Array:
+        nonlocal ties
+        found = magnitudes(block)
+        keeps = found > least
+        equal = np.flatnonzero(found == least)[:ties]
+        keeps[equal] = True
+        ties -= len(equal)
+        return np.where(keeps.reshape(block.shape), block, np.float32(0))
+
+    return trim
+
+
+def magnitudes(block: Array) -> npt.NDArray[np.uint32]:
+    """The bits of |x| in fp32 (n,): as whole numbers they have the order of the numbers."""
+    return np.ascontiguousarray(block, np.float32).reshape(-1).view(np.uint32) & np.uint32(0x7FFFFFFF)
+
+
+def least_kept(counts: npt.NDArray[np.int64], kept: int) -> tuple[int, int]:
+    """Of numbers counted by size, the size of the `kept`-th largest, and how many are larger than that size."""
+    from_above = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(from_above, kept))
+    return len(counts) - 1 - place, int(from_above[place - 1]) if place else 0
 
 
 def elected(updates: Sequence[Array], weights: Sequence[float]) -> Array:
@@ -114,14 +146,13 @@ def elected(updates: Sequence[Array], weights: Sequence[float]) -> Array:
 # ---- DARE ------------------------------------------------------------------------------------------------------------
 
 
-def dropped(update: Array, density: float, key: str) -> Array:
-    """Each number dropped with probability 1 - density, the others divided by density, so that the expectation stays
+def dropping(density: float, key: str) -> Pick:
+    """What drops each number of an update with probability 1 - density and divides the others by density, so that the expectation stays
     (DARE, Yu et al. 2023, arXiv:2311.03099, section 3: m ~ Bernoulli(p), (1 - m) tau / (1 - p), p = 1 - density).
 
-    `key` is all that the choice depends on: not the order of parents or tensors, nor the machine.
+    `key` is all that the choice depends on: not the order of parents or tensors, nor the blocks that it comes in, nor the machine.
     """
     if density == 1:
-        return update
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
-    kept = np.random.Generator(np.random.Philox(key=seed)).random(update.shape, dtype=np.float32) < density
-    return np.where(kept, update / np.float32(density), np.float32(0))
+        return lambda block: block
+    drawn = np.random.Generator(np.random.Philox(key=int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")))
+    return lambda block: np.where(drawn.random(block.shape, dtype=np.float32) < density, block / np.float32(density), np.float32(0))

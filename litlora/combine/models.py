@@ -1,11 +1,13 @@
 """A whole model made of whole models, or of what adapters on one base mean: block by block, nothing is loaded as a whole.
 
 A mean of the parameters needs no base. Everything else is theta_0 + the combination of theta_i - theta_0, where theta_0 is the base
-of the adapters, or what `--base_dir` names. Sums are taken in fp64, made fp32 and rounded once to what is stored. (TIES and DARE look
-at whole tensors: one of each parent is in memory then.)
+of the adapters, or what `--base_dir` names. Sums are taken in fp64, made fp32 and rounded once to what is stored. TIES reads every tensor
+three times: twice to find out which numbers are its largest.
 """
 
+import functools
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -124,13 +126,27 @@ def combined(blend: ModelBlend, name: str, sources: Sequence[Effective], base: E
     if base is None:
         for means in zip(*(source.blocks(name) for source in sources), strict=True):
             yield recipe.of(means, present, []).astype(np.float32)
-    elif recipe.is_linear:
-        for old, *blocks in zip(*(source.blocks(name) for source in (base, *sources)), strict=True):
-            yield (old + recipe.of([block - old for block in blocks], present, [])).astype(np.float32)
-    else:
-        old = base.read(name)
-        keys = [f"{parent.identity} {name}" for parent in blend.parents]
-        yield (old + recipe.of([source.read(name) - old for source in sources], present, keys)).astype(np.float32)
+        return
+    if all(is_of(base, source, name) for source in sources):
+        yield from base.blocks(name)
+        return
+    updates = [functools.partial(changes, source, base, name) for source in sources]
+    picks = recipe.picks(updates, math.prod(base.shapes[name]), [f"{parent.identity} {name}" for parent in blend.parents])
+    for old, *blocks in zip(*(source.blocks(name) for source in (base, *sources)), strict=True):
+        picked = [pick(block - old) for pick, block in zip(picks, blocks, strict=True)]
+        yield (old + recipe.sum(picked, present)).astype(np.float32)
+
+
+def is_of(base: Effective, source: Effective, name: str) -> bool:
+    """Whether a parameter is the base's own tensor, which nothing was added to."""
+    output = source.outputs[name]
+    return output.update is None and output.value is None and source.base_file(output).path == base.base_file(base.outputs[name]).path
+
+
+def changes(source: Effective, base: Effective, name: str) -> Iterator[Array]:
+    """How far a parameter lies from the base's, block by block."""
+    for block, old in zip(source.blocks(name), base.blocks(name), strict=True):
+        yield block - old
 
 
 def as_stored(values: Array, output: Output) -> bytes:

@@ -9,12 +9,13 @@ ties           trim, elect, mean, times `scale` (Yadav et al. 2023, arXiv:2306.0
 dare           drop and rescale, then the weighted sum, times `scale` (Yu et al. 2023, arXiv:2311.03099); dare_ties: then elect and mean
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from litlora.combine.arithmetic import Array, dropped, elected, trimmed, weighted
+from litlora.combine.arithmetic import Array, Pick, dropping, elected, trimming, weighted
 from litlora.errors import UserError
 from litlora.options import Combine
 
@@ -47,13 +48,23 @@ class Recipe:
 
     def of(self, updates: Sequence[Array], present: Sequence[int], keys: Sequence[str]) -> Array:
         """The update that comes of those of the parents number `present`; `keys` make DARE's choice one of its own for each."""
-        weights = [self.weights[number] for number in present]
+        picks = self.picks([functools.partial(iter, (update,)) for update in updates], updates[0].size, keys)
+        return self.sum([pick(update) for pick, update in zip(picks, updates, strict=True)], present)
+
+    def picks(self, updates: Sequence[Callable[[], Iterator[Array]]], size: int, keys: Sequence[str]) -> list[Pick]:
+        """What is taken of each update, which comes in blocks, before they are summed. Each may be read several times."""
         if self.how == "ties":
-            return self.scale * elected([trimmed(update, self.density) for update in updates], weights)
+            return [trimming(update, size, self.density) for update in updates]
         if self.how in ("dare", "dare_ties"):
-            updates = [dropped(update, self.density, f"{self.seed} {key}") for update, key in zip(updates, keys, strict=True)]
-            return self.scale * (elected if self.how == "dare_ties" else weighted)(updates, weights)
-        return weighted(updates, weights)
+            return [dropping(self.density, f"{self.seed} {key}") for key in keys]
+        return [lambda block: block for _ in updates]
+
+    def sum(self, picked: Sequence[Array], present: Sequence[int]) -> Array:
+        """What comes of a block of what was taken of each."""
+        weights = [self.weights[number] for number in present]
+        if self.is_linear:
+            return weighted(picked, weights)
+        return self.scale * (weighted if self.how == "dare" else elected)(picked, weights)
 
 
 def recipe_of(options: Combine, given: Sequence[float], places: Sequence[str]) -> Recipe:
