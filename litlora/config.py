@@ -90,6 +90,10 @@ class Config:
     qkv: Literal["apart", "stacked", "grouped"] = "apart"  # one Linear for all: q, k, v in turn, or for each k: its q, k, v
     attention_bias: bool = False  # on q, k and v
     attention_out_bias: bool = False  # on o
+    kv_lora_rank: int = 0  # latent attention: keys and values of all heads are made of so many numbers; 0: each has its own projection
+    q_lora_rank: int | None = None  # latent attention: and queries of so many; None: they have a projection as ever
+    qk_rope_head_dim: int = 0  # latent attention: dimensions of a head that turn; of k they are the same in all heads
+    v_head_dim: int = 0  # latent attention: of a value, where q and k have head_dim
     qk_norm: Literal["head", "heads", "width"] | None = None  # of each head's q and k; with gains for each head; across all heads
     sliding_window: int | None = None  # tokens a query of a sliding layer looks back at, itself included
     layer_types: tuple[LayerType, ...] = ()  # one per layer; empty: all full_attention
@@ -106,6 +110,11 @@ class Config:
     moe_intermediate_size: int = 0  # of one expert
     mlp_only_layers: tuple[int, ...] = ()  # these have one MLP all the same
     router_bias: bool = False
+    routing: Literal["softmax", "corrected"] = "softmax"  # corrected: by sigmoids, with a bias that counts for the choice alone
+    n_group: int = 1  # experts stand in so many groups ...
+    topk_group: int = 1  # ... and a token's are of the best so many of these
+    routed_scaling_factor: float = 1.0  # of the weights of a token's experts
+    n_shared_experts: int = 0  # an MLP of so many experts' size that every token goes through besides
     swiglu_limit: float = math.inf  # of stacked experts: gate and up are kept within it
     swiglu_alpha: float = 1.0  # of stacked experts: gate sigmoid(alpha gate)
     norm_topk_prob: bool = True  # whether the weights of a token's k experts sum to 1
@@ -144,7 +153,19 @@ class Config:
         """What q k^T is multiplied by."""
         if self.attention_multiplier is not None:
             return self.attention_multiplier
-        return 1 / math.sqrt(self.query_pre_attn_scalar or self.head_dim)
+        scale = 1 / math.sqrt(self.query_pre_attn_scalar or self.head_dim)
+        if self.kv_lora_rank and self.rope.mscale_all_dim:  # DeepSeek-V2's own way with YaRN: the temperature of all dimensions
+            scale *= yarn_temperature(self.rope, self.rope.mscale_all_dim) ** 2
+        return scale
+
+    @property
+    def rotary_dim(self) -> int:
+        """Of the part of a head that a rope sees."""
+        return self.qk_rope_head_dim or self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.v_head_dim or self.head_dim
 
     def silence(self, parameter: str) -> float | None:
         """What a parameter of a block holds while the block adds nothing (LLaMA-Pro), None where it may hold anything. What writes last
@@ -235,13 +256,13 @@ def yarn_gain(rope: Rope) -> float:
     """YaRN's attention temperature (section 3.4), which multiplies q and k each."""
     if rope.attention_factor is not None:
         return rope.attention_factor
-
-    def gain(mscale: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
-
     if rope.mscale and rope.mscale_all_dim:
-        return gain(rope.mscale) / gain(rope.mscale_all_dim)
-    return gain(1.0)
+        return yarn_temperature(rope, rope.mscale) / yarn_temperature(rope, rope.mscale_all_dim)
+    return yarn_temperature(rope, 1.0)
+
+
+def yarn_temperature(rope: Rope, mscale: float) -> float:
+    return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
 
 
 def longrope_gain(rope: Rope) -> float:

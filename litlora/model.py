@@ -173,7 +173,7 @@ class Context:
         length = T if cache is None else max(cache.reach, max(cache.lengths) + T)
         ropes = {config.rope_of(layer) for layer in range(config.num_hidden_layers)} - {None}
         assert not prefix or not any(rope.depends_on_length for rope in ropes if rope), "what samples share depends on their length"
-        turns = {rope: turn_of(positions, rope, config.head_dim, segments, length) for rope in ropes if rope is not None}
+        turns = {rope: turn_of(positions, rope, config.rotary_dim, segments, length) for rope in ropes if rope is not None}
         return Context(cast("dict[Rope | None, Turn]", turns), segments, prefix, cache, ragged)
 
     def mask(self, q: Tensor, S: int, window: int | None) -> Tensor:
@@ -196,7 +196,7 @@ class Block(nn.Module):
         super().__init__()
         self.norms, self.parallel, self.scale = config.norms, config.parallel_residual, config.residual_multiplier
         self.silence = config.silence
-        self.self_attn = Attention(config, layer)
+        self.self_attn = (LatentAttention if config.kv_lora_rank else Attention)(config, layer)
         self.mlp = Experts(config) if config.has_experts(layer) else MLP(config, config.intermediate_size)
         for name in self.norms.names:
             self.register_module(name, norm(config, config.hidden_size))
@@ -228,16 +228,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.heads, self.kv_heads, self.head_dim, self.qkv, self.qk_norm = H, K, D, config.qkv, config.qk_norm
         self.window, self.rope = config.window(layer), config.rope_of(layer)
-        if config.qkv == "apart":
-            self.q_proj = Linear(C, H * D, config.attention_bias)
-            self.k_proj = Linear(C, K * D, config.attention_bias)
-            self.v_proj = Linear(C, K * D, config.attention_bias)
-        else:
-            self.qkv_proj = Linear(C, (H + 2 * K) * D, config.attention_bias)
-        self.o_proj = Linear(H * D, C, config.attention_out_bias)
+        self.add_projections(config)
+        self.o_proj = Linear(H * config.value_dim, config.hidden_size, config.attention_out_bias)
         widths = {None: None, "head": (D, D), "heads": ((H, D), (K, D)), "width": (H * D, K * D)}[config.qk_norm]
         self.register_module("q_norm", norm(config, widths[0]) if widths else None)
         self.register_module("k_norm", norm(config, widths[1]) if widths else None)
@@ -245,6 +240,16 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks else None  # (H,)
         self.register_module("prompt", None)
         self.register_module("adapter", None)
+
+    def add_projections(self, config: Config) -> None:
+        """What `project` needs."""
+        C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        if config.qkv == "apart":
+            self.q_proj = Linear(C, H * D, config.attention_bias)
+            self.k_proj = Linear(C, K * D, config.attention_bias)
+            self.v_proj = Linear(C, K * D, config.attention_bias)
+        else:
+            self.qkv_proj = Linear(C, (H + 2 * K) * D, config.attention_bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:  # (B, T, C) -> (B, T, C)
         q, k, v = (side.transpose(1, 2) for side in self.project(x))  # (B, H, T, D), (B, K, T, D) twice
@@ -288,6 +293,40 @@ class Attention(nn.Module):
             (_, first_k, first_v), own = samples[0], samples[1:]
             samples[1:] = [(q, torch.cat((first_k, k), 2), torch.cat((first_v, v), 2)) for q, k, v in own]
         return torch.cat([attend(q, k, v, self.window, context, self.product).transpose(1, 2) for q, k, v in samples], 1)
+
+
+class LatentAttention(Attention):
+    """Keys and values of all heads made of one latent of each token (DeepSeek-V2: arXiv:2405.04434, section 2.1, equations 9 to 19).
+
+    Of a head of q and k its last dimensions turn; of k these are the same for all heads, and made without the latent. Here they come
+    first, where `rotate` looks for them: the scores are the same. A cache holds keys and values, not the latents.
+    """
+
+    def add_projections(self, config: Config) -> None:
+        C, H, D, R, bias = config.hidden_size, config.num_attention_heads, config.head_dim, config.qk_rope_head_dim, config.attention_bias
+        self.turning, self.q_rank, self.kv_rank = R, config.q_lora_rank, config.kv_lora_rank
+        if self.q_rank is None:
+            self.q_proj = Linear(C, H * D, False)
+        else:
+            self.q_a_proj = Linear(C, self.q_rank, bias)
+            self.q_a_layernorm = RMSNorm(self.q_rank, LATENT_EPS)
+            self.q_b_proj = Linear(self.q_rank, H * D, False)
+        self.kv_a_proj_with_mqa = Linear(C, self.kv_rank + R, bias)
+        self.kv_a_layernorm = RMSNorm(self.kv_rank, LATENT_EPS)
+        self.kv_b_proj = Linear(self.kv_rank, H * (D - R + config.value_dim), False)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, C) -> (B, T, H, D) twice, (B, T, H, value size)
+        still = self.head_dim - self.turning
+        q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q_still, q_turns = q.unflatten(-1, (self.heads, -1)).tensor_split((still,), -1)
+        latent, k_turns = self.kv_a_proj_with_mqa(x).tensor_split((self.kv_rank,), -1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (self.heads, -1))
+        k_still, v = kv.tensor_split((still,), -1)
+        k_turns = k_turns.unsqueeze(2).expand(-1, -1, self.heads, -1)
+        return torch.cat((q_turns, q_still), -1), torch.cat((k_turns, k_still), -1), v
+
+
+LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says of the others
 
 
 Product = Callable[..., Tensor]  # as F.scaled_dot_product_attention: of q, k, v and a mask, or is_causal
@@ -368,6 +407,7 @@ class Experts(nn.Module):
     """
 
     adapter: "Adapter | None"
+    shared_experts: "MLP | None"  # what every token goes through besides (DeepSeekMoE: arXiv:2401.06066, equation 9)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -376,6 +416,8 @@ class Experts(nn.Module):
             self.experts: Iterable[Any] = StackedMLPs(config)
         else:
             self.experts = nn.ModuleList(MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        self.register_module("shared_experts", MLP(config, shared) if shared else None)
         self.register_module("adapter", None)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
@@ -390,7 +432,8 @@ class Experts(nn.Module):
             if count or torch.is_grad_enabled():  # whoever learns has a gradient, if of zeros: ranks wait for each other's
                 own = rows[end - count : end]
                 y.index_add_(0, own, expert(tokens.index_select(0, own)) * weights[end - count : end])
-        return adapted(self, x, y.to(x.dtype).view_as(x))
+        y = y.to(x.dtype).view_as(x)
+        return adapted(self, x, y if self.shared_experts is None else y + self.shared_experts(x))
 
 
 class StackedMLPs(nn.Module):
@@ -422,19 +465,39 @@ class StackedMLPs(nn.Module):
 class Router(nn.Module):
     """Which experts each token goes through, and how much each of them counts. In at least fp32: two may be close.
 
-    No Linear of ours: it is never a target, nor stored in fewer bits. It is trained whole or not at all.
+    No Linear of ours: it is never a target, nor stored in fewer bits. It is trained whole or not at all. With groups, a token's experts
+    are all of the groups whose best ones score highest (DeepSeek-V2: arXiv:2405.04434, section 2.2.2).
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.weight = nn.Linear(config.hidden_size, config.num_experts, bias=False).weight
         self.bias = nn.Parameter(torch.zeros(config.num_experts)) if config.router_bias else None
-        self.k, self.normed = config.num_experts_per_tok, config.norm_topk_prob
+        corrected = config.routing == "corrected"  # DeepSeek-V3: arXiv:2412.19437, equations 13 to 16
+        self.e_score_correction_bias = nn.Parameter(torch.zeros(config.num_experts), requires_grad=False) if corrected else None
+        self.k, self.normed, self.scale = config.num_experts_per_tok, config.norm_topk_prob, config.routed_scaling_factor
+        self.groups, self.best_groups, self.best_of_group = config.n_group, config.topk_group, 2 if corrected else 1
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (n, C) -> weights (n, k), experts (n, k) int64
         bias = None if self.bias is None else wider(self.bias.to(x.dtype))
-        weights, chosen = F.linear(wider(x), wider(self.weight.to(x.dtype)), bias).softmax(-1).topk(self.k)
-        return weights / weights.sum(-1, keepdim=True) if self.normed else weights, chosen
+        scores = F.linear(wider(x), wider(self.weight.to(x.dtype)), bias)  # (n, E)
+        scores = scores.softmax(-1) if self.e_score_correction_bias is None else scores.sigmoid()
+        chosen = self.standing(scores.detach()).topk(self.k).indices
+        weights = scores.gather(-1, chosen)
+        if self.normed:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights * self.scale if self.scale != 1 else weights, chosen
+
+    def standing(self, scores: Tensor) -> Tensor:  # (n, E) -> same
+        """By what experts are chosen: corrected, and -inf outside the best groups."""
+        if self.e_score_correction_bias is not None:
+            scores = scores + wider(self.e_score_correction_bias)
+        if self.groups == 1:
+            return scores
+        scores = scores.unflatten(-1, (self.groups, -1))  # (n, groups, E / groups)
+        best = scores.topk(self.best_of_group).values.sum(-1).topk(self.best_groups).indices  # (n, best groups)
+        out = torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device).scatter_(-1, best, False)
+        return scores.masked_fill(out.unsqueeze(-1), -math.inf).flatten(1)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -622,11 +685,11 @@ class KVCache:
 
     def extend(self, attention: nn.Module, k: Tensor, v: Tensor, ragged: Tensor | None) -> tuple[Tensor, Tensor]:
         """Write k and v (B, K, T, D) after what each row holds; views (B, K, S, D) of all that is held now."""
-        B, K, T, D = k.shape
+        B, K, T, _ = k.shape
         if attention not in self.held:
             with torch.inference_mode(False):  # so that a cache filled under inference_mode can be used outside it
                 make = k.new_empty if B == 1 else k.new_zeros  # a row looks, masked, at what only longer ones have: no NaN may lie there
-                self.held[attention] = (make(B, K, self.size, D), make(B, K, self.size, D))
+                self.held[attention] = (make(B, K, self.size, k.size(-1)), make(B, K, self.size, v.size(-1)))
         keys, values = self.held[attention]
         start, end = self.lengths[0], max(self.lengths) + T
         if ragged is None:

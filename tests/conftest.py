@@ -126,6 +126,64 @@ MORE: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         **stretched("yarn", 4.0, 32, truncate=False),
     },
+    "deepseek_v2": {
+        "model_type": "deepseek_v2",
+        "num_key_value_heads": 4,
+        "head_dim": ...,
+        "q_lora_rank": None,
+        "kv_lora_rank": 14,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 9,
+        "n_routed_experts": 5,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 28,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.3,
+        **stretched("yarn", 4.0, 32, mscale=1.2, mscale_all_dim=0.7),
+    },
+    "deepseek_v2_groups": {
+        "model_type": "deepseek_v2",
+        "num_key_value_heads": 4,
+        "head_dim": ...,
+        "q_lora_rank": 11,
+        "kv_lora_rank": 14,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 10,
+        "v_head_dim": 20,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 28,
+        "first_k_dense_replace": 1,
+        "topk_method": "group_limited_greedy",
+        "n_group": 3,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.0,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "head_dim": ...,
+        "q_lora_rank": 11,
+        "kv_lora_rank": 14,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 9,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 28,
+        "first_k_dense_replace": 1,
+        "n_group": 3,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.7,
+        "attention_bias": True,
+        **stretched("yarn", 4.0, 32, mscale=1.2, mscale_all_dim=0.7),
+    },
     "longrope": {
         "model_type": "phi3",
         **SQUARE,
@@ -212,7 +270,7 @@ def randomise(model: GPT, seed: int = 0) -> GPT:
         elif name.endswith("magnitude"):
             noise = parameter.float().cpu() * (1 + 0.2 * noise)
         elif parameter.dim() == 1:
-            noise = 0.3 * noise
+            noise = (0.3 if parameter.requires_grad else 0.05) * noise  # a router's correction: more would be all that counts
         elif name.endswith("embed_tokens.weight"):
             noise = (0.12 if model.config.tie_word_embeddings else 0.4) * noise  # a tied head reads it too
         else:

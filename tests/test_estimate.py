@@ -46,6 +46,7 @@ def load_of(family: str, options: Any, tokens: int = 96) -> Load:
         ("gemma2", "lora"),
         ("mixtral", "lora"),
         ("gpt_oss", "lora"),
+        ("deepseek_v3", "lora"),
     ],
 )
 def test_what_a_micro_batch_keeps_is_known_without_computing_it(family: str, method: str) -> None:

@@ -24,7 +24,7 @@ from litlora.peft import adapter_config_from_peft, adapter_config_to_peft
 from litlora.train.loop import check_alive
 
 UNITS = {"mixtral": ["w1", "w2", "w3"], "qwen3_moe": ["gate_proj", "up_proj", "down_proj"]}
-COMMANDED: dict[str, list[str]] = UNITS | {"gpt_oss": []}
+COMMANDED: dict[str, list[str]] = UNITS | {"gpt_oss": [], "deepseek_v2": [], "deepseek_v3": []}
 NO_DENSE = {"mixtral": {}, "qwen3_moe": {"mlp_only_layers": []}}
 
 
@@ -212,3 +212,63 @@ def test_a_swapped_expert_is_found_by_verify(tmp_path: Path) -> None:
         swapped = {name: found[other if name == one else one] if name in found else tensor for name, tensor in tensors.items()}
         save_file(swapped, path, {"format": "pt"})
     assert main(["verify", str(tmp_path / "merged")]) == 1
+
+
+# ---- what never learns -----------------------------------------------------------------------------------------------
+
+
+def test_a_correction_of_the_routing_is_kept_to_the_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DeepSeek-V3: no gradient reaches it. In every run it stays as it is: in steps and in merged models."""
+    base, rows = base_directory(tmp_path / "base", "deepseek_v3"), tmp_path / "rows.json"
+    ends, wanted = ".e_score_correction_bias", corrections(base)
+    assert len(wanted) == 2  # the first layer has no experts
+    narrowed(base, except_for=ends)
+    assert corrections(base) == wanted
+    rows.write_text(json.dumps([{"instruction": f"Say {word}.", "output": word} for word in ("one", "two", "three", "four", "five")]))
+    words = f"--checkpoint_dir {base} --data {rows} --train.max_steps 3 --threads 1 --eval.fraction 0 --train.lr 1e-2"
+    capsys.readouterr()
+    for method in ("full", "lora --lora.modules_to_save gate", "pro --pro.n_insert 1"):
+        out = tmp_path / method.split()[0]
+        assert main([*f"finetune {method} --out_dir {out} {words}".split()]) == 0
+        step = out / "step-3"
+        assert "e_score" not in capsys.readouterr().err  # nobody expected it to move
+        if method != "full":
+            assert main(["merge_lora", str(step), "--dtype", "bfloat16"]) == 0
+        model = step if method == "full" else step / "merged"
+        found = corrections(model)
+        assert set(found.values()) == set(wanted.values()), method
+        assert {name: found[name] for name in list(wanted)[:1]} == dict(list(wanted.items())[:1])
+        assert GPT.from_pretrained(model, dtype=torch.bfloat16).get_parameter(next(iter(wanted))).dtype == torch.float32
+
+
+def corrections(directory: Path) -> dict[str, tuple[Any, bytes]]:
+    found = {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {name: (one.dtype, one.numpy().tobytes()) for name, one in sorted(found.items()) if name.endswith(".e_score_correction_bias")}
+
+
+def narrowed(directory: Path, except_for: str) -> None:
+    """Its weights in bf16, as such a model is published, but for those tensors."""
+    for path in directory.glob("*.safetensors"):
+        tensors = {name: one if name.endswith(except_for) else one.bfloat16() for name, one in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
+
+
+def test_layers_that_predict_further_tokens_are_refused_and_converted_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DeepSeek-V3 is published with one after its last. Must catch: half a model loaded; a layer taken for a new one."""
+    base = base_directory(tmp_path / "base", "deepseek_v3")
+    more = {"model.layers.3.eh_proj.weight": torch.zeros(40, 80), "model.layers.3.mlp.gate.weight": torch.zeros(6, 40)}
+    path = next(iter(sorted(base.glob("*.safetensors"))))
+    save_file(load_file(path) | more, path, {"format": "pt"})
+    index = base / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"] |= dict.fromkeys(more, path.name)
+    index.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="eh_proj") as refused:
+        GPT.from_pretrained(base)
+    assert "convert" in refused.value.hint
+    assert main(["convert", str(base), "--to", "hf", "--out_dir", str(tmp_path / "plain")]) == 0
+    tokens = random_tokens(1, 9)
+    with torch.no_grad():
+        assert torch.equal(
+            GPT.from_pretrained(tmp_path / "plain")(tokens), tiny_gpt("deepseek_v3", vocab_size=288, max_position_embeddings=256)(tokens)
+        )

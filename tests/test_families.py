@@ -70,6 +70,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+NEEDED = {"deepseek_v2": {"num_experts_per_tok": 6}}  # what even transformers' default leaves open
+
 
 def meaning(hf: PreTrainedConfig) -> Config:
     """What transformers made of a config.json, read off the attributes that its models use."""
@@ -221,7 +223,9 @@ def test_the_old_spelling_means_the_same_as_the_new(case: str, kind_key: str, tm
 def test_what_a_config_leaves_out_takes_transformers_default(model_type: str, tmp_path: Path) -> None:
     """Must catch: K of a mistral without the key equal to H, rope_theta or a context of another family."""
     sizes = {**SIZES, "num_attention_heads": 32, "hidden_size": 256}  # 32 heads: the default K of qwen must divide them
-    bare = {"model_type": model_type} | {key: sizes[key] for key in SIZES if key not in ("num_key_value_heads", "max_position_embeddings")}
+    bare = {"model_type": model_type, **NEEDED.get(model_type, {})} | {
+        key: sizes[key] for key in SIZES if key not in ("num_key_value_heads", "max_position_embeddings")
+    }
     (tmp_path / "config.json").write_text(json.dumps(bare))
     theirs = AutoConfig.from_pretrained(tmp_path)
     assert config_from_hf(bare, WHERE) == config_from_hf(theirs.to_dict(), WHERE)  # where every default is written out
@@ -274,7 +278,7 @@ def test_a_rope_without_its_first_context_takes_the_context(case: str, key: str,
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_a_null_for_the_key_value_heads_is_as_many_as_query_heads(model_type: str) -> None:
     own = {"new_decoder_architecture": True, "num_kv_heads": None} if model_type == "falcon" else {"num_key_value_heads": None}
-    config = {"model_type": model_type, **SIZES, "hidden_size": 48, **own}
+    config = {"model_type": model_type, **SIZES, "hidden_size": 48, **own, **NEEDED.get(model_type, {})}
     assert config_from_hf(config, WHERE).num_key_value_heads == SIZES["num_attention_heads"]
 
 
@@ -398,10 +402,91 @@ GPT_OSS = {  # as published for the model of 20 billion, less its quantization_c
 }
 
 
+DEEPSEEK: dict[str, Any] = {  # what both have as published
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "ep_size": 1,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_layer_freq": 1,
+    "pretraining_tp": 1,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 128,
+}
+DEEPSEEK_YARN = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "original_max_position_embeddings": 4096, "type": "yarn"}
+DEEPSEEK_V2_LITE = {  # as published for the model of 16 billion
+    **DEEPSEEK,
+    "model_type": "deepseek_v2",
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "first_k_dense_replace": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "rope_scaling": {**DEEPSEEK_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "vocab_size": 102400,
+}
+DEEPSEEK_V3 = {  # as published, less its quantization_config
+    **DEEPSEEK,
+    "model_type": "deepseek_v3",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "rope_scaling": {**DEEPSEEK_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "vocab_size": 129280,
+}
+
+
 @pytest.mark.parametrize(
     ("published", "billions", "seen"),
-    [(MIXTRAL, 46.7, (8, 2, 14336, (), True)), (QWEN3_MOE, 30.5, (128, 8, 768, (), True)), (GPT_OSS, 20.9, (32, 4, 2880, (), True))],
-    ids=["mixtral", "qwen3_moe", "gpt_oss"],
+    [
+        (MIXTRAL, 46.7, (8, 2, 14336, (), True)),
+        (QWEN3_MOE, 30.5, (128, 8, 768, (), True)),
+        (GPT_OSS, 20.9, (32, 4, 2880, (), True)),
+        (DEEPSEEK_V2_LITE, 15.7, (64, 6, 1408, (0,), False)),
+        (DEEPSEEK_V3, 671.0, (256, 8, 2048, (0, 1, 2), True)),
+    ],
+    ids=["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2_lite", "deepseek_v3"],
 )
 def test_a_published_config_with_experts_is_the_model_that_it_is_said_to_be(
     published: dict[str, Any], billions: float, seen: tuple[Any, ...], tmp_path: Path
@@ -481,6 +566,22 @@ def test_another_family_is_refused_with_the_list_of_ours(folder: str) -> None:
         ("mixtral", "num_local_experts", "eight"),
         ("mixtral", "quantization_config", {"quant_method": "awq"}),
         ("qwen3_moe", "use_sliding_window", True),
+        ("deepseek_v2", "topk_method", "noaux_tc"),
+        ("deepseek_v2", "norm_topk_prob", True),
+        ("deepseek_v2", "num_experts_per_tok", None),
+        ("deepseek_v3", "num_experts_per_tok", 257),
+        ("deepseek_v3", "topk_group", 9),
+        ("deepseek_v3", "n_group", 3),
+        ("deepseek_v3", "n_group", 256),
+        ("deepseek_v3", "scoring_func", "softmax"),
+        ("deepseek_v3", "moe_layer_freq", 2),
+        ("deepseek_v3", "qk_rope_head_dim", 7),
+        ("deepseek_v3", "head_dim", 24),
+        ("deepseek_v3", "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+        ("deepseek_v3", "mlp_bias", True),
+        ("deepseek_v3", "first_k_dense_replace", 0.5),
+        ("deepseek_v3", "kv_lora_rank", 0),
+        ("deepseek_v3", "quantization_config", {"quant_method": "fp8"}),
         ("gpt_oss", "swiglu_limit", "none"),
         ("gpt_oss", "sliding_window", 0),
         ("gpt_oss", "mlp_bias", True),

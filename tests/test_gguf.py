@@ -37,6 +37,7 @@ CHANGES: dict[str, dict[str, Any]] = {"yarn": YARN, "qwen3": {"attention_bias": 
 REFUSED = {  # as conftest has them
     "yarn": "YaRN", "yarn_mscale": "YaRN", "qwen3": "bias", "dynamic": "dynamic rope", "gemma3": "cannot be written as GGUF",
     "phi3": "cannot be written as GGUF", "qwen3_moe": "cannot be written as GGUF", "gpt_oss": "cannot be written as GGUF",
+    "deepseek_v2": "cannot be written as GGUF", "deepseek_v3": "cannot be written as GGUF",
 }  # fmt: skip
 SQUARE = {"hidden_size": 48, "head_dim": 12, "intermediate_size": 64}  # llama.cpp's qwen2 has no heads of another size
 CONVERTED = ("llama", "llama3", "llama_biased", "linear", "yarn", "mistral", "qwen2", "qwen3", "smollm")

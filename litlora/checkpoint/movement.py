@@ -7,6 +7,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.weights import adapter_tensors, base_tensors, safe_open_checked
 from litlora.config import Config
+from litlora.families import learns
 from litlora.methods.tuning import EMBEDDING, BottleneckSlot, LoRASlot, PromptSlot, Slot, Tuning
 from litlora.peft import check_tensors, copied_base_tensor, scale
 
@@ -25,7 +26,8 @@ def movement(step: Checkpoint, before: Checkpoint) -> dict[str, float]:
     """
     base = base_tensors(before)
     if step.is_model:
-        return {name: relative(name, tensor, old(base, name), step.config()) for name, tensor in base_tensors(step).items()}
+        config, own = step.config(), base_tensors(step)
+        return {name: relative(name, tensor, old(base, name), config) for name, tensor in own.items() if learns(name)}
     tuning, tensors, config = step.tuning(), adapter_tensors(step), step.config()
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if copied_base_tensor(name) is None}
     check_tensors(found, tuning.file_shapes(config), step.adapter_file())
@@ -38,7 +40,7 @@ def movement(step: Checkpoint, before: Checkpoint) -> dict[str, float]:
         else:
             inside[slot][name.removeprefix(f"{slot}.")] = tensor.float()
     moved = {slot: slot_movement(slot, kind, inside[slot], base) for slot, kind in tuning.slots.items()}
-    return moved | {name: relative(name, own[name], old(base, name), config) for name in whole}
+    return moved | {name: relative(name, own[name], old(base, name), config) for name in whole if learns(name)}
 
 
 @torch.no_grad()

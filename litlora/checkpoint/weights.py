@@ -23,7 +23,7 @@ from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import Tensors
 from litlora.config import Config
 from litlora.errors import UserError
-from litlora.families import expected_tensors, is_derived, stored_name, tensor_name
+from litlora.families import expected_tensors, is_beyond, is_derived, learns, stored_name, tensor_name
 from litlora.methods.attach import add
 from litlora.methods.tuning import EMBEDDING, HEAD
 from litlora.model import GPT, Linear
@@ -98,8 +98,8 @@ def load_base(
                 hold(host, quantized(quantize, tensor.to(device), f"{base.path}: {name}"))
                 forget(tensor)
                 continue
-            value = tensor.to(device=device, dtype=dtype)
-            setattr(host, attribute, nn.Parameter(value))
+            value = tensor.to(device=device, dtype=dtype if learns(name) else None)
+            setattr(host, attribute, nn.Parameter(value, requires_grad=learns(name)))
             if value.data_ptr() != tensor.data_ptr():
                 forget(tensor)
     model.tie()
@@ -136,7 +136,10 @@ def base_tensors(base: Checkpoint) -> dict[str, Tensor]:
     ]
     if faults:
         what = "\n".join([f"{len(faults)} tensors at fault; nothing was loaded", *(f"  {fault}" for fault in faults)])
-        raise UserError(what, where=base.path, hint=f"the weights and {names.CONFIG} must belong together; download the model again")
+        hint = f"the weights and {names.CONFIG} must belong together; download the model again"
+        if any(is_beyond(name, config) for name in tensors):
+            hint = "layers that predict further tokens are not read: litlora convert DIR --to hf --out_dir NEW leaves them out"
+        raise UserError(what, where=base.path, hint=hint)
     return tensors
 
 

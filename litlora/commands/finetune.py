@@ -21,7 +21,7 @@ from litlora.checkpoint.weights import adapter_tensors, as_files_name, base_tens
 from litlora.config import Config, merged_layers
 from litlora.data.samples import IGNORE, DataSet
 from litlora.errors import UserError, WorkError
-from litlora.families import linear_shapes
+from litlora.families import learns, linear_shapes
 from litlora.methods import METHODS, lora_config, stored_tuning, tuning_of
 from litlora.methods.attach import attach, frozen_state, linears, load_tuned_state, numbers_in, trainable, tuned_state
 from litlora.methods.tuning import EMBEDDING, HEAD, LoRASlot, Tuning, why_unmergeable
@@ -114,7 +114,8 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
     stored = stored_tuning(work.wanted, config)
     dtypes = {name: tensor.dtype for name, tensor in base_tensors(base).items()} if work.is_full else {}
     dtypes |= {HEAD: dtypes[EMBEDDING]} if work.is_full and tuning.untied else {}
-    dtypes = dict.fromkeys(dtypes, torch.float32) if work.is_full and work.wanted.dtype == "float32" else dtypes
+    if work.is_full and work.wanted.dtype == "float32":
+        dtypes = {name: torch.float32 if learns(name) else dtype for name, dtype in dtypes.items()}
 
     def build(device: torch.device) -> GPT:
         model = load_base(base, choose_dtype(options.precision, device), device, quantize=work.quantize, wide=tuning.whole)
@@ -138,7 +139,7 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
 
     def contents(model: GPT) -> Mapping[str, Mapping[str, torch.Tensor]]:
         if work.is_full:
-            return {names.WEIGHTS: as_files_name(as_stored(trainable(model), dtypes), model.config)}
+            return {names.WEIGHTS: as_files_name(as_stored(dict(model.named_parameters()), dtypes), model.config)}
         file = names.ADAPTER_WEIGHTS if tuning.in_peft else names.OWN_ADAPTER_WEIGHTS
         return {file: tuned_state(model, tuning, config)}
 

@@ -12,7 +12,7 @@ from litlora.checkpoint.shards import find_shards
 from litlora.convert.parts import Part, cast, parts_of, write_parts
 from litlora.convert.report import compared, make_report, write_report
 from litlora.convert.sources import Model
-from litlora.families import stored_name
+from litlora.families import learns, stored_name
 from litlora.safetensors_file import DTYPES
 
 GB = 10**9
@@ -42,7 +42,7 @@ def model_to_hf(
 
 
 def stored_as(tensors: Mapping[str, Part], dtype: str) -> dict[str, Part]:
-    return {name: part if dtype == "keep" else cast(part, DTYPES[dtype], name) for name, part in tensors.items()}
+    return {name: part if dtype == "keep" or not learns(name) else cast(part, DTYPES[dtype], name) for name, part in tensors.items()}
 
 
 def in_shards(parts: Mapping[str, Part], limit: float) -> dict[str, dict[str, Part]]:

@@ -20,12 +20,13 @@ from litlora.config import Config
 from litlora.convert.litgpt import litgpt_config, lora_in_peft, model_in_hf, read_yaml
 from litlora.convert.parts import Part, parts_of, refuse_not_finite
 from litlora.errors import UserError
-from litlora.families import config_from_hf, config_to_hf, expected_tensors, is_derived, stored_name, tensor_name
+from litlora.families import config_from_hf, config_to_hf, expected_tensors, is_beyond, is_derived, stored_name, tensor_name
 from litlora.methods import refuse_part
 from litlora.methods.tuning import EMBEDDING, HEAD
 from litlora.peft import check_tensors
 
 SHARED = "the head is the embedding's own matrix (tie_word_embeddings)"
+BEYOND = "a layer after the last one, which predicts further tokens (num_nextn_predict_layers)"
 DERIVED = "rotary frequencies, which every reader computes from config.json"
 
 
@@ -170,7 +171,7 @@ def whole_model(
 ) -> Model:
     """The tensors that the config means, under their full names; the others are named with the reason why they are left out."""
     refuse_part(config, "convert reads whole models")
-    dropped = {name: DERIVED for name in tensors if is_derived(name)}
+    dropped = {name: DERIVED for name in tensors if is_derived(name)} | {name: BEYOND for name in tensors if is_beyond(name, config)}
     kept = {tensor_name(name, config): part for name, part in tensors.items() if name not in dropped}
     if len(kept) + len(dropped) < len(tensors):
         raise UserError("names a tensor twice, with and without `model.` in front", where=path)

@@ -36,7 +36,7 @@ from litlora.families.reading import (
 )
 from litlora.families.rope import ropes, ropes_to_hf
 from litlora.families.table import SUPPORTED, Family
-from litlora.families.tensors import expected_tensors, is_derived, linear_shapes, stored_name, tensor_name
+from litlora.families.tensors import LATENT_BIASED, expected_tensors, is_beyond, is_derived, learns, linear_shapes, stored_name, tensor_name
 from litlora.families.wrapped import is_beside, is_wrapped, spelt_as, text_values, with_changes
 
 __all__ = [
@@ -48,7 +48,9 @@ __all__ = [
     "config_to_hf",
     "expected_tensors",
     "is_beside",
+    "is_beyond",
     "is_derived",
+    "learns",
     "linear_shapes",
     "quantised_by",
     "spelt_as",
@@ -79,9 +81,9 @@ def config_from_hf(config: Mapping[str, Any], where: str | Path) -> Config:
         kv_heads = reader.integer("num_key_value_heads", family.num_key_value_heads or heads, null=heads)
     if heads % kv_heads:
         raise reader.refusal("num_key_value_heads", f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
-    size = head_dim(reader, family, hidden, heads)
+    size = own.pop("head_dim", None) or head_dim(reader, family, hidden, heads)
     window, layer_types = sliding(reader, model_type, family, layers)
-    rope, local_rope = ropes(reader, family, context, size)
+    rope, local_rope = ropes(reader, family, context, own.get("qk_rope_head_dim") or size)
     dtype = reader.text("dtype", reader.text("torch_dtype", "float32"))
     return Config(
         model_type=model_type,
@@ -108,8 +110,7 @@ def config_from_hf(config: Mapping[str, Any], where: str | Path) -> Config:
         eos_token_ids=reader.tokens("eos_token_id", family.eos_token_id),
         pad_token_id=reader.token("pad_token_id", family.pad_token_id),
         torch_dtype=dtype.removeprefix("torch."),
-        **(arithmetic(reader, family, hidden) | own),
-        **experts(reader, family, layers),
+        **(arithmetic(reader, family, hidden) | experts(reader, family, layers) | own),
     )
 
 
@@ -204,11 +205,13 @@ def layers_to_hf(config: Config, family: Family) -> dict[str, Any]:
 def with_biases(config: Config, modules: Iterable[str]) -> Config | None:
     """`config` with a bias on each of these Linears (others of their kind get one too); None where its model type has no key for one."""
     family, ends = SUPPORTED[config.model_type], {name.rpartition(".")[2] for name in modules}
-    attention, out = ends & {"q_proj", "k_proj", "v_proj", "qkv_proj"}, ends & {"o_proj"}
+    attention, out = ends & {"q_proj", "k_proj", "v_proj", "qkv_proj", *LATENT_BIASED}, ends & {"o_proj"}
     mlp = ends & {"gate_proj", "up_proj", "gate_up_proj", "down_proj"}
     asked = family.bias in ("asked", "asked_qkv")
     no_qkv = attention and not (asked or config.attention_bias)
     no_out = out and not (family.bias == "asked" or config.attention_out_bias)
+    if config.kv_lora_rank and ends & {"q_proj", "q_b_proj", "kv_b_proj"}:
+        return None
     if no_qkv or no_out or (mlp and not (family.mlp_bias or config.mlp_bias)) or "lm_head" in ends:
         return None
     if asked and (attention or out):

@@ -103,6 +103,7 @@ def refuse_foreign_arithmetic(reader: Reader, model_type: str, family: Family) -
         "no_rope_layers" if family.unrotated == "listed" else "",
         *(["partial_rotary_factor", family.partial_key] if family.partial else []),
         *(EXPERT_COUNTS if family.experts else []),
+        "kv_lora_rank" if family.latent else "",
     }
     for key, neutral in ({key: values for key, values in NEUTRAL.items() if key not in own} | dict(family.refused)).items():
         if key in reader.values and reader.values[key] not in neutral:

@@ -41,7 +41,8 @@ def rope(reader: Reader, inner: Reader, family: Family, context: int, head_dim: 
     share = inner.number("partial_rotary_factor", reader.number(family.partial_key, family.partial or 1.0))
     if family.partial is None and share != 1.0:
         raise inner.refusal("partial_rotary_factor", "rotating a part of each head is not supported in this family")
-    plain = Rope(rope_theta=theta, partial_rotary_factor=share, interleaved=family.interleaved)
+    interleaved = reader.flag(family.interleaved_key, family.interleaved) if family.interleaved_key else family.interleaved
+    plain = Rope(rope_theta=theta, partial_rotary_factor=share, interleaved=interleaved)
     size = plain.turned(head_dim)
     if not 0 < size <= head_dim or size % 2:
         raise reader.refusal("partial_rotary_factor", f"{size} of the {head_dim} dimensions of a head cannot be turned in pairs")
@@ -109,6 +110,8 @@ def ropes_to_hf(config: Config, family: Family) -> dict[str, Any]:
     parameters: dict[str, Any] = {"rope_theta": one.rope_theta, **share, **(scaling or {"rope_type": "default"})}
     beside = {family.partial_key: one.partial_rotary_factor} if family.partial else {}
     old = {family.theta_key: one.rope_theta, "rope_scaling": scaling, **beside, **original}
+    if family.interleaved_key:
+        old[family.interleaved_key] = one.interleaved
     if config.local_rope is not None:
         local = config.local_rope
         own = {"rope_theta": local.rope_theta, **(stretch_to_hf(local) or {"rope_type": "default"})}

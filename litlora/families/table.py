@@ -16,7 +16,7 @@ class ExpertKeys:
 
     count_key: str
     count: int
-    per_token: int
+    per_token: int | None  # None: it must be there
     size: int | None = None  # of one: moe_intermediate_size; None: there is no such key, it is intermediate_size
     dense_layers: bool = False  # whether layers without experts can be asked for, by mlp_only_layers and decoder_sparse_step
     normed: bool | None = None  # norm_topk_prob; None: there is no such key, weights sum to 1
@@ -59,6 +59,8 @@ class Family:
     partial_key: str = "partial_rotary_factor"
     partial: float | None = None  # the share of each head that is turned; None: all, and config.json cannot ask for less
     interleaved: bool = False  # whether the pairs that turn are neighbours
+    interleaved_key: str = ""  # by which config.json may say otherwise
+    latent: bool = False  # attention by latents (own_keys.py)
     bias: Literal["none", "qkv", "all", "asked", "asked_qkv"] = (
         "none"  # on the attention's projections; asked: q, k, v and o if config.json says so
     )
@@ -376,6 +378,29 @@ SUPPORTED: dict[str, Family] = {
             "mlp.down_proj": "mlp.dense_4h_to_h",
         },
     ),
+    "deepseek_v2": Family(
+        architecture="DeepseekV2ForCausalLM",
+        bos_token_id=1,
+        eos_token_id=2,
+        bias="asked",
+        interleaved=True,
+        latent=True,
+        experts=ExpertKeys(count_key="n_routed_experts", count=64, per_token=None, size=1407, normed=False),
+        refused={"norm_topk_prob": (None, False), "scoring_func": (None, "softmax"), "moe_layer_freq": (None, 1)},
+    ),
+    "deepseek_v3": Family(
+        architecture="DeepseekV3ForCausalLM",
+        max_position_embeddings=4096,
+        bos_token_id=0,
+        eos_token_id=1,
+        bias="asked",
+        interleaved=True,
+        interleaved_key="rope_interleave",
+        latent=True,
+        fixed={"routing": "corrected"},
+        experts=ExpertKeys(count_key="n_routed_experts", count=256, per_token=8, size=2048, normed=True),
+        refused={"scoring_func": (None, "sigmoid"), "topk_method": (None, "noaux_tc"), "moe_layer_freq": (None, 1)},
+    ),
     "glm": Family(architecture="GlmForCausalLM", **GLM, fixed={"mlp": "fused"}),
     "glm4": Family(
         architecture="Glm4ForCausalLM",
@@ -386,15 +411,14 @@ SUPPORTED: dict[str, Family] = {
 
 ALSO_KNOWN_AS = "Llama 1 to 3, TinyLlama and SmolLM2 are llama; Qwen 2.5 is qwen2; Phi 4 is phi3"
 
-LATENT = "latent attention, routing by groups and shared experts are not there; its distilled models (llama, qwen2) are supported"
 WHY_NOT = {  # model types that are asked for, and not supported
     "gpt2": "its matrices are stored transposed and its positions learnt; pythia (gpt_neox) is of its size and age",
     "bloom": "its positions are biases of the scores (ALiBi)",
     "mpt": "its positions are biases of the scores (ALiBi)",
     "llama4_text": "its attention is cut into chunks and its experts are fused",
     "mamba": "it is no transformer",
-    "deepseek_v2": LATENT,
-    "deepseek_v3": LATENT,
+    "deepseek": "it is the first version, whose code is not in transformers; deepseek_v2 and deepseek_v3 are supported",
+    "deepseek_v32": "its attention looks at chosen tokens only (an index); deepseek_v2 and deepseek_v3 are supported",
 }
 
 # What the names of activations mean here; gelu_new and gelu_fast write the same formula another way.

@@ -6,6 +6,20 @@ from litlora.config import Config
 from litlora.families.table import SUPPORTED
 from litlora.families.wrapped import is_beside, text_name, whole_name
 
+UNLEARNT = "gate.e_score_correction_bias"  # of a router: it follows the experts' load in pretraining, and has no gradient
+LATENT_BIASED = ("q_a_proj", "kv_a_proj_with_mqa")  # the projections of latent attention that can have one
+
+
+def learns(parameter: str) -> bool:
+    """Whether a parameter of a model can be trained. One that cannot stays as it is, in its own dtype, in whatever is written."""
+    return not parameter.endswith(UNLEARNT)
+
+
+def is_beyond(name: str, config: Config) -> bool:
+    """Whether a tensor is of a layer after the last one: DeepSeek-V3 is published with layers that predict further tokens."""
+    found = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
+    return config.routing == "corrected" and found is not None and int(found[1]) >= config.num_hidden_layers
+
 
 def linear_shapes(config: Config) -> dict[str, tuple[int, int]]:
     """Every Linear of the model by its module name, in the model's order: (out, in). The head is among them, tied or not."""
@@ -16,11 +30,22 @@ def linear_shapes(config: Config) -> dict[str, tuple[int, int]]:
 
 def attention_shapes(config: Config) -> dict[str, tuple[int, int]]:
     C, D, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-    if config.qkv == "apart":
+    if config.kv_lora_rank:
+        shapes = latent_shapes(config)
+    elif config.qkv == "apart":
         shapes = {"q_proj": (H * D, C), "k_proj": (K * D, C), "v_proj": (K * D, C)}
     else:
         shapes = {"qkv_proj": ((H + 2 * K) * D, C)}
-    return {f"self_attn.{name}": shape for name, shape in (shapes | {"o_proj": (C, H * D)}).items()}
+    return {f"self_attn.{name}": shape for name, shape in (shapes | {"o_proj": (C, H * config.value_dim)}).items()}
+
+
+def latent_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """What makes q, k and v in latent attention."""
+    C, H, D, kv = config.hidden_size, config.num_attention_heads, config.head_dim, config.kv_lora_rank
+    q = config.q_lora_rank
+    shapes = {"q_proj": (H * D, C)} if q is None else {"q_a_proj": (q, C), "q_b_proj": (H * D, q)}
+    into, out = kv + config.qk_rope_head_dim, H * (D - config.qk_rope_head_dim + config.value_dim)
+    return shapes | {"kv_a_proj_with_mqa": (into, C), "kv_b_proj": (out, kv)}
 
 
 def mlp_shapes(config: Config, layer: int) -> dict[str, tuple[int, int]]:
@@ -30,7 +55,9 @@ def mlp_shapes(config: Config, layer: int) -> dict[str, tuple[int, int]]:
     if not config.has_experts(layer):
         return {f"mlp.{name}": shape for name, shape in unit_shapes(config, config.intermediate_size).items()}
     expert = unit_shapes(config, config.moe_intermediate_size)
-    return {f"mlp.experts.{number}.{name}": shape for number in range(config.num_experts) for name, shape in expert.items()}
+    shapes = {f"mlp.experts.{number}.{name}": shape for number in range(config.num_experts) for name, shape in expert.items()}
+    shared = config.n_shared_experts * config.moe_intermediate_size
+    return shapes | {f"mlp.shared_experts.{name}": shape for name, shape in (unit_shapes(config, shared) if shared else {}).items()}
 
 
 def unit_shapes(config: Config, inner: int) -> dict[str, tuple[int, int]]:
@@ -57,6 +84,9 @@ def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{number}"
         if config.has_experts(number):
             tensors |= {f"{layer}.mlp.{name}": shape for name, shape in router_shapes(config).items()}
+        for name, rank in (("q_a_layernorm", config.q_lora_rank), ("kv_a_layernorm", config.kv_lora_rank)):
+            if rank:
+                tensors[f"{layer}.self_attn.{name}.weight"] = (rank,)
         if config.attention_sinks:
             tensors[f"{layer}.self_attn.sinks"] = (config.num_attention_heads,)
         for name in config.norms.names:
@@ -76,6 +106,8 @@ def router_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """What experts have besides their Linears: the router, and, stacked, themselves."""
     E, C, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"gate.weight": (E, C)} | ({"gate.bias": (E,)} if config.router_bias else {})
+    if config.routing == "corrected":
+        shapes[UNLEARNT] = (E,)
     if config.mlp != "stacked":
         return shapes
     stacks: dict[str, tuple[int, ...]] = {"gate_up_proj": (E, C, 2 * inner), "gate_up_proj_bias": (E, 2 * inner)}
@@ -87,7 +119,9 @@ def is_biased(linear: str, config: Config) -> bool:
     kind, name = linear.split(".")[3], linear.rpartition(".")[2]
     if kind == "mlp":
         return config.mlp_bias
-    return config.attention_out_bias if name == "o_proj" else config.attention_bias
+    if name == "o_proj":
+        return config.attention_out_bias
+    return config.attention_bias and not (config.kv_lora_rank and name not in LATENT_BIASED)
 
 
 def norm_shapes(name: str, shape: tuple[int, ...], config: Config) -> dict[str, tuple[int, ...]]:

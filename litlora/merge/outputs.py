@@ -10,7 +10,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.config import Config, merged_layers
 from litlora.errors import UserError
-from litlora.families import expected_tensors, is_beside, is_derived, spelt_as, stored_name, tensor_name
+from litlora.families import expected_tensors, is_beside, is_derived, learns, spelt_as, stored_name, tensor_name
 from litlora.merge.tensors import WIDTH
 from litlora.methods.tuning import EMBEDDING, HEAD, LoRASlot, ScaleShiftSlot, Tuning, merged_config, merged_name
 from litlora.peft import scale
@@ -231,7 +231,7 @@ def update_of(parameter: str, tuning: Tuning, config: Config) -> LowRank | Rows 
 
 def stored_dtype(dtype: str | None, name: str, info: TensorInfo, config: Config) -> str:
     """What the new model stores a tensor as; `dtype` is the one that was asked for."""
-    keeps = dtype is None or info.dtype not in ("F16", "BF16", "F32", "F64") or is_derived(name, config)
+    keeps = dtype is None or info.dtype not in ("F16", "BF16", "F32", "F64") or is_derived(name, config) or not learns(name)
     return info.dtype if keeps or dtype is None else dtype
 
 

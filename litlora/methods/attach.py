@@ -18,7 +18,7 @@ from torch import Tensor
 
 from litlora.config import Config, expanded_config
 from litlora.errors import UserError
-from litlora.families import tensor_name, with_biases
+from litlora.families import learns, tensor_name, with_biases
 from litlora.methods.tuning import EMBEDDING, HEAD, BottleneckSlot, LoRASlot, PromptSlot, ScaleShiftSlot, Slot, Tuning
 from litlora.model import (
     GPT,
@@ -70,13 +70,13 @@ def attach(model: GPT, tuning: Tuning, *, seed: int | None, stored: Mapping[str,
         for name, parameter in list(block.inserted.named_parameters()):
             silent = model.config.silence(name) is not None
             exact = parameter.detach() if silent else as_stored(f"model.layers.{layer}.{name}", parameter, stored)
-            set_parameter(block.inserted, name, nn.Parameter(widened(exact)))
+            set_parameter(block.inserted, name, nn.Parameter(widened(exact), requires_grad=learns(name)))
     for slot, kind in tuning.slots.items():
         put_in(
             model, slot, fresh(model, slot, kind, seed) if seed is not None else made(model.get_submodule(slot.rpartition(".")[0]), kind)
         )
     for name in tuning.whole:
-        set_parameter(model, name, nn.Parameter(widened(as_stored(name, model.get_parameter(name), stored))))
+        set_parameter(model, name, nn.Parameter(widened(as_stored(name, model.get_parameter(name), stored)), requires_grad=learns(name)))
     if tuning.whole:
         model.tie()
     if model.model.embed_tokens.weight.dtype != computed:

@@ -113,7 +113,7 @@ class WithoutNumbers(TorchFunctionMode):
     """What shapes do not tell: the kernel that computes attention (fused), and whom a router chooses (each expert as often as any)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and args[0].size(-1) == args[2].size(-1):  # else torch has no fused one on CPUs
             return Kept.apply(*args[:3])
         if func is Tensor.bincount:
             chosen, experts = args[0].numel(), kwargs["minlength"]
