@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_samples import ADAPTER, CONFIG, adapter_tensors, add_step, base_tensors, copy, make_adapter, make_base, manifest_of
-from conftest import random_tokens, shared_data
+from conftest import random_tokens, shared_data, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,10 +29,11 @@ from litlora.checkpoint.state import VALUES, load_state, save_state
 from litlora.checkpoint.weights import adapter_tensors as read_adapter
 from litlora.checkpoint.weights import load_base, load_model, raw_tensors
 from litlora.errors import UserError
-from litlora.methods import from_peft
+from litlora.methods import from_peft, tuning_of
 from litlora.methods.attach import attach, load_tuned_state, merge, trainable, tuned_state
-from litlora.methods.tuning import Tuning
+from litlora.methods.tuning import Tuning, why_misread
 from litlora.model import GPT
+from litlora.options import LoRAOptions
 from litlora.peft import adapter_config_from_peft
 from litlora.safetensors_file import write_safetensors
 
@@ -455,6 +456,24 @@ def card(here: str = "out/step-100", **changes: Any) -> str:
 def commands_in(text: str, language: str) -> list[str]:
     blocks = text.split(f"```{language}\n")[1:]
     return [line for block in blocks for line in block.split("```")[0].splitlines()]
+
+
+def test_a_card_does_not_name_peft_where_peft_computes_something_else() -> None:
+    """A04, families with experts: PEFT 0.21 takes a plain MLP's matrices for the experts'. Caught: attention alone refused as well."""
+    for family, targets, is_misread in (
+        ("deepseek_v3", ["all-linear"], True),
+        ("deepseek_v3", ["kv_b_proj", "o_proj"], False),
+        ("qwen3_moe", ["all-linear"], True),
+        ("mixtral", ["all-linear", "w1", "w2", "w3"], False),
+        ("llama", ["all-linear"], False),
+    ):
+        config = tiny_config(family)
+        why = why_misread(tuning_of(LoRAOptions(r=4, target_modules=targets), config), config)
+        assert bool(why) is is_misread, (family, targets, why)
+    text = model_card(
+        manifest_of(100, base=BaseRecord(path="/models/my base", model_type="llama", fingerprint="xxh3:" + "a" * 32)), misread="so"
+    )
+    assert "PEFT reads it, and computes something else: so." in text and "PeftModel" not in text and "vllm" not in text
 
 
 def test_a_card_names_only_loaders_that_work() -> None:

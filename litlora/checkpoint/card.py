@@ -11,10 +11,11 @@ from litlora.checkpoint.manifest import Manifest
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 
 
-def model_card(manifest: Manifest, directory: str = "", *, in_peft: bool = True, unmergeable: str = "") -> str:
+def model_card(manifest: Manifest, directory: str = "", *, in_peft: bool = True, misread: str = "", unmergeable: str = "") -> str:
     """The text of README.md; `directory` is the step's path as the user would type it (default: its name).
 
-    `in_peft`: whether PEFT loads it; `unmergeable`: why it cannot be merged, if it cannot.
+    `in_peft`: whether its file is one of PEFT's; `misread`: why PEFT computes something else with it, if it does; `unmergeable`: why it
+    cannot be merged, if it cannot.
     """
     here = directory or names.step_name(manifest.step)
     sections = [_front_matter(manifest, in_peft), _what(manifest, here), _use_litlora(manifest, here)]
@@ -22,7 +23,10 @@ def model_card(manifest: Manifest, directory: str = "", *, in_peft: bool = True,
         sections.append(_use_transformers(here))
     else:
         base = manifest.base.path if manifest.base.path != names.DEMO else str(names.DEMO_BASE)
-        sections += [_use_peft(base, here), _use_vllm(manifest, base, here)] if in_peft else []
+        if in_peft and misread:
+            sections.append(f"PEFT reads it, and computes something else: {misread}. Merged, any tool computes the same.")
+        elif in_peft:
+            sections += [_use_peft(base, here), _use_vllm(manifest, base, here)]
         sections.append(f"It cannot be merged: {unmergeable}." if unmergeable else _merge(here))
     return "\n\n".join(section for section in sections if section) + "\n"
 

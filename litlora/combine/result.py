@@ -18,7 +18,7 @@ from litlora.combine.models import ModelBlend, model_blend_of, write_model
 from litlora.combine.parents import Parent, check_parents, common
 from litlora.combine.recipe import Recipe
 from litlora.errors import UserError
-from litlora.methods.tuning import LoRASlot, why_unmergeable
+from litlora.methods.tuning import LoRASlot, why_misread, why_unmergeable
 from litlora.options import FullOptions
 from litlora.prompts import Prompts
 
@@ -172,12 +172,13 @@ def small_files(plan: Plan, manifest: Manifest) -> dict[str, bytes]:
     """Tokenizer and template of the first parent, adapter_config.json, README."""
     blend = plan.blend
     files = serving_files(plan.parents[0].checkpoint.tokenizer_dir(), plan.prompts.template) if plan.prompts else {}
-    unmergeable, in_peft = "", True
+    read: dict[str, Any] = {}
     if isinstance(blend, Blend):
-        unmergeable, in_peft = why_unmergeable(blend.tuning, blend.base.config()), blend.tuning.in_peft
+        tuning, config = blend.tuning, blend.base.config()
+        read = {"in_peft": tuning.in_peft, "misread": why_misread(tuning, config), "unmergeable": why_unmergeable(tuning, config)}
         if blend.described is not None:
             files[names.ADAPTER_CONFIG] = as_json(blend.described)
-    return {**files, names.README: model_card(manifest, str(plan.out_dir), in_peft=in_peft, unmergeable=unmergeable).encode()}
+    return {**files, names.README: model_card(manifest, str(plan.out_dir), **read).encode()}
 
 
 def report_of(blend: Blend, blended: Blended) -> dict[str, Any]:

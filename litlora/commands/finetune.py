@@ -24,7 +24,7 @@ from litlora.errors import UserError, WorkError
 from litlora.families import learns, linear_shapes
 from litlora.methods import METHODS, lora_config, stored_tuning, tuning_of
 from litlora.methods.attach import attach, frozen_state, linears, load_tuned_state, numbers_in, trainable, tuned_state
-from litlora.methods.tuning import EMBEDDING, HEAD, LoRASlot, Tuning, why_unmergeable
+from litlora.methods.tuning import EMBEDDING, HEAD, LoRASlot, Tuning, why_misread, why_unmergeable
 from litlora.model import GPT
 from litlora.options import AdapterOptions, Finetune, FitOptions, FreezeOptions, LoRAOptions
 from litlora.peft import adapter_config_to_peft, prompt_to_peft
@@ -149,7 +149,8 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
 
     def card(manifest: Manifest) -> str:
         where = str(Path(options.out_dir) / names.step_name(manifest.step))
-        return model_card(manifest, where, in_peft=tuning.in_peft, unmergeable=why_unmergeable(tuning, config))
+        misread, unmergeable = why_misread(tuning, config), why_unmergeable(tuning, config)
+        return model_card(manifest, where, in_peft=tuning.in_peft, misread=misread, unmergeable=unmergeable)
 
     return Job(
         command=command,

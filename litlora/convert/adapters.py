@@ -18,7 +18,7 @@ from litlora.convert.report import compared, made_from, make_report, write_repor
 from litlora.convert.sources import Adapter, names_in
 from litlora.errors import UserError
 from litlora.methods import from_manifest, from_peft, lora_options
-from litlora.methods.tuning import Tuning, why_unmergeable
+from litlora.methods.tuning import Tuning, why_misread, why_unmergeable
 from litlora.peft import (
     adapter_config_from_peft,
     check_tensors,
@@ -78,7 +78,7 @@ def adapter_to_step(adapter: Adapter, out_dir: Path) -> dict[str, Any]:
         write_adapter(adapter, directory)
         for name, data in serving_files(place, prompts.template).items():
             (directory / name).write_bytes(data)
-        card = model_card(manifest, str(out_dir), in_peft=True, unmergeable=why_unmergeable(tuning, config))
+        card = model_card(manifest, str(out_dir), misread=why_misread(tuning, config), unmergeable=why_unmergeable(tuning, config))
         (directory / names.README).write_text(card, encoding="utf-8")
         report = make_report(adapter, "litlora", proof_of(adapter, directory), base=asdict(manifest.base) if manifest.base else None)
         write_report(directory, report)

@@ -160,6 +160,21 @@ def why_unmergeable(tuning: Tuning, config: Config) -> str:
     return ""
 
 
+def why_misread(tuning: Tuning, config: Config) -> str:
+    """Why PEFT would compute something else with its file; empty where it does not.
+
+    PEFT 0.21 goes by the last word of a target: where transformers holds a layer's experts in one tensor, it takes gate_proj, up_proj and
+    down_proj of any module for theirs.
+    """
+    if config.num_experts and config.mlp != "stacked":
+        for slot in tuning.slots:
+            if ".mlp." in slot and ".experts." not in slot:
+                return (
+                    f"it takes {stored_name(slot.removesuffix('.adapter'), config)}, which every token goes through, for one of the experts"
+                )
+    return ""
+
+
 def merged_config(tuning: Tuning, config: Config) -> Config:
     """The shape of the plain model that computes what the base with the tuning on it does."""
     config = tuning.carrying(config)
