@@ -673,7 +673,7 @@ def test_chat_switches_between_adapters_as_generate_adds_them(place: Place, monk
     lora, freeze, series = (place.run(label).step(4) for label in ("lora", "freeze", "series"))
     loads: list[Path] = []
     real = weights.load_base
-    monkeypatch.setattr(weights, "load_base", lambda base, *rest: loads.append(base.path) or real(base, *rest))
+    monkeypatch.setattr(weights, "load_base", lambda base, *rest, **more: loads.append(base.path) or real(base, *rest, **more))
     mixes = [[f"{lora}:0.5", f"{series}:0.5"], [f"{freeze}:0.7", f"{series}:0.7"], [f"{series}:-1"], [str(lora)], []]
     asked = "Go on, go on"
     typed = "".join(f"/adapter {' '.join(mix) or 'off'}\n/clear\n{asked}\n" for mix in mixes)

@@ -521,7 +521,7 @@ def test_a_refusal_leaves_the_model_as_it_was(case: str, family: str) -> None:
     """A01. Must catch: slots filled or parameters replaced one after the other, so that a refusal leaves half a tuning behind."""
     _, stored, tensors = trained(case, family)
     config = base_of(case, family).config
-    lora = tuning_of(LoRAOptions(r=2, target_modules=[said_on(config)["k_proj"]]), config)
+    lora = tuning_of(LoRAOptions(r=2, target_modules=[said_on(config)["o_proj"]]), config)
     learner = base_of(case, family)
     attach(learner, lora, seed=3)
     first = tuned_state(learnt(learner, seed=8), lora, config)

@@ -336,7 +336,8 @@ def try_names(root: Path, chosen: list[tuple[tuple[str, ...], Command, str, str]
     (root / "template.jinja").write_text("{{ messages[0].content }}")
     plans = [of_name(root, number, *case) for number, case in enumerate(chosen)]
     for plan, found in zip(plans, guarded(root, plans), strict=True):
-        assert_harmless(plan, found, (0, 1) if plan["words"][0] == "verify" else (0, 2))
+        judges = plan["words"][0] == "verify" or plan["words"][:2] == ["data", "validate"]  # what they look at may well be at fault
+        assert_harmless(plan, found, (0, 1, 2) if judges else (0, 2))
     assert not list(root.rglob("pwned"))
 
 
