@@ -159,7 +159,8 @@ def test_blocks_are_computed_again_where_it_is_asked_or_needed(
 ) -> None:
     monkeypatch.setattr(run_file, "free_memory", lambda: free)
     options = FinetuneLoRA(train=TrainOptions(checkpoint_activations=asked))
-    assert run_file.recomputes(load_of("llama3", TUNINGS["lora"]), options) is expected
+    load = load_of("llama3", TUNINGS["lora"])
+    assert run_file.recomputes(load, memory_of(load), options) is expected
 
 
 # ---- what is said ------------------------------------------------------------------------------------------------------

@@ -72,9 +72,8 @@ def attach(model: GPT, tuning: Tuning, *, seed: int | None, stored: Mapping[str,
             exact = parameter.detach() if silent else as_stored(f"model.layers.{layer}.{name}", parameter, stored)
             set_parameter(block.inserted, name, nn.Parameter(widened(exact), requires_grad=learns(name)))
     for slot, kind in tuning.slots.items():
-        put_in(
-            model, slot, fresh(model, slot, kind, seed) if seed is not None else made(model.get_submodule(slot.rpartition(".")[0]), kind)
-        )
+        host = model.get_submodule(slot.rpartition(".")[0])
+        put_in(model, slot, made(host, kind) if seed is None else fresh(model, slot, kind, seed))
     for name in tuning.whole:
         set_parameter(model, name, nn.Parameter(widened(as_stored(name, model.get_parameter(name), stored)), requires_grad=learns(name)))
     if tuning.whole:

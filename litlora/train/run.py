@@ -36,7 +36,7 @@ from litlora.parsing import to_yaml
 from litlora.precision import choose_dtype
 from litlora.prompts import Prompts
 from litlora.train.allocator import keep_freed_memory
-from litlora.train.estimate import Load, largest, memory_of, seconds_of_step
+from litlora.train.estimate import Load, Memory, largest, memory_of, seconds_of_step
 from litlora.train.loop import MICRO_BATCH_TOKENS, Run, fit
 from litlora.train.metrics import Metrics, peak_memory_mb
 from litlora.train.optimizer import build_optimizer
@@ -94,9 +94,10 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
             console.header([("changed", f"{name}: {old} until now, {new} from here on") for name, (old, new) in changed.items()])
     fabric = launch(options)
     load = load_of(job, fabric.device)
-    recompute = recomputes(load, options)
+    memory = memory_of(load)
+    recompute = recomputes(load, memory, options)
     if is_first_process():
-        console.header(needs(load, recompute, plan))
+        console.header(needs(load, memory_of(load, recompute=True) if recompute else memory, recompute, plan))
     model = job.build(fabric.device)
     model.model.recompute = recompute
     trained = trainable(model)
@@ -394,11 +395,11 @@ def load_of(job: Job, device: torch.device) -> Load:
     )
 
 
-def recomputes(load: Load, options: FitOptions) -> bool:
+def recomputes(load: Load, memory: Memory, options: FitOptions) -> bool:
     """Whether blocks are computed again in the backward pass; `auto`: where what they keep would not fit."""
     if options.train.checkpoint_activations != "auto":
         return options.train.checkpoint_activations == "blocks"
-    return memory_of(load).total - load.program > free_bytes(load.device)
+    return memory.total - load.program > free_bytes(load.device)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -406,9 +407,9 @@ def free_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
 
 
-def needs(load: Load, recompute: bool, plan: Plan) -> list[tuple[str, str]]:
+def needs(load: Load, memory: Memory, recompute: bool, plan: Plan) -> list[tuple[str, str]]:
     """Header lines: how much memory at the peak and what for, and how long."""
-    memory, step = memory_of(load, recompute=recompute), seconds_of_step(load, recompute=recompute)
+    step = seconds_of_step(load, recompute=recompute)
     shares = {"weights": memory.weights, "what learns": memory.trained, "activations": memory.activations, "at work": memory.workspace}
     parts = ", ".join(f"{what} {gigabytes(size)}" for what, size in shares.items())
     again = ", which are computed again block by block" if recompute else ""
