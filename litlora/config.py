@@ -94,7 +94,8 @@ class Config:
     q_lora_rank: int | None = None  # latent attention: and queries of so many; None: they have a projection as ever
     qk_rope_head_dim: int = 0  # latent attention: dimensions of a head that turn; of k they are the same in all heads
     v_head_dim: int = 0  # latent attention: of a value, where q and k have head_dim
-    qk_norm: Literal["head", "heads", "width"] | None = None  # of each head's q and k; with gains for each head; across all heads
+    qk_norm: Literal["head", "heads", "heads_apart", "width"] | None = None  # of each head's q and k; with gains for each (apart: a
+    # tensor for each); across all heads
     sliding_window: int | None = None  # tokens a query of a sliding layer looks back at, itself included
     layer_types: tuple[LayerType, ...] = ()  # one per layer; empty: all full_attention
     attention_multiplier: float | None = None  # what q k^T is multiplied by; None: 1 / sqrt(D)

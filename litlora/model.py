@@ -233,7 +233,8 @@ class Attention(nn.Module):
         self.window, self.rope = config.window(layer), config.rope_of(layer)
         self.add_projections(config)
         self.o_proj = Linear(H * config.value_dim, config.hidden_size, config.attention_out_bias)
-        widths = {None: None, "head": (D, D), "heads": ((H, D), (K, D)), "width": (H * D, K * D)}[config.qk_norm]
+        each = ((H, D), (K, D))
+        widths = {None: None, "head": (D, D), "heads": each, "heads_apart": each, "width": (H * D, K * D)}[config.qk_norm]
         self.register_module("q_norm", norm(config, widths[0]) if widths else None)
         self.register_module("k_norm", norm(config, widths[1]) if widths else None)
         self.scale, self.cap = config.attention_scale, config.attn_logit_softcapping
@@ -551,7 +552,7 @@ class Head(Linear):
 def norm(config: Config, size: int | tuple[int, int]) -> nn.Module:
     """A norm of the family's kind over the last dimension; of (heads, D): with gains for each head."""
     if isinstance(size, tuple):
-        return HeadNorm(*size, config.rms_norm_eps)
+        return HeadNorm(*size, config.rms_norm_eps, config.qk_norm == "heads_apart")
     if config.norm == "rms":
         return RMSNorm(size, config.rms_norm_eps, config.norm_offset)
     return LayerNorm(size, config.rms_norm_eps, elementwise_affine=config.norm_gain, bias=config.norm_bias)
@@ -585,15 +586,19 @@ class LayerNorm(nn.LayerNorm):
 
 
 class HeadNorm(nn.Module):
-    """The same of each head's D numbers, with gains of its own and no bias."""
+    """The same of each head's D numbers, with gains of its own and no bias. `apart`: the gains of each head are a parameter of their own."""
 
-    def __init__(self, heads: int, head_dim: int, eps: float) -> None:
+    def __init__(self, heads: int, head_dim: int, eps: float, apart: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(heads, head_dim))
-        self.eps = eps
+        if apart:
+            self.norms = nn.ModuleList(nn.LayerNorm(head_dim, bias=False) for _ in range(heads))
+        else:
+            self.weight = nn.Parameter(torch.ones(heads, head_dim))
+        self.eps, self.apart = eps, apart
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, n, D) -> same
-        return (F.layer_norm(wider(x), x.shape[-1:], eps=self.eps) * wider(self.weight.to(x.dtype))).to(x.dtype)
+        weight = torch.stack([cast(Tensor, norm.weight) for norm in self.norms]) if self.apart else self.weight  # (n, D)
+        return (F.layer_norm(wider(x), x.shape[-1:], eps=self.eps) * wider(weight.to(x.dtype))).to(x.dtype)
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------

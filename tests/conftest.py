@@ -209,6 +209,13 @@ MORE: dict[str, dict[str, Any]] = {
     "olmo3": {"model_type": "olmo3", "num_hidden_layers": 4, "sliding_window": 7, **stretched("yarn", 4.0, 32)},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": 2, "tie_word_embeddings": True},
     "stablelm_2": {"model_type": "stablelm", **SQUARE, "partial_rotary_factor": 1 / 3},
+    "stablelm_12b": {
+        "model_type": "stablelm",
+        **SQUARE,
+        "partial_rotary_factor": 1 / 3,
+        "use_parallel_residual": True,
+        "qk_layernorm": True,
+    },
     "cohere": {"model_type": "cohere", "logit_scale": 0.3, "tie_word_embeddings": True},
     "cohere2": {
         "model_type": "cohere2",

@@ -635,7 +635,6 @@ def test_what_litlora_cannot_compute_is_refused_by_its_key(model_type: str, key:
         ("olmo", "clip_qkv", 8.0),
         ("smollm3", "no_rope_layers", [1, 0]),
         ("smollm3", "use_sliding_window", True),
-        ("stablelm", "qk_layernorm", True),
         ("stablelm", "head_dim", 8),
         ("cohere2", "use_qk_norm", True),
         ("phi3", "qk_layernorm", True),

@@ -68,7 +68,7 @@ class Family:
     biased: bool = False  # what it says where it is silent
     mlp_bias: bool = False  # whether config.json may ask for one
     qk_norm_key: str = ""  # by which config.json may ask for norms of q and k ...
-    qk_norm: Literal["head", "heads"] = "head"  # ... of this kind
+    qk_norm: Literal["head", "heads", "heads_apart"] = "head"  # ... of this kind
     window: Literal["none", "all", "upper", "pattern"] = "none"  # the layers that slide: from max_window_layers up; all but every n-th
     sliding_window: int | None = 4096
     pattern: int = 0  # that n
@@ -284,7 +284,10 @@ SUPPORTED: dict[str, Family] = {
         bias_key="use_qkv_bias",
         partial=0.25,
         fixed={"norm": "layer", "norm_bias": True},
+        qk_norm_key="qk_layernorm",
+        qk_norm="heads_apart",
         parallel_key="use_parallel_residual",
+        names={"self_attn.q_norm": "self_attn.q_layernorm", "self_attn.k_norm": "self_attn.k_layernorm"},
     ),
     "cohere": Family(architecture="CohereForCausalLM", **COHERE, theta=500_000.0, qk_norm_key="use_qk_norm", qk_norm="heads"),
     "cohere2": Family(architecture="Cohere2ForCausalLM", **COHERE, square=True, window="pattern", pattern=4, unrotated="full"),

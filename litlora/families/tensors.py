@@ -94,8 +94,12 @@ def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
         if config.qk_norm is not None:
             D = config.head_dim
             for side, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+                name = f"{layer}.self_attn.{side}_norm"
+                if config.qk_norm == "heads_apart":
+                    tensors |= {f"{name}.norms.{head}.weight": (D,) for head in range(heads)}
+                    continue
                 shape = {"head": (D,), "heads": (heads, D), "width": (heads * D,)}[config.qk_norm]
-                tensors |= norm_shapes(f"{layer}.self_attn.{side}_norm", shape, config)
+                tensors |= norm_shapes(name, shape, config)
     tensors |= norm_shapes("model.norm", (C,), config)
     if not config.tie_word_embeddings:
         tensors["lm_head.weight"] = (config.vocab_size, C)
