@@ -586,7 +586,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class HeadNorm(nn.Module):
-    """The same of each head's D numbers, with gains of its own and no bias. `apart`: the gains of each head are a parameter of their own."""
+    """The same of each head's D numbers, with gains of its own and no bias. `apart`: each head's gains are a parameter of their own."""
 
     def __init__(self, heads: int, head_dim: int, eps: float, apart: bool) -> None:
         super().__init__()
