@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litlora.config import Config, Rope, rotary_steps
 from litlora.errors import UserError
+from litlora.gpu.packed import Packed
 from litlora.kernels import Gated, Normed, Rotated, SummedLoss, turned
 from litlora.quantized import Quantized, beside, hold
 
@@ -148,6 +149,7 @@ class Context:
     prefix: int  # tokens in front of the segments that each of them continues
     cache: "KVCache | None"
     ragged: Tensor | None  # (B, T) int64, positions where the rows of a cache differ in length; None: they do not
+    packed: Packed | None  # on a GPU: the segments once more, for all of them to be computed at once
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
     @staticmethod
@@ -174,7 +176,7 @@ class Context:
         ropes = {config.rope_of(layer) for layer in range(config.num_hidden_layers)} - {None}
         assert not prefix or not any(rope.depends_on_length for rope in ropes if rope), "what samples share depends on their length"
         turns = {rope: turn_of(positions, rope, config.rotary_dim, segments, length) for rope in ropes if rope is not None}
-        return Context(cast("dict[Rope | None, Turn]", turns), segments, prefix, cache, ragged)
+        return Context(cast("dict[Rope | None, Turn]", turns), segments, prefix, cache, ragged, Packed.of(prefix, segments, device))
 
     def mask(self, q: Tensor, S: int, window: int | None) -> Tensor:
         """(T, S) or, ragged, (B, 1, T, S): 0 where a query may look, -inf elsewhere; the last query is the last key."""
@@ -264,8 +266,13 @@ class Attention(nn.Module):
         return adapted(self, x, self.o_proj(y.flatten(2)))
 
     @property
+    def is_plain(self) -> bool:
+        """Whether its scores are those that every kernel for attention computes."""
+        return self.cap is None and self.sinks is None
+
+    @property
     def product(self) -> "Product":
-        if self.cap is None and self.sinks is None:
+        if self.is_plain:
             return functools.partial(F.scaled_dot_product_attention, scale=self.scale, enable_gqa=True)
         return functools.partial(scored_attention, scale=self.scale, cap=self.cap, sinks=self.sinks)
 
@@ -288,6 +295,8 @@ class Attention(nn.Module):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # -> (B, T, H, D)
         if context.segments is None or len(context.segments) == 1:
             return attend(q, k, v, self.window, context, self.product).transpose(1, 2)
+        if context.packed is not None and self.is_plain and context.packed.serves(q, v):
+            return context.packed(q, k, v, self.window, self.scale)
         parts = [context.prefix, *context.segments] if context.prefix else list(context.segments)
         samples = list(zip(*(x.split(parts, 2) for x in (q, k, v)), strict=True))
         if context.prefix:

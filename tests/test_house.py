@@ -14,6 +14,7 @@ SOURCE = ROOT / "litlora"
 
 FLOORS = [
     {"errors", "config", "options"},
+    {"gpu"},
     {"kernels", "quantized"},
     {"parsing", "console", "precision", "model", "families", "peft", "safetensors_file", "tokenizer"},
     {"methods", "prompts"},

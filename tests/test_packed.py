@@ -1,0 +1,127 @@
+"""Attention over the samples of a packed row in one launch: on a CPU, where a loop over the samples stands in for the kernel."""
+
+import inspect
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import gradients, random_tokens, relative, tiny_gpt
+from torch import Tensor
+
+from litlora.gpu import packed
+from litlora.gpu.packed import Packed
+from litlora.model import GPT, IGNORE
+
+SEGMENTS = [5, 19, 1, 8]
+
+
+class Reference:
+    """What `torch.nn.attention.varlen.varlen_attn` says that it computes, sample by sample; it counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+        *, scale: float, window_size: tuple[int, int], enable_gqa: bool = False,
+    ) -> Tensor:  # (T, H, D), (S, K, D) twice -> (T, H, D)  # fmt: skip
+        self.calls += 1
+        left, right = window_size
+        assert right == 0 and (enable_gqa or query.size(1) == key.size(1))
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and len(cu_seq_q) == len(cu_seq_k)
+        assert cu_seq_q[-1] == len(query) and cu_seq_k[-1] == len(key) == len(value)
+        assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max()
+        parts = []
+        for (q0, q1), (k0, k1) in zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True):
+            q, k, v = (side.transpose(0, 1) for side in (query[q0:q1], key[k0:k1], value[k0:k1]))
+            at = torch.arange(k1 - k0)[k1 - k0 - (q1 - q0) :, None]  # the last query is at the last key
+            keys = torch.arange(k1 - k0)
+            seen = (keys <= at) if left < 0 else (keys <= at) & (keys >= at - left)
+            parts.append(F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=enable_gqa).transpose(0, 1))
+        return torch.cat(parts)
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> Reference:
+    """The rest of a GPU's way, in any dtype and for heads of any size."""
+    made = Reference()
+    monkeypatch.setattr(packed, "has_kernel", lambda device: True)
+    monkeypatch.setattr(packed, "kernel", lambda: made)
+    monkeypatch.setattr(packed, "grouping", lambda: {"enable_gqa": True})
+    monkeypatch.setattr(Packed, "serves", lambda self, q, v: q.size(-1) == v.size(-1))
+    return made
+
+
+def loss_and_gradients(gpt: GPT, prefix: int) -> tuple[Tensor, dict[str, Tensor]]:
+    length = prefix + sum(SEGMENTS)
+    targets = random_tokens(1, length, seed=1)
+    targets[0, ::3] = IGNORE
+    loss = gpt(random_tokens(1, length), targets, segments=SEGMENTS, prefix=prefix)
+    return loss, gradients(gpt, loss)
+
+
+@pytest.mark.parametrize("prefix", [0, 6, 11])
+@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "gemma3", "phi3", "smollm3", "stablelm", "falcon"])
+def test_all_samples_at_once_give_the_loss_and_gradients_of_one_after_another(family: str, prefix: int, reference: Reference) -> None:
+    """Caught: a window of one key too many; keys that begin with their sample, not with the prefix; the gradient of one copy of a prefix
+    alone; a scale of 1 / sqrt(D) for every family."""
+    gpt = tiny_gpt(family)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "has_kernel", lambda device: False)
+        loss, grads = loss_and_gradients(gpt, prefix)
+    assert not reference.calls
+    ours, our_grads = loss_and_gradients(gpt, prefix)
+    assert reference.calls == gpt.config.num_hidden_layers
+    assert relative(ours, loss) <= 1e-6
+    assert grads.keys() == our_grads.keys()
+    for name, grad in grads.items():
+        assert relative(our_grads[name], grad) <= 2e-5, name
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "deepseek_v2"])
+def test_what_no_kernel_computes_is_computed_one_after_another(family: str, reference: Reference) -> None:
+    """Capped scores, scores with sinks, values of another size than keys. Caught: is_plain always true; serves always true."""
+    loss_and_gradients(tiny_gpt(family), 0)
+    assert not reference.calls
+
+
+def test_where_a_row_begins_and_ends_is_made_once_for_all_blocks(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    plain = packed.ends
+    monkeypatch.setattr(packed, "ends", lambda *args: made.append(args) or plain(*args))
+    loss_and_gradients(tiny_gpt(), 6)
+    assert len(made) == 2  # queries and keys
+
+
+def test_a_cpu_keeps_to_the_loop() -> None:
+    """It has no such kernel: `varlen_attn` fails there. Caught: one for every device."""
+    assert Packed.of(0, SEGMENTS, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "value_size", "taken"),
+    [
+        (torch.bfloat16, 128, 128, True),
+        (torch.float16, 64, 64, True),
+        (torch.bfloat16, 256, 256, True),
+        (torch.float32, 128, 128, False),
+        (torch.bfloat16, 12, 12, False),
+        (torch.bfloat16, 264, 264, False),
+        (torch.bfloat16, 192, 128, False),
+    ],
+)
+def test_the_kernel_is_asked_only_for_what_it_takes(dtype: torch.dtype, size: int, value_size: int, taken: bool) -> None:
+    """Caught: any dtype; a value of any size."""
+    rows = Packed(0, SEGMENTS, torch.device("cpu"))
+    assert rows.serves(torch.empty(1, 1, 1, size, dtype=dtype), torch.empty(1, 1, 1, value_size, dtype=dtype)) is taken
+
+
+def test_the_words_are_those_of_the_torch_that_is_installed() -> None:
+    """A version that knows `enable_gqa` gets it; the other arguments exist in each."""
+
+    known = inspect.signature(packed.kernel()).parameters
+    words = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size", *packed.grouping()]
+    assert all(word in known for word in words)
+    assert list(known)[:7] == words[:7]
