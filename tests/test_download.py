@@ -39,6 +39,8 @@ UNWANTED = {
     "original/params.json": b"{}",
     "training_args.bin": b"pickled",
     "flax_model.msgpack": b"flax",
+    "additional_chat_templates/notes.md": b"# notes",
+    "additional_chat_templates/old/rag.jinja": b"{{ 1 }}",
     ".gitattributes": b"*.safetensors filter=lfs",
 }
 
@@ -198,6 +200,8 @@ def test_a_model_is_fetched_whole_and_nothing_but_what_a_base_needs(
     hub: Hub, model: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The bytes are the published ones, the directory is a base, and no file was asked for that is not read."""
+    model = model | {"additional_chat_templates/rag.jinja": b"{{ messages }}"}
+    hub.files |= model
     assert run() == 0
     said = capsys.readouterr()
     assert fetched(Path("models/tiny")) == model
@@ -228,6 +232,22 @@ def test_a_complete_directory_is_left_alone_and_no_other_model_goes_into_it(hub:
     assert run("org/tiny", "--out_dir", "mine") == 2
     assert "is not empty" in capsys.readouterr().err
     assert fetched(Path("mine")) == {"letter.txt": b"dear"} and fetched(Path("models/tiny")) == before | {names.CONFIG: b"{}"}
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_only_what_is_not_there_is_asked_for(hub: Hub, model: dict[str, bytes], recorded: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether an earlier `litlora download` left the rest, or something else. Caught: every file asked for, whatever is there."""
+    assert run() == 0
+    capsys.readouterr()
+    Path("models/tiny", names.TOKENIZER).unlink()
+    if not recorded:
+        shutil.rmtree("models/tiny/.cache")
+    hub.requests = []
+    assert run() == 0
+    first = {names.CONFIG, names.WEIGHTS_INDEX}  # read to see what is needed, into another place
+    asked = {path.rsplit("/", 1)[1] for _, path, _ in hub.requests if not path.startswith("/api/")}
+    assert asked - first == {names.TOKENIZER}
+    assert "result  models/tiny: 1 file, " in (said := capsys.readouterr().err) and f"; {len(model) - 1} are there already" in said, said
 
 
 def test_a_dropped_connection_goes_on_with_a_range_request(hub: Hub, model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:

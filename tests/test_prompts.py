@@ -513,7 +513,7 @@ def test_the_template_that_was_chosen_is_used(tmp_path: Path, monkeypatch: pytes
     tokenizer = Tokenizer(with_named_templates(tmp_path / "t", rag="{{ 1 }}", other="{{ 2 }}"))  # and none is the default
     Path("rag").write_text("{{ 3 }}", encoding="utf-8")
     for choice, text, name in (
-        ("rag", "{{ 1 }}", "rag, of tokenizer_config.json"),
+        ("rag", "{{ 1 }}", "rag, of the tokenizer"),
         ("./rag", "{{ 3 }}", "./rag"),
         ("alpaca", alpaca(tokenizer), "alpaca (built in)"),
     ):

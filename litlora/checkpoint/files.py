@@ -10,6 +10,7 @@ from typing import Any
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.reading import file_in, parse_json, read_bytes
+from litlora.checkpoint.tokenizers import tokenizer_files
 from litlora.config import Config
 from litlora.console import warn
 from litlora.families import changed_keys
@@ -17,10 +18,16 @@ from litlora.prompts import Prompts
 from litlora.tokenizer import Tokenizer
 
 
-def serving_files(directory: Path, template: str) -> dict[str, bytes]:
-    """The tokenizer's files of `directory`, and `template` as the one that transformers and vLLM read first. UserError as `file_in`."""
-    found = {name: read_bytes(file_in(directory, name)) for name in names.TOKENIZER_FILES if (directory / name).exists()}
-    return {**found, names.CHAT_TEMPLATE: template.encode()}
+def serving_files(directory: Path, template: str, tool_template: str | None = None) -> dict[str, bytes]:
+    """The tokenizer's files of `directory`, and `template` as the one that transformers and vLLM read first. UserError as `file_in`.
+
+    `tool_template`, the tokenizer's own beside it, they read in tokenizer_config.json, and only where the first is there too.
+    """
+    found = tokenizer_files(directory)
+    if tool_template is None:
+        return {**found, names.CHAT_TEMPLATE: template.encode()}
+    found.pop(names.CHAT_TEMPLATE, None)
+    return found
 
 
 def model_files(base: Checkpoint, config: Config) -> dict[str, bytes]:

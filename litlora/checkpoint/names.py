@@ -15,6 +15,8 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+ADDITIONAL_TEMPLATES = "additional_chat_templates"  # the folder of those that have a name
+TEMPLATE = ".jinja"
 TOKENIZER_FILES = (
     TOKENIZER,
     TOKENIZER_CONFIG,
@@ -30,7 +32,7 @@ VOCABULARIES = ((TOKENIZER,), ("tokenizer.model",), ("tokenizer.model.v3",), ("v
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "chat_template.json")  # of models of text and images
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "NOTICE", "USE_POLICY.md")
 README = "README.md"
-UNFINISHED = ".cache/huggingface/download/*.incomplete"  # what an interrupted download leaves
+UNFINISHED = ".cache/huggingface/download/**/*.incomplete"  # what an interrupted download leaves
 DOWNLOAD = ".cache/huggingface/litlora.json"  # ours: which model `litlora download` put there, and whether all of it
 MAIN = "main"  # the revision that is meant where none is named
 MODELS = "models"  # where a model goes that no directory is named for

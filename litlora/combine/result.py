@@ -171,7 +171,8 @@ def held_in_training(plan: Plan) -> str:
 def small_files(plan: Plan, manifest: Manifest) -> dict[str, bytes]:
     """Tokenizer and template of the first parent, adapter_config.json, README."""
     blend = plan.blend
-    files = serving_files(plan.parents[0].checkpoint.tokenizer_dir(), plan.prompts.template) if plan.prompts else {}
+    place, prompts = plan.parents[0].checkpoint.tokenizer_dir(), plan.prompts
+    files = serving_files(place, prompts.template, prompts.tool_template) if prompts else {}
     read: dict[str, Any] = {}
     if isinstance(blend, Blend):
         tuning, config = blend.tuning, blend.base.config()

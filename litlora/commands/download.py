@@ -23,7 +23,7 @@ from litlora.checkpoint.commit import check_free_space, check_writable, sync, wr
 from litlora.checkpoint.downloaded import Download as Record
 from litlora.checkpoint.downloaded import read_download, write_download
 from litlora.checkpoint.foreign import convert_hint
-from litlora.checkpoint.reading import read_json, sha256
+from litlora.checkpoint.reading import is_plain_name, read_json, sha256
 from litlora.checkpoint.resolve import looked_at
 from litlora.checkpoint.shards import files_of_index
 from litlora.console import MB, Progress, amount, header, say
@@ -179,11 +179,18 @@ def look_up(api: "HfApi", repo_id: str, revision: str, at: str) -> tuple[Record,
         api.snapshot_download(repo_id, revision=info.sha, local_dir=place, allow_patterns=first)
         config_from_hf(read_json(Path(place), names.CONFIG), f"{repo_id}: {names.CONFIG}")
         weights = weights_of(repo_id, listed, Path(place))
-    files = {name: listed[name] for name in (*ALWAYS, *weights) if name in listed}
+    templates = [name for name in listed if is_template(name)]
+    files = {name: listed[name] for name in (*ALWAYS, *templates, *weights) if name in listed}
     lost = next((name for name in weights if name not in listed), None)
     if lost is not None:
         raise UserError(f"its index names {lost}, which is not there", where=repo_id, hint="tell the model's authors")
     return Record(repo_id=repo_id, revision=revision, commit=info.sha, files={name: file.size for name, file in files.items()}), files
+
+
+def is_template(name: str) -> bool:
+    """Whether it is one of several chat templates, in a folder of their own."""
+    folder, _, file = name.partition("/")
+    return folder == names.ADDITIONAL_TEMPLATES and is_plain_name(file) and file.endswith(names.TEMPLATE)
 
 
 def weights_of(repo_id: str, listed: Mapping[str, Any], place: Path) -> list[str]:

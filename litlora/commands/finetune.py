@@ -166,7 +166,7 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
         restore=restore,
         contents=contents,
         exact=exact,
-        files={**serving_files(start.tokenizer_dir(), prompts.template), **method_files(work)},
+        files={**serving_files(start.tokenizer_dir(), prompts.template, prompts.tool_template), **method_files(work)},
         card=card,
         config=config,
         tuning=tuning,

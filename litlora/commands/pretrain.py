@@ -163,7 +163,7 @@ def new_model_files(config: Config, prompts: Prompts, dtype: str = "float32") ->
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids), "pad_token_id": config.pad_token_id}
     generation = {name: value for name, value in ids.items() if value not in (None, [])}
     return {
-        **serving_files(prompts.tokenizer.directory, prompts.template),
+        **serving_files(prompts.tokenizer.directory, prompts.template, prompts.tool_template),
         names.CONFIG: as_json({**config_to_hf(config), "torch_dtype": dtype, "dtype": dtype}),
         names.GENERATION_CONFIG: as_json(generation),
     }

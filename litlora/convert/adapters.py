@@ -11,7 +11,8 @@ from litlora.checkpoint.card import model_card
 from litlora.checkpoint.commit import commit_directory, make_directory
 from litlora.checkpoint.files import as_json, serving_files
 from litlora.checkpoint.manifest import Manifest, records_of
-from litlora.checkpoint.reading import file_in, read_bytes, sha256
+from litlora.checkpoint.reading import sha256
+from litlora.checkpoint.tokenizers import tokenizer_files
 from litlora.config import Config
 from litlora.convert.parts import parts_of, refuse_not_finite, write_parts
 from litlora.convert.report import compared, made_from, make_report, write_report
@@ -37,9 +38,8 @@ def adapter_to_peft(adapter: Adapter, out_dir: Path) -> dict[str, Any]:
     make_directory(out_dir.absolute().parent)
     with commit_directory(out_dir, needed_bytes=adapter_bytes(adapter)) as directory:
         write_adapter(adapter, directory)
-        for name in names.TOKENIZER_FILES:
-            if (adapter.path / name).exists():
-                (directory / name).write_bytes(read_bytes(file_in(adapter.path, name)))
+        for name, data in tokenizer_files(adapter.path).items():
+            (directory / name).write_bytes(data)
         (directory / names.README).write_text(peft_card(adapter), encoding="utf-8")
         report = make_report(adapter, "peft", proof_of(adapter, directory))
         write_report(directory, report)
@@ -76,7 +76,7 @@ def adapter_to_step(adapter: Adapter, out_dir: Path) -> dict[str, Any]:
     make_directory(out_dir.absolute().parent)
     with commit_directory(out_dir, needed_bytes=adapter_bytes(adapter)) as directory:
         write_adapter(adapter, directory)
-        for name, data in serving_files(place, prompts.template).items():
+        for name, data in serving_files(place, prompts.template, prompts.tool_template).items():
             (directory / name).write_bytes(data)
         card = model_card(manifest, str(out_dir), misread=why_misread(tuning, config), unmergeable=why_unmergeable(tuning, config))
         (directory / names.README).write_text(card, encoding="utf-8")

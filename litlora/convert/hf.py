@@ -9,6 +9,7 @@ from litlora.checkpoint.commit import commit_directory, make_directory
 from litlora.checkpoint.files import as_json
 from litlora.checkpoint.reading import file_in, read_bytes
 from litlora.checkpoint.shards import find_shards
+from litlora.checkpoint.tokenizers import tokenizer_files
 from litlora.convert.parts import Part, cast, parts_of, write_parts
 from litlora.convert.report import compared, make_report, write_report
 from litlora.convert.sources import Model
@@ -67,9 +68,10 @@ def write_small_files(model: Model, directory: Path, dtype: str) -> None:
         values = model.values()
         keys = [key for key in ("torch_dtype", "dtype") if key in values] or ["torch_dtype"]
         (directory / names.CONFIG).write_bytes(as_json(values | dict.fromkeys(keys, word)))
-    for name in (names.GENERATION_CONFIG, *names.LICENCE_FILES, *names.TOKENIZER_FILES):
-        if (model.path / name).exists():
-            (directory / name).write_bytes(read_bytes(file_in(model.path, name)))
+    wanted = (names.GENERATION_CONFIG, *names.LICENCE_FILES)
+    kept = {name: read_bytes(file_in(model.path, name)) for name in wanted if (model.path / name).exists()}
+    for name, data in (kept | tokenizer_files(model.path)).items():
+        (directory / name).write_bytes(data)
     if not (directory / names.GENERATION_CONFIG).exists() and model.config_json is None:
         ids = {key: model.values()[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         (directory / names.GENERATION_CONFIG).write_bytes(as_json({key: value for key, value in ids.items() if value is not None}))

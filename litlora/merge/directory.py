@@ -12,7 +12,8 @@ import numpy as np
 
 from litlora.checkpoint import names
 from litlora.checkpoint.fingerprint import combine
-from litlora.checkpoint.reading import file_in, parse_json, read_bytes, read_json, sha256
+from litlora.checkpoint.reading import file_in, parse_json, read_bytes, sha256
+from litlora.checkpoint.tokenizers import template_files, tokenizer_files
 from litlora.families import changed_keys, expected_tensors, with_changes
 from litlora.merge.outputs import NewModel
 from litlora.merge.plan import Plan
@@ -20,14 +21,12 @@ from litlora.merge.tensors import Moved
 from litlora.methods.tuning import HEAD, LoRASlot, ScaleShiftSlot, Tuning
 from litlora.safetensors_file import DTYPES
 
-TEMPLATE_FILES = (names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)
-
 
 def write_small_files(plan: Plan, directory: Path) -> None:
     """config.json, generation_config.json, the index, licences, tokenizer, chat template and README."""
     write_model_files(plan.model, directory)
-    copy_files(plan.checkpoint.tokenizer_dir(), [name for name in names.TOKENIZER_FILES if name not in TEMPLATE_FILES], directory)
-    write_tokenizer_config(plan, directory)
+    for name, data in new_tokenizer_files(plan).items():
+        (directory / name).write_bytes(data)
     (directory / names.README).write_text(model_card(plan))
 
 
@@ -80,25 +79,26 @@ def new_shards(model: NewModel) -> dict[str, Path]:
     return {output.name: path for path, outputs in model.outputs.items() for output in outputs}
 
 
-def write_tokenizer_config(plan: Plan, directory: Path) -> None:
-    """The chat template goes to both places where readers look for one: a file of its own, and tokenizer_config.json."""
-    place, template = plan.checkpoint.tokenizer_dir(), chat_template(plan)
-    if template is not None:
-        (directory / names.CHAT_TEMPLATE).write_bytes(template.encode())
-    if (place / names.TOKENIZER_CONFIG).exists():
-        values = read_json(place, names.TOKENIZER_CONFIG)
-        (directory / names.TOKENIZER_CONFIG).write_bytes(encode(values | ({"chat_template": template} if template is not None else {})))
+def new_tokenizer_files(plan: Plan) -> dict[str, bytes]:
+    """The adapter's tokenizer, and how it was spoken to. A template goes to both places where readers look for one: a file of its own,
+    and tokenizer_config.json; several go to the latter alone."""
+    found, template = tokenizer_files(plan.checkpoint.tokenizer_dir()), chat_template(plan)
+    config = found.get(names.TOKENIZER_CONFIG)
+    if template and config is not None:
+        values = parse_json(config, plan.checkpoint.tokenizer_dir() / names.TOKENIZER_CONFIG)
+        found[names.TOKENIZER_CONFIG] = encode(values | {"chat_template": template})
+    found.pop(names.CHAT_TEMPLATE, None)
+    return found | ({names.CHAT_TEMPLATE: template.encode()} if isinstance(template, str) else {})
 
 
-def chat_template(plan: Plan) -> str | None:
-    """The template that the adapter was trained with, as its directory has it; else the base's."""
+def chat_template(plan: Plan) -> Any:
+    """The template that the adapter was trained with, as its directory has it, or a list of several by name; else the base's."""
     for place in (plan.checkpoint.path, plan.model.base.path):
-        if (place / names.CHAT_TEMPLATE).exists():
-            return read_bytes(file_in(place, names.CHAT_TEMPLATE)).decode("utf-8")
-        if (place / names.TOKENIZER_CONFIG).exists():
-            template = read_json(place, names.TOKENIZER_CONFIG).get("chat_template")
-            if isinstance(template, str):
-                return template
+        found = template_files(place)
+        if names.CHAT_TEMPLATE in found:
+            return found[names.CHAT_TEMPLATE].decode("utf-8")
+        if template := parse_json(found.get(names.TOKENIZER_CONFIG, b"{}"), place / names.TOKENIZER_CONFIG).get("chat_template"):
+            return template
     return None
 
 

@@ -20,9 +20,10 @@ from litlora.checkpoint.fingerprint import tensor_digests
 from litlora.checkpoint.manifest import seal
 from litlora.checkpoint.reading import sha256
 from litlora.checkpoint.shards import find_shards
+from litlora.checkpoint.tokenizers import tokenizer_files
 from litlora.errors import UserError, WorkError
 from litlora.families import LLAMA_PRO_LAYERS
-from litlora.merge.directory import copy_files, fingerprint_after, fingerprint_before, front_matter, how_to_use, version, write_model_files
+from litlora.merge.directory import fingerprint_after, fingerprint_before, front_matter, how_to_use, version, write_model_files
 from litlora.merge.outputs import NewModel, new_model
 from litlora.merge.tensors import Moved
 from litlora.merge.weights import write_weights
@@ -61,7 +62,8 @@ def expand(plan: Expansion, *, progress: Callable[[int], None] = lambda done: No
     with commit_directory(final, needed_bytes=model.bytes) as directory:
         moved = write_weights(model, None, directory, progress)
         write_model_files(model, directory)
-        copy_files(model.base.tokenizer_dir(), names.TOKENIZER_FILES, directory)
+        for name, data in tokenizer_files(model.base.tokenizer_dir()).items():
+            (directory / name).write_bytes(data)
         (directory / names.README).write_text(model_card(model, fingerprint_before(model, moved)))
         found = tensor_digests(find_shards(directory), use_cache=False)
         if faults := [name for name, one in moved.items() if found.get(name) != one.after]:

@@ -56,8 +56,8 @@ class Prompts:
         self._begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
         self._values = dict(tokenizer.special_tokens)
         self._compiled = compile_template(self.template)
-        named = tokenizer.chat_templates
-        self.tool_template = named.get("tool_use") if self.template == named.get("default") else None
+        default = tokenizer.chat_templates.get("default")
+        self.tool_template = tokenizer.tool_template if self.template == default else None
         self._with_tools = compile_template(self.tool_template) if self.tool_template else self._compiled
 
     @classmethod
@@ -320,7 +320,7 @@ def chosen_template(choice: str, named: Mapping[str, str]) -> tuple[str | None, 
     A file that is called as one of them is ./NAME. UserError where there is none.
     """
     if choice in named:
-        return named[choice], f"{choice}, of tokenizer_config.json"
+        return named[choice], f"{choice}, of the tokenizer"
     if choice == BUILT_IN:
         return None, f"{BUILT_IN} (built in)"
     known = ", ".join(dict.fromkeys([*named, BUILT_IN]))

@@ -21,6 +21,7 @@ import tokenizers
 from tokenizers import AddedToken, normalizers
 
 from litlora.errors import UserError
+from litlora.tokenizer.templates import DEFAULT, listed_templates, template_files
 from litlora.tokenizer.vocabularies import SPACE, added_tokens, byte_letters, named_pieces, read_vocabulary
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # in which a new vocabulary is kept
@@ -155,30 +156,29 @@ class Tokenizer:
 
     @cached_property
     def chat_templates(self) -> dict[str, str]:
-        """The templates that tokenizer_config.json has by name; one that has no name there is `default`."""
-        value = self._config.get("chat_template")
-        if isinstance(value, str):
-            return {"default": value}
-        entries = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
-        return {str(entry.get("name")): entry["template"] for entry in entries if isinstance(entry.get("template"), str)}
+        """The directory's templates by name, in files and in tokenizer_config.json; a file comes first."""
+        return listed_templates(self._config) | self._template_files
+
+    @cached_property
+    def _template_files(self) -> dict[str, str]:
+        return template_files(self.directory)
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The directory's own chat template: chat_template.jinja, else the one (named `default`) in tokenizer_config.json."""
-        path = self.directory / "chat_template.jinja"
-        if path.is_file():
-            try:
-                return path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError("not UTF-8 text", where=path) from error
+        """The one in use: `default`, or the only one."""
         named = self.chat_templates
-        if "default" not in named and len(named) > 1:
+        if DEFAULT not in named and len(named) > 1:
             raise UserError(
                 f"several chat templates ({', '.join(named)}), none of them named default",
-                where=self.directory / "tokenizer_config.json",
+                where=self.directory,
                 hint="say which with --chat_template, or write it into chat_template.jinja",
             )
-        return named.get("default") or next(iter(named.values()), None)
+        return named.get(DEFAULT) or next(iter(named.values()), None)
+
+    @property
+    def tool_template(self) -> str | None:
+        """Another one for conversations with tools, as transformers takes it: where templates are files, from a file."""
+        return (self._template_files or listed_templates(self._config)).get("tool_use")
 
     # ---- text to ids -------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import check_free_space, check_outside, check_writable, commit_directory, make_directory
 from litlora.checkpoint.fingerprint import combine
 from litlora.checkpoint.reading import file_in, read_bytes, read_json, sha256
+from litlora.checkpoint.tokenizers import template_files
 from litlora.errors import UserError
 from litlora.safetensors_file import DTYPE_BITS
 from litlora.vocabulary.text import first_lines, lines_of, split_off_tail, tokens_per_character
@@ -46,9 +47,7 @@ __all__ = [
 ]
 
 KEPT_FILES = (
-    names.TOKENIZER_CONFIG,
     names.SPECIAL_TOKENS,
-    names.CHAT_TEMPLATE,
     names.GENERATION_CONFIG,
     *names.LICENCE_FILES,
     *names.PROCESSOR_FILES,
@@ -118,9 +117,9 @@ def write_small_files(plan: Plan, directory: Path) -> None:
     """What lies beside the weights. Other forms of the tokenizer (tokenizer.model, vocab.json ...) lack the new tokens and stay behind."""
     base = plan.base.path
     (directory / names.TOKENIZER).write_bytes(plan.vocabulary.encode())
-    for name in KEPT_FILES:
-        if (base / name).exists():
-            (directory / name).write_bytes(read_bytes(file_in(base, name)))
+    kept = {name: read_bytes(file_in(base, name)) for name in KEPT_FILES if (base / name).exists()}
+    for name, data in (kept | template_files(base)).items():
+        (directory / name).write_bytes(data)
     rows = max(plan.weights.rows, plan.vocabulary.size)
     (directory / names.CONFIG).write_bytes(as_json(families.with_changes(read_json(base, names.CONFIG), {"vocab_size": rows})))
     if not (directory / names.WEIGHTS).exists():

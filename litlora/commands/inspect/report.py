@@ -287,7 +287,7 @@ def tokenizer_of(path: Path, base: Path | None) -> dict[str, Any]:
 
 
 def has_template(directory: Path) -> bool:
-    if (directory / names.CHAT_TEMPLATE).exists():
+    if (directory / names.CHAT_TEMPLATE).exists() or (directory / names.ADDITIONAL_TEMPLATES).is_dir():
         return True
     try:
         return bool(read_json(directory, names.TOKENIZER_CONFIG).get("chat_template"))
