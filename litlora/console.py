@@ -16,6 +16,7 @@ from typing import Any
 from litlora.errors import printable, told
 
 MB = 10**6
+NAME_WIDTH = 10  # of a header's names, so that the lines of several come to stand below each other
 STYLED = re.compile(r"(\x1b\[[\d;]*m)")  # colours and weights: ours
 STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
@@ -56,7 +57,7 @@ def warn(text: str, hint: str = "") -> None:
 
 def header(rows: Sequence[tuple[str, str]]) -> None:
     """Aligned lines of name and value: what is about to happen, in a few lines."""
-    width = max(len(name) for name, _ in rows) + 2
+    width = max(NAME_WIDTH, *(len(name) + 2 for name, _ in rows))
     for name, value in rows:
         say(f"{style(f'{name:<{width}}', 'dim')}{printable(value)}")
 

@@ -142,13 +142,15 @@ def as_pairs(
             continue
         while rest and not rest[0].startswith("-"):
             lists.setdefault(name, []).append(rest.pop(0))
+    switch = ""  # the option before, where it takes no value
     while rest:
         word = rest.pop(0)
         if word in ("-h", "--help"):
             yield "help", ""
             continue
         if not word.startswith("--"):
-            raise UserError(f"'{word}' belongs to no option of litlora {command}", hint="options are written --name value")
+            hint = f"--{switch} takes no value but true or false" if switch else "options are written --name value"
+            raise UserError(f"'{word}' belongs to no option of litlora {command}", hint=hint)
         name, equals, value = word[2:].partition("=")
         if name == "print_config":
             yield name, ""
@@ -156,6 +158,7 @@ def as_pairs(
         if name != "config" and name not in known:
             raise unknown_option(name, known, command, f"--{name}")
         takes_no_value = not equals and name in known and known[name].is_switch and (not rest or rest[0].lower() not in ("true", "false"))
+        switch = name if takes_no_value else ""
         if takes_no_value:
             yield name, "true"
         elif name in known and known[name].is_list:

@@ -66,6 +66,7 @@ def test_switches_need_no_value_and_take_one() -> None:
         (["--data"], "--data needs a value", ""),
         (["--train.lr"], "--train.lr needs a value", ""),
         (["base", "stray"], "'stray' belongs to no option", "--name value"),
+        (["--resume", "out/run"], "'out/run' belongs to no option", "--resume takes no value but true or false"),
     ],
 )
 def test_what_is_not_understood_is_refused_with_a_hint(words: list[str], message: str, hint: str) -> None:
