@@ -212,6 +212,18 @@ def test_a_model_is_fetched_whole_and_nothing_but_what_a_base_needs(
     assert resolve("models/tiny").kind == "base" and len(set(resolve("models/tiny").shards().values())) == 2
 
 
+@pytest.mark.parametrize(("method", "code"), [("fp8", 0), ("mxfp4", 0), ("gptq", 2)])
+def test_a_quantised_model_is_fetched_where_convert_makes_it_plain(
+    method: str, code: int, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Caught: refused before it could be converted; one that nothing reads fetched; told to be trained on."""
+    hub.files[names.CONFIG] = json.dumps(json.loads(hub.files[names.CONFIG]) | {"quantization_config": {"quant_method": method}}).encode()
+    assert run() == code
+    said = capsys.readouterr().err
+    assert ("next: litlora convert models/tiny --to hf --out_dir models/tiny-plain" in said) is (code == 0)
+    assert "finetune" not in said and ("GPTQ" in said) is (code == 2)
+
+
 def test_a_complete_directory_is_left_alone_and_no_other_model_goes_into_it(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
     before, hub.requests = fetched(Path("models/tiny")), []

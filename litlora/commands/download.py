@@ -28,7 +28,7 @@ from litlora.checkpoint.resolve import looked_at
 from litlora.checkpoint.shards import files_of_index
 from litlora.console import MB, Progress, amount, header, say
 from litlora.errors import Interrupted, UserError, WorkError
-from litlora.families import config_from_hf
+from litlora.families import config_from_hf, quantised_by, unquantised
 from litlora.options import Download
 
 if TYPE_CHECKING:
@@ -105,7 +105,9 @@ def counted(files: Collection[str]) -> str:
 def what_next(directory: Path) -> None:
     """Commands that work with the model."""
     place = shlex.quote(str(directory))
-    if any(directory.glob("*" + names.SAFETENSORS)):
+    if quantised_by(read_json(directory, names.CONFIG)) is not None:
+        say(f"next: litlora convert {place} --to hf --out_dir {shlex.quote(f'{directory}-plain')}")
+    elif any(directory.glob("*" + names.SAFETENSORS)):
         say(f"next: litlora finetune lora --checkpoint_dir {place} --data rows.jsonl")
         say(f"      or litlora inspect {place}")
     else:
@@ -177,7 +179,7 @@ def look_up(api: "HfApi", repo_id: str, revision: str, at: str) -> tuple[Record,
     with tempfile.TemporaryDirectory(prefix="litlora-") as place:
         first = [name for name in (names.CONFIG, names.WEIGHTS_INDEX, names.PICKLED_INDEX) if name in listed]
         api.snapshot_download(repo_id, revision=info.sha, local_dir=place, allow_patterns=first)
-        config_from_hf(read_json(Path(place), names.CONFIG), f"{repo_id}: {names.CONFIG}")
+        config_from_hf(unquantised(read_json(Path(place), names.CONFIG)), f"{repo_id}: {names.CONFIG}")
         weights = weights_of(repo_id, listed, Path(place))
     templates = [name for name in listed if is_template(name)]
     files = {name: listed[name] for name in (*ALWAYS, *templates, *weights) if name in listed}

@@ -5,7 +5,7 @@ and that the result was read again and compared.
 
     sources.py     what a path holds: a whole model under Hugging Face's names, or an adapter under PEFT's
     pickles.py     the one place that opens pickled weights, and runs no code of theirs
-    fp8.py         weights in fp8 with scales, made plain
+    plain.py       quantised weights made plain        fp8.py, mxfp4.py   what their numbers mean
     litgpt.py      LitGPT's names, its fused q, k and v, and the LoRA on them
     parts.py       tensors on the way: known by dtype and shape, read when they are written
     hf.py          a model as a Hugging Face directory         adapters.py      an adapter as PEFT's directory, or as a step

@@ -6,43 +6,24 @@ infinities (Micikevicius et al. 2022, arXiv:2209.05433, table 1): 1 sign bit, 4 
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from litlora.checkpoint import names
-from litlora.checkpoint.files import as_json
-from litlora.checkpoint.reading import read_json
-from litlora.checkpoint.shards import find_shards
-from litlora.convert.parts import Floats, Part, parts_of
-from litlora.convert.sources import Model, whole_model
+from litlora.convert.parts import Floats, Part
 from litlora.errors import UserError
-from litlora.families import DEQUANTISED, config_from_hf, quantised_by
-from litlora.safetensors_file import DTYPES, from_float32
+from litlora.safetensors_file import from_float32
 
+CALLED = "fp8"
 FP8 = "F8_E4M3"
 SCALES = ("weight_scale_inv", "weight_scale")
 OF_ACTIVATIONS = ("input_scale", "output_scale", "k_scale", "v_scale", "activation_scale", "input_scale_ub")
 NOT_WEIGHTS = "a scale of activations, which are computed as they are"
 
 
-def is_dequantised(directory: Path) -> bool:
-    """Whether it is a model that this file reads."""
-    return (directory / names.CONFIG).exists() and quantised_by(read_json(directory, names.CONFIG)) in DEQUANTISED
-
-
-def dequantised_model(directory: Path) -> Model:
-    """The plain model that a directory of fp8 weights means. UserError where a matrix has no scale, or one that does not fit it."""
-    values = read_json(directory, names.CONFIG)
-    quantisation = values.get("quantization_config") or values.get("compression_config")
-    plain = {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}
-    config = config_from_hf(plain, directory / names.CONFIG)
-    if config.torch_dtype not in DTYPES:
-        raise UserError(f"{config.torch_dtype!r} is no dtype to make plain weights of", where=f"{directory / names.CONFIG}: torch_dtype")
-    shards = find_shards(directory)
-    stored = parts_of(shards)
+def dequantised(stored: Mapping[str, Part], quantisation: Any, dtype: str, where: Path) -> tuple[dict[str, Part], dict[str, str]]:
+    """(the plain tensors, those left out and why). UserError where a matrix has no scale, or one that does not fit it."""
     scales = {name: part for name, part in stored.items() if name.endswith(SCALES)}
     dropped = {name: NOT_WEIGHTS for name in stored if name.endswith(OF_ACTIVATIONS)}
     tensors = {name: part for name, part in stored.items() if name not in scales and name not in dropped}
@@ -51,17 +32,13 @@ def dequantised_model(directory: Path) -> Model:
             (scales.pop(f"{name}{end.removeprefix('weight')}") for end in SCALES if f"{name}{end.removeprefix('weight')}" in scales), None
         )
         if part.dtype == FP8 and own is None:
-            raise UserError(
-                f"{name} is {FP8} and has no scale", where=directory, hint="use the directory of the model before it was quantised"
-            )
+            raise UserError(f"{name} is {FP8} and has no scale", where=where, hint="use the directory of the model before it was quantised")
         if own is not None:
-            tensors[name] = dequantised(name, part, own, block_of(quantisation), DTYPES[config.torch_dtype], directory)
-    odd = next((name for name, part in tensors.items() if part.dtype not in DTYPES.values()), next(iter(scales), None))
-    if odd is not None:
-        what = f"{odd} is {stored[odd].dtype}: only matrices in {FP8} with a scale can be made plain"
-        raise UserError(what, where=directory, hint="use the directory of the model before it was quantised")
-    model = whole_model(directory, "Hugging Face directory in fp8", config, tensors, sorted(set(shards.values())))
-    return replace(model, config_json=as_json(plain), dropped=model.dropped | dropped)
+            tensors[name] = plain(name, part, own, block_of(quantisation), dtype, where)
+    if scales:
+        what = f"{next(iter(scales))} is the scale of no matrix"
+        raise UserError(what, where=where, hint="use the directory of the model before it was quantised")
+    return tensors, dropped
 
 
 def block_of(quantisation: Any) -> tuple[int, int]:
@@ -71,7 +48,7 @@ def block_of(quantisation: Any) -> tuple[int, int]:
     return (size[0], size[1]) if ok and size else (128, 128)
 
 
-def dequantised(name: str, part: Part, scale: Part, block: tuple[int, int], dtype: str, where: Path) -> Part:
+def plain(name: str, part: Part, scale: Part, block: tuple[int, int], dtype: str, where: Path) -> Part:
     """The weight (out, in) as `dtype`, computed when it is written."""
     wide = scale.dtype in ("F32", "BF16", "F16")
     if part.dtype != FP8 or len(part.shape) != 2 or not wide or not fits(scale.shape, part.shape, block):

@@ -5,8 +5,9 @@ is computed when it is written, so that one tensor at a time is in memory.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,17 @@ class Part:
     dtype: str  # of a safetensors file: F32, BF16 ...
     shape: tuple[int, ...]
     load: Callable[[], Raw]  # its bytes, little-endian, row-major
+    of: "tuple[Part, ...]" = ()  # what it is stacked of, where each of these is made by itself
 
     @property
     def size(self) -> int:
         """Bytes."""
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def pieces(self) -> "tuple[Part, ...]":
+        """Its rows, in as many parts as should be in memory one after the other."""
+        return self.of or (self,)
 
     def bytes(self) -> npt.NDArray[np.uint8]:
         """All of it, as a row of bytes."""
@@ -58,17 +65,19 @@ class Part:
             load=lambda: self.bytes().reshape(self.shape[0], -1)[order],
         )
 
-    def stacked(self, others: Iterable["Part"]) -> "Part":
-        """The rows of this one and then those of the others, all of one dtype."""
-        every = [self, *others]
-        shape = (sum(part.shape[0] for part in every), *self.shape[1:])
-        return Part(dtype=self.dtype, shape=shape, load=lambda: np.concatenate([part.bytes() for part in every]))
+
+def stacked(parts: Sequence[Part]) -> Part:
+    """The rows of these, in order, of one dtype; never in memory together unless they are asked for as one."""
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return Part(dtype=parts[0].dtype, shape=shape, load=lambda: np.concatenate([part.bytes() for part in parts]), of=tuple(parts))
 
 
 def cast(part: Part, dtype: str, name: str) -> Part:
     """The same numbers as `dtype`, rounded once; `load` raises WorkError where one of them is too large for it."""
     if part.dtype == dtype or part.dtype not in FLOAT_BYTES:
         return part
+    if part.of:
+        return stacked([cast(one, dtype, name) for one in part.of])
 
     def load() -> Raw:
         wide = part.float32()
@@ -106,16 +115,22 @@ def write_parts(path: Path, parts: Mapping[str, Part], progress: Callable[[int],
     with open(path, "xb") as file:
         file.write(header)
         for name, info in infos.items():
-            raw = parts[name].bytes()
-            assert raw.nbytes == info.size, f"{name}: {raw.nbytes} bytes for {info.dtype} {info.shape}"
-            file.write(raw.data)
-            progress(raw.nbytes)
+            start = file.tell()
+            for piece in parts[name].pieces:
+                raw = piece.bytes()
+                file.write(raw.data)
+                progress(raw.nbytes)
+            assert file.tell() - start == info.size, f"{name}: {file.tell() - start} bytes for {info.dtype} {info.shape}"
 
 
 def differing(source: Part, stored: Part) -> str:
     """Why `stored` is no faithful copy of `source`, in words; empty where it is: equal, or rounded once to its dtype."""
     if source.shape != stored.shape:
         return f"has the shape {stored.shape} instead of {source.shape}"
+    if source.of:
+        ends = accumulate(piece.shape[0] for piece in source.of)
+        pairs = ((piece, stored.rows(end - piece.shape[0], end)) for piece, end in zip(source.of, ends, strict=True))
+        return next(filter(None, (differing(*pair) for pair in pairs)), "")
     if source.dtype == stored.dtype:
         return "" if np.array_equal(source.bytes(), stored.bytes()) else "has other bytes"
     before, after = source.float32(), stored.float32()

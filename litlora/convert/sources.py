@@ -97,10 +97,10 @@ def open_source(path: str | Path | None, *, to: str, base_dir: str | None = None
         if (place / names.ADAPTER_CONFIG).exists() and not (place / names.ADAPTER_WEIGHTS).exists() and pickled_adapter_file(place):
             return pickled_adapter(place, moved)
         if to in ("hf", "gguf") and has_weights(place):
-            from litlora.convert.fp8 import dequantised_model, is_dequantised
+            from litlora.convert.plain import is_dequantised, plain_model
 
             if is_dequantised(place):
-                return dequantised_model(place)
+                return plain_model(place)
     checkpoint = resolve(place, base_dir=base_dir)
     return model_of(checkpoint) if checkpoint.is_model else adapter_of(checkpoint)
 

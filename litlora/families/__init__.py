@@ -22,7 +22,7 @@ from typing import Any
 from litlora.config import Config
 from litlora.families import own_keys
 from litlora.families.experts import experts, experts_to_hf
-from litlora.families.quant_methods import DEQUANTISED, quantised_by
+from litlora.families.quant_methods import DEQUANTISED, quantised_by, unquantised
 from litlora.families.reading import (
     LLAMA_PRO_LAYERS,
     Reader,
@@ -56,6 +56,7 @@ __all__ = [
     "spelt_as",
     "stored_name",
     "tensor_name",
+    "unquantised",
     "with_biases",
     "with_changes",
 ]

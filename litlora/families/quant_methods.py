@@ -7,7 +7,7 @@ BEFORE = "use the directory of the model before it was quantised"
 CONVERT = "litlora convert DIR --to hf --out_dir NEW makes plain weights of it"
 IN_TRANSFORMERS = "load it in transformers, call model.dequantize() and save_pretrained, and use that; or " + BEFORE
 
-DEQUANTISED = ("fp8", "compressed-tensors", "fbgemm_fp8")  # what litlora convert reads, where the weights are fp8 with scales
+DEQUANTISED = ("fp8", "compressed-tensors", "fbgemm_fp8", "mxfp4")  # what litlora convert reads; of the second, what is fp8 with scales
 
 HOW: dict[str, tuple[str, str]] = {  # quant_method: what it is called, and what to do
     "fp8": ("fp8 with scales", CONVERT),
@@ -16,7 +16,7 @@ HOW: dict[str, tuple[str, str]] = {  # quant_method: what it is called, and what
     "bitsandbytes": ("bitsandbytes (8 or 4 bits)", IN_TRANSFORMERS),
     "gptq": ("GPTQ", BEFORE),
     "awq": ("AWQ", BEFORE),
-    "mxfp4": ("MXFP4", "load it in transformers with Mxfp4Config(dequantize=True), save_pretrained, and use that"),
+    "mxfp4": ("MXFP4", CONVERT),
     "hqq": ("HQQ", IN_TRANSFORMERS),
     "aqlm": ("AQLM", BEFORE),
     "quip": ("QuIP#", BEFORE),
@@ -36,6 +36,12 @@ def quantised_by(values: Mapping[str, Any]) -> str | None:
         return None
     method = held.get("quant_method") if isinstance(held, Mapping) else None
     return method if isinstance(method, str) else ""
+
+
+def unquantised(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the plain model that litlora convert makes of it; of what it does not read, or is plain, the same."""
+    dropped = () if quantised_by(values) not in DEQUANTISED else ("quantization_config", "compression_config")
+    return {key: value for key, value in values.items() if key not in dropped}
 
 
 def why_refused(method: str) -> tuple[str, str]:
