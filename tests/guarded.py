@@ -75,7 +75,7 @@ def everything(root: Path) -> set[str]:
 
 def main(plan: dict[str, Any]) -> None:
     import jinja2.sandbox  # noqa: F401  what libraries do while they are imported is their own
-    import lightning.fabric.fabric  # noqa: F401
+    import lightning_fabric.fabric  # noqa: F401
     import torch
 
     torch.set_num_threads(1)

@@ -95,7 +95,7 @@ def test_on_a_pipe_each_line_is_a_turn_and_nothing_but_replies_is_printed(base: 
 import sys
 from litlora.__main__ import main
 code = main(sys.argv[1:])
-loaded = {"lightning", "transformers", "prompt_toolkit", "rich", "pandas"} & set(sys.modules)
+loaded = {"lightning_fabric", "transformers", "prompt_toolkit", "rich", "pandas"} & set(sys.modules)
 assert not loaded, loaded
 sys.exit(code)
 """

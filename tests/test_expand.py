@@ -255,7 +255,7 @@ def test_the_command_expands_without_torch(tmp_path: Path) -> None:
 import sys
 from litlora.__main__ import main
 assert main(["expand", sys.argv[1], "--out_dir", sys.argv[2], "--n_insert", "1"]) == 0
-heavy = [name for name in ("torch", "lightning", "transformers", "tokenizers") if name in sys.modules]
+heavy = [name for name in ("torch", "lightning_fabric", "transformers", "tokenizers") if name in sys.modules]
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code, str(base), str(tmp_path / "deep")], cwd=ROOT, capture_output=True, text=True)

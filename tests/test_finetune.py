@@ -313,7 +313,7 @@ def test_a_step_loads_elsewhere_as_it_is(run: Ran, place: Place) -> None:
 
 KILLED = """
 import json, os, signal, sys
-import lightning.fabric, torch, litlora.commands.finetune  # what takes long; nothing was computed, so each fork is a fresh process
+import lightning_fabric, torch, litlora.commands.finetune  # what takes long; nothing was computed, so each fork is a fresh process
 from litlora.__main__ import main
 from litlora.train.metrics import Metrics
 

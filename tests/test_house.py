@@ -93,7 +93,7 @@ def test_what_looks_at_files_alone_imports_no_torch() -> None:
 import importlib, sys
 for name in {TORCH_FREE!r}:
     importlib.import_module(name)
-    heavy = [module for module in ("torch", "lightning", "transformers") if module in sys.modules]
+    heavy = [module for module in ("torch", "lightning_fabric", "transformers") if module in sys.modules]
     assert not heavy, f"{{name}} imported {{heavy}}"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -112,7 +112,7 @@ try:
     code = main({words.split()!r})
 except SystemExit as stop:
     code = stop.code
-heavy = [module for module in ("torch", "lightning", "numpy", "tokenizers", "jinja2") if module in sys.modules]
+heavy = [module for module in ("torch", "lightning_fabric", "numpy", "tokenizers", "jinja2") if module in sys.modules]
 assert code == 0 and not heavy, (code, heavy)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

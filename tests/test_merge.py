@@ -758,7 +758,7 @@ def test_the_command_merges_without_torch(tmp_path: Path) -> None:
 import sys
 from litlora.__main__ import main
 assert main(["merge_lora", sys.argv[1]]) == 0
-heavy = [name for name in ("torch", "lightning", "transformers", "tokenizers") if name in sys.modules]
+heavy = [name for name in ("torch", "lightning_fabric", "transformers", "tokenizers") if name in sys.modules]
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code, str(step)], cwd=ROOT, capture_output=True, text=True)

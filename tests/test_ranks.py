@@ -29,7 +29,7 @@ from litlora.train.metrics import read
 
 PROCESSES = """
 import json, math, os, signal, sys, time
-import lightning.fabric, torch, torch.distributed, litlora.commands.finetune  # nothing was computed, so each fork is a fresh process
+import lightning_fabric, torch, torch.distributed, litlora.commands.finetune  # nothing was computed, so each fork is a fresh process
 from litlora.__main__ import main
 from litlora.train import loop, saving
 

@@ -663,5 +663,5 @@ assert not heard, heard
 
 def test_looking_at_checkpoints_imports_no_torch() -> None:
     """DESIGN section 2: only weights and state need it, and nothing else in the room imports those."""
-    code = "import sys; import litlora.checkpoint; assert not {'torch', 'lightning', 'safetensors'} & sys.modules.keys()"
+    code = "import sys; import litlora.checkpoint; assert not {'torch', 'lightning_fabric', 'safetensors'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

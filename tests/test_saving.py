@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from talkers import make_talker
 
 from litlora.__main__ import main

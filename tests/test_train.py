@@ -16,7 +16,7 @@ import pytest
 import torch
 from checkpoint_samples import manifest_of
 from conftest import tiny_gpt
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
 from litlora.checkpoint import names

@@ -21,7 +21,7 @@ from extensions.reliability.processes import Server
 from extensions.reliability.tally import KINDS, Tally, table
 
 PARTS = 4  # in which the long rounds are done, so that one that is stopped has tried something of each
-PACKAGES = ("torch", "lightning", "numpy", "safetensors")
+PACKAGES = ("torch", "lightning-fabric", "numpy", "safetensors")
 MACHINE = f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 

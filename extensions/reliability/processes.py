@@ -159,7 +159,7 @@ class Server:
 def serve() -> None:
     """Fork for each command; wait for one when asked to, so that until then its number is nobody else's."""
     import jsonargparse  # noqa: F401  what takes long
-    import lightning.fabric.fabric  # noqa: F401
+    import lightning_fabric.fabric  # noqa: F401
     import torch
 
     import litlora.commands.finetune

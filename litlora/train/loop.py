@@ -32,7 +32,7 @@ from litlora.train.signals import Signals
 from litlora.train.watch import Watch
 
 if TYPE_CHECKING:  # Fabric takes seconds to import: a run imports it once its input is known to be good
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 MICRO_BATCH_TOKENS = 1024  # computed at once where nothing else was asked: enough to keep the cores busy, small enough for the caches
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 if TYPE_CHECKING:  # Fabric takes seconds to import: a run imports it once its input is known to be good
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 def over_ranks(fabric: "Fabric", tensor: Tensor) -> Tensor:

@@ -433,7 +433,7 @@ def is_first_process() -> bool:
 
 def launch(options: FitOptions) -> Any:
     """Fabric on the devices that were asked for, its processes started. Imported here: only training needs it."""
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     keep_freed_memory()
     if options.threads:

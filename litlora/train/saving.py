@@ -20,7 +20,7 @@ from litlora.train.plan import Position
 from litlora.train.ranks import over_ranks
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True, kw_only=True)
