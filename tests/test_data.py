@@ -677,7 +677,7 @@ def test_the_fingerprint_changes_with_whatever_changes_samples(tmp_path: Path, p
 
 def test_reading_and_ordering_data_imports_no_torch() -> None:
     """DESIGN section 2. Only batches.py needs it."""
-    code = "import sys, litlora.data.samples, litlora.data.order; assert not {'torch', 'lightning_fabric', 'transformers'} & set(sys.modules)"
+    code = "import sys, litlora.data.samples, litlora.data.order; assert not {'torch', 'lightning_fabric', 'transformers'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -22,7 +22,20 @@ ROOT = Path(__file__).resolve().parents[2]  # the repository: runners are starte
 STARTED = "LITLORA_BENCHMARK_STARTED"  # the driver's time.monotonic() when it started a runner
 GEMM_SIZE = 1024
 TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
-PACKAGES = ("torch", "lightning-fabric", "lightning", "litgpt", "transformers", "peft", "accelerate", "trl", "litlora", "tokenizers", "safetensors", "numpy")
+PACKAGES = (
+    "torch",
+    "lightning",
+    "litgpt",
+    "transformers",
+    "peft",
+    "accelerate",
+    "trl",
+    "litlora",
+    "lightning-fabric",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
 
 # ---- in a runner -----------------------------------------------------------------------------------------------------
 

@@ -59,9 +59,9 @@ LINES = {
     "peft-bf16": Line(
         "run_peft", "peft", ("transformers", "peft"), "bf16 base, micro-batch 4, padded", {"precision": "bf16", "micro_batch": 4}
     ),
-    "litlora": Line("run_litlora", "litlora", ("litlora", "lightning_fabric"), "fp32, packed, beginnings shared", {}),
-    "litlora-apart": Line("run_litlora", "litlora", ("litlora", "lightning_fabric"), "fp32, packed, nothing shared", {"share_prefix": False}),
-    "litlora-bf16": Line("run_litlora", "litlora", ("litlora", "lightning_fabric"), "bf16 base, packed", {"precision": "bf16"}),
+    "litlora": Line("run_litlora", "litlora", ("litlora",), "fp32, packed, beginnings shared", {}),
+    "litlora-apart": Line("run_litlora", "litlora", ("litlora",), "fp32, packed, nothing shared", {"share_prefix": False}),
+    "litlora-bf16": Line("run_litlora", "litlora", ("litlora",), "bf16 base, packed", {"precision": "bf16"}),
 }
 DEFAULT_LINES = ("litgpt-default", "litgpt-mb1", "litgpt-mb4", "peft", OURS)
 
