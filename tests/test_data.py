@@ -818,6 +818,23 @@ def test_what_is_shared_is_computed_once() -> None:
     assert [(batch.prefix, batch.segments) for batch in few] == [(12, (28, 28))], "a batch for each would cost more"
 
 
+def test_what_is_shared_pays() -> None:
+    """From 8 tokens on, of two samples or more, and where fewer tokens are computed in the end: a batch counts as 64 more.
+
+    Caught: more than 8; a sample that shares with itself; rows of a template always together, however they fill batches.
+    """
+
+    def alike_in(count: int) -> list[Sample]:
+        rows = [np.array([*range(count), last, 9], dtype=np.int32) for last in (50, 60)]
+        return [Sample(tokens, np.append(tokens[1:], 0), "") for tokens in rows]
+
+    # the target of the last token that is alike is not
+    assert [pack(alike_in(count), 100, share=True)[0].prefix for count in (8, 9)] == [0, 8]
+    assert [batch.prefix for batch in pack(alike_in(9), 11, share=True)] == [0, 0]
+    rows = [templated(*kind) for kind in [(1, 10, 0), (2, 25, 1), (0, 5, 2), (1, 5, 3)]]
+    assert sum(batch.tokens.numel() + 64 for batch in pack(rows, 80, share=True)) == 251  # 269 with both rows of template 1 in a batch
+
+
 def test_packing_fills_batches() -> None:
     samples = samples_of([30, 10, 20, 20, 10, 10])
     assert sorted(batch.tokens.numel() for batch in pack(samples, 50)) == [50, 50]

@@ -16,7 +16,8 @@ from litlora.__main__ import main
 from litlora.checkpoint.files import open_prompts, open_tokenizer
 from litlora.checkpoint.resolve import resolve
 from litlora.errors import UserError
-from litlora.tokenizer import Tokenizer
+from litlora.prompts import Prompts
+from litlora.tokenizer import Tokenizer, vocabularies
 
 WITHOUT = [  # vocabularies that are published in both forms
     "tinyllama-chat",
@@ -134,7 +135,29 @@ def test_added_tokens_of_an_older_directory_have_their_ids(tmp_path: Path) -> No
         Tokenizer(tmp_path)
 
 
+def message(*fields: tuple[int, bytes | int]) -> list[bytes]:
+    """Fields of a protocol buffer message, one by one."""
+    return [bytes([n << 3, v]) if isinstance(v, int) else bytes([n << 3 | 2, len(v)]) + v for n, v in fields]
+
+
 RANKS = b"".join(base64.b64encode(bytes([n])) + b" %d\n" % n for n in range(256))
+
+
+def test_ranks_begin_a_text_with_the_token_that_the_config_calls_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D02: the id that added_tokens_decoder gives it, behind the ranks; none where it is not listed there. (The published Llama 3 is
+    among the slow ones above.) Caught: the first id behind the ranks; no BOS; its id one off."""
+    monkeypatch.setattr(vocabularies, "LLAMA_3_RANKS", 256)
+    (tmp_path / "tokenizer.model").write_bytes(RANKS)
+    listed = {str(256 + n): {"content": text, "special": True} for n, text in enumerate(["<|end|>", "<|begin|>"])}
+    config = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "added_tokens_decoder": listed}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.adds_bos, tokenizer.eos_ids, tokenizer.size) == (257, True, {256}, 258)
+    assert Prompts(tokenizer).text_ids("é<|end|>") == [257, 0xC3, 0xA9, 256]
+    config["added_tokens_decoder"] = {"256": listed["256"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="bos_token is"):
+        Tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +187,16 @@ def test_what_is_damaged_or_does_not_say_enough_is_refused(tmp_path: Path, files
 
 
 def test_a_truncated_model_is_refused_or_whole(tmp_path: Path) -> None:
-    """Cut anywhere, a model file is no vocabulary with fewer pieces."""
+    """Cut anywhere, a model file is no vocabulary with other pieces. Caught: no look at whether the last field is there to its end."""
     raw = shared_data("tokenizers/tinyllama-chat/tokenizer.model").read_bytes()
     for size in (1, 1000, 123_456, len(raw) - 1):
         (tmp_path / "tokenizer.model").write_bytes(raw[:size])
         with pytest.raises(UserError):
+            Tokenizer(tmp_path)
+    fields = message((2, b"\x18\x02"), *((1, message((1, text))[0]) for text in (b"x", b"yz", b"first", b"last")))  # BPE, four pieces
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(fields))
+    assert Tokenizer(tmp_path).size == 4
+    for size in range(1, len(fields[-1])):
+        (tmp_path / "tokenizer.model").write_bytes(b"".join(fields[:-1]) + fields[-1][:size])
+        with pytest.raises(UserError, match="neither a SentencePiece model"):
             Tokenizer(tmp_path)
