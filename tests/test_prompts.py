@@ -447,6 +447,47 @@ def test_a_template_that_ends_all_answers_but_the_last_is_graded_to_the_end(tmp_
     assert (whole_text(prompts, sample), graded_text(prompts, sample)) == ("hi</s>yo</s>hm</s>so</s>", "yo</s>so</s>")
 
 
+SHOWN = "{% for m in messages %}{{ CONTENT }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("written", "whole", "graded"),
+    [
+        ("'<s>' + m.content + '</s>'", "<s>hi</s><s>yo</s><s>hm</s><s>so</s>", "<s>yo</s><s>so</s>"),
+        ("m.content + '</s></s>'", "hi</s></s>yo</s></s>hm</s></s>so</s>", "yo</s>so</s>"),
+        ("m.content + ('</s>' if m.role == 'user' else ';')", "hi</s>yo;hm</s>so</s>", "yoso</s>"),
+        ("m.content + ';'", "hi;yo;hm;so</s>", "yoso</s>"),
+    ],
+)
+def test_an_answer_ends_with_the_first_end_token_behind_it(written: str, whole: str, graded: str, tmp_path: Path) -> None:
+    """D03: not with a token before it, one more end, or one further on. The last one gets an end where the template writes none.
+
+    Caught: any special token taken for the end; an end looked for behind an end; one that does not follow at once.
+    """
+    prompts = Prompts(Tokenizer(byte_level(tmp_path)), SHOWN.replace("CONTENT", written))
+    sample = prompts.sample_ids([user("hi"), answer("yo"), user("hm"), answer("so")])
+    assert (whole_text(prompts, sample), graded_text(prompts, sample)) == (whole, graded)
+
+
+def test_an_end_token_that_is_put_behind_an_answer_counts_as_the_answer_does(tmp_path: Path) -> None:
+    """D03: not graded behind an answer of weight 0, whether or not a token reaches over its beginning; none for a tokenizer that has none.
+
+    Caught: the end, or the answer behind such a token, graded all the same; a sample of each answer; `None` among the ids; a letter
+    taken for the end of a turn.
+    """
+    tokenizer = Tokenizer(byte_level(tmp_path))
+    talk = [user("a"), answer("ere"), user("b"), answer("c", weight=0)]
+    for text, expected in (("m.content + ';'", ["ere"]), ("m.content + ('h' if m.role == 'user' else '')", ["ere</s>"])):
+        prompts = Prompts(tokenizer, SHOWN.replace("CONTENT", text))
+        assert [graded_text(prompts, sample) for sample in prompts.samples_ids(talk)] == expected
+    assert [graded_text(prompts, sample) for sample in prompts.samples_ids([user("a"), answer("ere", weight=0)])] == [""]
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "eos_token"}))
+    prompts = Prompts(Tokenizer(tmp_path), SHOWN.replace("CONTENT", "m.content + ';'"))
+    assert whole_text(prompts, prompts.sample_ids([user("hi"), answer("yo")])) == "hi;yo"
+    assert prompts.stop_ids == frozenset()
+
+
 def test_the_end_is_graded_where_it_is_also_the_padding(models: Any) -> None:
     """D03: tinyllama's pad token is its EOS."""
     prompts = models("tinyllama-chat")[1]

@@ -226,8 +226,8 @@ class Prompts:
         whole = drafts[-1].text
         if all(whole.startswith(draft.text) for draft in drafts):
             spans = [draft.spans[0] for draft in drafts]
-            for span, after in zip(spans, [*turns[1:], None], strict=True):
-                if after is not None and not span.has_end:
+            for span in spans:
+                if not span.has_end:
                     self._extend_to_end(span, whole)
             return [Draft(whole, mark, spans)]
         return [draft for draft in drafts if draft.spans[0].graded]
@@ -308,10 +308,10 @@ class Prompts:
         """The id with which this template ends an answer, if it is one token."""
         question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "replied"}
         try:
-            ids, graded = self.sample_ids([question, answer])
+            ids, _ = self.sample_ids([question, answer])
         except UserError:
             return []
-        return [ids[-1]] if graded[-1] and ids[-1] in self.tokenizer.special_ids else []
+        return [ids[-1]] if ids[-1] in self.tokenizer.special_ids else []
 
 
 def chosen_template(choice: str, named: Mapping[str, str]) -> tuple[str | None, str]:
