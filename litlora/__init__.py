@@ -76,6 +76,7 @@ def generate(
     repetition_penalty: float = 1.0,
     stop: Sequence[str] = (),
     seed: int = 1234,
+    prompt_lookup: int = 0,
 ) -> str:
     """The answer of `model`, which GPT.from_pretrained or load made, to `prompt`: a text, or messages with `role` and `content`.
 
@@ -98,6 +99,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         stop=[stop] if isinstance(stop, str) else list(stop),
         seed=seed,
+        prompt_lookup=prompt_lookup,
     )
     adapter = None if adapter_path is None else (adapter_path, adapter_weight)
     return answer_once(model, prompt, adapter, sampling, system=system, raw=raw)

@@ -1,12 +1,14 @@
 """From the ids of a prompt to an answer: prefill, decode, sample, stop, stream.
 
     prompt ids -> Conversation.ask -> Answer, which gives its text piece by piece as it is iterated
+                  with --prompt_lookup a Lookup guesses tokens, several of which one forward pass checks
     many prompts -> generate_batch -> their Answers, the same tokens as one by one
 
 A Conversation owns the keys and values of what was said and computes only what is new; the model holds no state, so
 any number of conversations share one. Ids are counted against the context before anything is computed or allocated.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Literal
@@ -22,6 +24,8 @@ from litlora.tokenizer import Tokenizer
 PREFILL_TOKENS = 512  # computed at once, over all rows: bounds the memory of a long prompt
 FIRST_CACHE_TOKENS = 1024  # room for a row in a new cache
 BATCH_ROWS = 8  # prompts answered side by side
+LOOKUP_IDS = (3, 2)  # so many last ids must have stood together before: the longer run is looked for first
+LOOKUP_PAUSE = 15  # most steps without a draft after drafts that were all wrong
 NUCLEUS_GUESS = 256  # top_p's tokens are almost always among the likeliest 256: finding those takes 1/40 of sorting 152,000
 
 FinishReason = Literal["stop", "length"]
@@ -54,15 +58,34 @@ class Conversation:
         return answer
 
     def tokens(self, answer: "Answer", asked: int) -> Iterator[int]:
-        """The answer's ids without end; who reads them stops in time (Answer.push knows when)."""
+        """The answer's ids without end; who reads them stops in time (Answer.push knows when).
+
+        The sampler picks each of them from the model's own logits, also those that a draft foretold: it ends where it is wrong.
+        """
         sampler = Sampler(answer.sampling, self.tokenizer.size, answer.prompt)
-        logits = self.prefill(answer.prompt)  # (V,)
+        lookup = self.lookup(answer)
+        draft: Sequence[int] = ()
+        logits, left = self.prefill(answer.prompt)[None], answer.limit  # (1 + D, V), D: length of the draft
         while True:
-            token = sampler.pick(logits)  # ()
-            token_id = int(token)
-            yield token_id
-            assert asked == self.asked, "a newer question was asked in this conversation"
-            logits = self.step(token, token_id)
+            for row, guess in itertools.zip_longest(logits, draft):
+                token = sampler.pick(row)  # ()
+                token_id, left = int(token), left - 1
+                answer.looked_up += token_id == guess
+                yield token_id
+                assert asked == self.asked, "a newer question was asked in this conversation"
+                if lookup is not None:
+                    lookup.add(token_id)
+                if token_id != guess:
+                    break
+                self.held.append(token_id)
+            draft = () if lookup is None else lookup.draft(left - 1)  # the last token's logits are not wanted
+            logits = self.step(token, token_id, draft)
+
+    def lookup(self, answer: "Answer") -> "Lookup | None":
+        """None also where each token's angles depend on how long the text is: several at once cannot have their own."""
+        if not answer.sampling.prompt_lookup or self.model.config.rope.depends_on_length:
+            return None
+        return Lookup(answer.prompt, answer.sampling.prompt_lookup, self.stop_ids)
 
     @torch.inference_mode()
     def prefill(self, prompt: Sequence[int]) -> Tensor:  # (V,)
@@ -83,12 +106,17 @@ class Conversation:
         return finite(logits)
 
     @torch.inference_mode()
-    def step(self, token: Tensor, token_id: int) -> Tensor:  # () -> (V,)
-        """Logits after one more token."""
-        if self.model.config.rope.changes_between(len(self.held), len(self.held) + 1):
-            return self.prefill([*self.held, token_id])
-        reserve(self.cache, len(self.held) + 1, self.context)
-        logits: Tensor = self.model(token.view(1, 1), cache=self.cache)[0, 0]
+    def step(self, token: Tensor, token_id: int, draft: Sequence[int] = ()) -> Tensor:  # () -> (1 + D, V)
+        """Logits after one more token, and after each of a draft of what follows it. Of these `held` gets the first alone."""
+        start = len(self.held)
+        if self.model.config.rope.changes_between(start, start + 1):
+            return self.prefill([*self.held, token_id])[None]
+        self.cache.rewind(start)  # what the last draft had wrong
+        reserve(self.cache, start + 1 + len(draft), self.context)
+        tokens = token.view(1, 1)
+        if draft:
+            tokens = torch.cat((tokens, tokens.new_tensor([draft])), 1)
+        logits: Tensor = self.model(tokens, cache=self.cache)[0]
         self.held.append(token_id)
         return logits
 
@@ -224,6 +252,7 @@ class Answer:
         if sampling.max_new_tokens is not None:
             self.limit = min(self.limit, sampling.max_new_tokens)
         self.ids: list[int] = []  # every token that was picked, the stop token included
+        self.looked_up = 0  # those among them that a draft foretold
         self.text = ""  # without the stop token, the stop text and what may turn out to be one
         self.finish_reason: FinishReason | None = None  # None: not finished, or broken off
         self.tokens: Iterable[int] = ()  # where the ids come from when the answer is iterated
@@ -301,6 +330,50 @@ def find_stop(text: str, stops: Sequence[str]) -> tuple[int | None, int]:
         if any(stop.startswith(text[start:]) for stop in stops):
             return None, start
     return None, len(text)
+
+
+# ---- drafts ----------------------------------------------------------------------------------------------------------
+
+
+class Lookup:
+    """How a text may go on: as it did after the same ids before (Saxena 2023, "Prompt Lookup Decoding"; Yang et al. 2023, 2304.04487).
+
+    A draft that is wrong from its first token on has cost time for nothing. So the next steps go without one, more of them each
+    time; a draft that is right ends that.
+    """
+
+    def __init__(self, ids: Sequence[int], most: int, stop_ids: Collection[int]) -> None:
+        self.most, self.stop_ids = most, stop_ids  # tokens in a draft, and those after which nothing comes
+        self.ids: list[int] = []
+        self.after: dict[tuple[int, ...], int] = {}  # the place that followed these ids the last time
+        self.drafted: int | None = None  # how many ids there were when the last step's draft was made; None: it had none
+        self.pause = self.wait = 0  # steps without a draft: in all, and still to come
+        for token_id in ids:
+            self.add(token_id)
+
+    def add(self, token_id: int) -> None:
+        for n in LOOKUP_IDS:
+            if len(self.ids) >= n:
+                self.after[tuple(self.ids[-n:])] = len(self.ids)
+        self.ids.append(token_id)
+
+    def draft(self, most: int) -> list[int]:
+        """At most `most` tokens that may come next; none where nothing says so."""
+        if self.drafted is not None:
+            right = len(self.ids) - self.drafted > 1  # beside the token that every step gives
+            self.pause = self.wait = 0 if right else min(2 * self.pause + 1, LOOKUP_PAUSE)
+            self.drafted = None
+        if self.wait:
+            self.wait -= 1
+            return []
+        most = max(0, min(most, self.most))
+        at = next((self.after[last] for n in LOOKUP_IDS if (last := tuple(self.ids[-n:])) in self.after), len(self.ids))
+        found = self.ids[at : at + most]
+        again = itertools.islice(itertools.cycle(found), most)  # what ends with the text may be repeating itself
+        draft = list(itertools.takewhile(lambda token_id: token_id not in self.stop_ids, again))
+        if draft:
+            self.drafted = len(self.ids)
+        return draft
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------

@@ -200,6 +200,9 @@ class SamplingOptions:
     repetition_penalty: float = option(1.0, "divide the logits of tokens already seen (arXiv:1909.05858)", above=0)
     stop: list[str] = option([], "stop before this text; repeatable")
     seed: int = option(1234, "of the sampling")
+    prompt_lookup: int = option(
+        0, "guess so many tokens by how the text went on after the same ones before, and check them at once; 0: off", least=0, most=64
+    )
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

@@ -427,6 +427,9 @@ def test_an_adapter_that_cannot_go_on_leaves_the_old_one_on(base: Path, step: Pa
 def test_stats_can_be_turned_off_and_on(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
     session.handle("hello")
     assert re.search(r"12 tokens · \d+ tok/s · first token \d+\.\d\d s · context \d+/256", capsys.readouterr().err)
+    session.handle("/set prompt_lookup 8")
+    session.handle("hello")
+    assert re.search(r"12 tokens · \d+ looked up · \d+ tok/s", capsys.readouterr().err)
     session.handle("/stats off")
     session.handle("hello")
     assert "tok/s" not in capsys.readouterr().err

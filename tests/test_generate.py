@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,14 @@ def test_the_answer_goes_to_standard_output_and_the_speed_to_standard_error(base
     code, out, notes = run("--prompt", "héllo")
     assert (code, out) == (0, answer(base, "héllo") + "\n")
     assert notes.startswith("10 tokens · ")
+
+
+def test_drafts_change_no_word_and_are_counted(base: Path, run: Run) -> None:
+    code, out, notes = run("--prompt", "abc abc abc abc", "--prompt_lookup", "8")
+    assert (code, out) == (0, answer(base, "abc abc abc abc") + "\n")
+    assert re.match(r"10 tokens · \d looked up · \d+ tok/s", notes)
+    assert answer(base, "abc abc abc abc", prompt_lookup=8) + "\n" == out
+    assert run("--prompt", "x", "--prompt_lookup", "65")[0] == 2
 
 
 def test_a_prompt_may_come_on_standard_input(base: Path, run: Run) -> None:

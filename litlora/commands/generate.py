@@ -71,8 +71,9 @@ def as_json(question: "Question", answer: "Answer") -> str:
 
 
 def stats(answer: "Answer", context: int) -> str:
-    """`84 tokens · 41 tok/s · first token 0.21 s · context 312/2048`"""
-    parts = [f"{len(answer.ids)} tokens", f"{answer.tokens_per_second:.0f} tok/s", f"first token {answer.first_token_seconds:.2f} s"]
+    """`84 tokens · 30 looked up · 41 tok/s · first token 0.21 s · context 312/2048`"""
+    parts = [f"{len(answer.ids)} tokens", *([f"{answer.looked_up} looked up"] if answer.sampling.prompt_lookup else [])]
+    parts += [f"{answer.tokens_per_second:.0f} tok/s", f"first token {answer.first_token_seconds:.2f} s"]
     parts.append(f"context {answer.prompt_tokens + len(answer.ids)}/{context}")
     return " · ".join(parts)
 
