@@ -16,7 +16,7 @@ from extensions.benchmarks.job import IGNORE, Job, Sample
 from extensions.benchmarks.measure import percentile, run, table, write_results
 from extensions.benchmarks.plot import READERS
 from extensions.benchmarks.run_litlora import train
-from extensions.benchmarks.start_c5_c6 import PROMPT, litgpt_answer, said_by_litgpt
+from extensions.benchmarks.start import PROMPT, litgpt_answer, said_by_litgpt
 from extensions.benchmarks.train_c1 import losses_agree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,11 +59,12 @@ def test_the_training_benchmark_starts_and_its_gate_passes(tmp_path: Path) -> No
 
 
 def test_the_start_benchmarks_start_and_their_gate_passes(tmp_path: Path) -> None:
-    """C5, C6."""
-    done, results = benchmark("start_c5_c6", tmp_path)
+    """C5, C6, C7."""
+    done, results = benchmark("start", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {"python -c pass", "litlora --help", "litlora finetune lora --help"} <= set(results["C5"]["seconds"])
     assert {"import torch", "litlora generate"} <= set(results["C6"]["seconds"])
+    assert {"import Fabric", "import torch, AdamW.step", "litlora finetune lora"} <= set(results["C7"]["seconds"])
     assert results["C6"]["gate"]["passed"]
     assert "litlora generate" in results["C6"]["gate"]["answers"]
 

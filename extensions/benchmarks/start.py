@@ -1,11 +1,14 @@
-"""C5 and C6: how long until a command answers, in fresh processes with a warm file cache, tools in turn.
+"""C5, C6 and C7: how long until a command answers, in fresh processes with a warm file cache, tools in turn.
 
 C5: help texts, beside the interpreter alone and the import of jsonargparse. C6: process start to the first token after a
-prompt of 8 tokens, beside `import torch` alone; the gate is that all tools that compute in fp32 say the same token.
+prompt of 8 tokens, beside `import torch` alone; the gate is that all tools that compute in fp32 say the same token. C7: process
+start to the end of the first step of a LoRA fine-tuning on 64 rows, beside the import of Fabric, and of it with torch's optimizer.
 """
 
 import argparse
+import json
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +31,16 @@ from extensions.benchmarks.measure import (
 from extensions.benchmarks.train_c1 import convert_for_litgpt, must
 
 PROMPT = "The capital of France is the city of"  # 8 tokens in SmolLM's vocabulary
+IDS = ("C5", "C6", "C7")
 AIM_HELP = 0.25  # seconds
 AIM_BEYOND_TORCH = 0.5  # seconds over `import torch`
+AIM_BEYOND_FABRIC = 1.0  # seconds over `import Fabric`
+ROWS = 64  # of C7
 
 
 @dataclass(frozen=True)
 class Start:
-    """One line of a table: a process, and which of its output is waited for."""
+    """One line of a table: a process, and which of its output is waited for. `{new}` in a word is a place that is not there yet."""
 
     command: list[str]
     wanted: Callable[[str], bool] | None = None  # given stdout so far; None: the process's end counts
@@ -44,17 +50,20 @@ class Start:
 def main() -> int:
     args = read_arguments()
     about = run_json([sys.executable, "-m", "extensions.benchmarks.measure", str(args.threads)], env=thread_env(args.threads))
+    passed = True
     if "C5" in args.ids:
         passed = measure(args, "C5", about, *help_texts(args))
     if "C6" in args.ids:
-        passed = measure(args, "C6", about, *first_tokens(args)) and ("C5" not in args.ids or passed)
+        passed = measure(args, "C6", about, *first_tokens(args)) and passed
+    if "C7" in args.ids:
+        passed = measure(args, "C7", about, *first_steps(args)) and passed
     return 0 if passed else 1
 
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--ids", nargs="+", choices=("C5", "C6"), default=["C5", "C6"], help="what to measure (default: both)")
-    parser.add_argument("--tokenizer", type=Path, help="C6: directory with the tokenizer.json of the shape (SmolLM's for 135m)")
+    parser.add_argument("--ids", nargs="+", choices=IDS, default=list(IDS), help="what to measure (default: all)")
+    parser.add_argument("--tokenizer", type=Path, help="C6, C7: directory with the tokenizer.json of the shape (SmolLM's for 135m)")
     parser.add_argument(
         "--python", action="append", default=[], metavar="TOOL=PATH", help="interpreter of litgpt, transformers, trl or litlora"
     )
@@ -67,8 +76,8 @@ def read_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.shape, args.repeats = "tiny", 1
-    elif "C6" in args.ids and args.tokenizer is None:
-        parser.error("C6 needs --tokenizer (only --quick does without)")
+    elif {"C6", "C7"} & {*args.ids} and args.tokenizer is None:
+        parser.error("C6 and C7 need --tokenizer (only --quick does without)")
     chosen = dict(pair.partition("=")[::2] for pair in args.python)
     args.python = {tool: chosen.pop(tool, sys.executable) for tool in ("litlora", "litgpt", "transformers", "trl")}
     if chosen:
@@ -103,9 +112,7 @@ def help_texts(args: argparse.Namespace) -> tuple[dict[str, Start], dict[str, st
 
 
 def first_tokens(args: argparse.Namespace) -> tuple[dict[str, Start], dict[str, str]]:
-    command = [sys.executable, "-m", "extensions.benchmarks.artefacts", "--work_dir", str(args.work_dir), "--shape", args.shape]
-    must(command + (["--tokenizer", str(args.tokenizer.resolve())] if args.tokenizer else []))
-    place = args.work_dir / args.shape
+    place = artefacts(args)
     base, once = str(place / "base"), ["--prompt", PROMPT, "--max_new_tokens", "1", "--temperature", "0"]
     starts = {"import torch": Start([args.python["litlora"], "-c", "import torch"])}
     absent = {}
@@ -123,6 +130,44 @@ def first_tokens(args: argparse.Namespace) -> tuple[dict[str, Start], dict[str, 
     if "litlora" not in absent:
         starts["litlora generate"] = Start([args.python["litlora"], "-m", "litlora", "generate", base, "--raw", *once], bool, str.rstrip)
     return starts, absent
+
+
+def first_steps(args: argparse.Namespace) -> tuple[dict[str, Start], dict[str, str]]:
+    """Each tool at its defaults, but for one optimizer step of 16 samples in fp32 and no validation before it."""
+    place = artefacts(args)
+    rows = place / "rows.json"
+    rows.write_text(json.dumps([{"instruction": f"Say {n} in words.", "input": "", "output": f"It is {n}." * 8} for n in range(ROWS)]))
+    ours, absent = args.python["litlora"], {}
+    optimizer = "import torch; p = torch.ones(1, requires_grad=True); p.grad = torch.ones(1); torch.optim.AdamW([p]).step()"
+    starts = {
+        "import Fabric": Start([ours, "-c", "from lightning_fabric import Fabric"]),
+        "import torch, AdamW.step": Start([ours, "-c", optimizer]),
+    }
+    if missing(args.python["litgpt"], ["litgpt"]):
+        absent["litgpt"] = "not installed (--python litgpt=PATH)"
+    else:
+        convert_for_litgpt(args.python["litgpt"], place)
+        words = ["finetune_lora", str(place / "litgpt"), "--precision", "32-true", "--data", "JSON", "--data.json_path", str(rows)]
+        words += ["--data.val_split_fraction", "0.1", "--train.global_batch_size", "16", "--train.micro_batch_size", "4"]
+        words += ["--train.max_steps", "1", "--train.epochs", "1", "--eval.initial_validation", "false", "--out_dir", "{new}"]
+        starts["litgpt finetune_lora"] = Start([args.python["litgpt"], "-m", "litgpt", *words], lambda stdout: "(step)" in stdout)
+    words = ["finetune", "lora", str(place / "base"), "--data", str(rows), "--chat_template", "alpaca"]
+    words += ["--train.max_steps", "1", "--eval.fraction", "0", "--out_dir", "{new}"]
+    step = Start(both_outputs([ours, "-m", "litlora", *words]), lambda stdout: "step=1/1" in stdout)
+    return starts | {"litlora finetune lora": step}, absent
+
+
+def both_outputs(command: Sequence[str]) -> list[str]:
+    """What it says on standard error comes on standard output as well."""
+    return ["bash", "-c", 'exec "$@" 2>&1', "-", *command]
+
+
+def artefacts(args: argparse.Namespace) -> Path:
+    """The directory of the shape's base and what was made of it."""
+    command = [sys.executable, "-m", "extensions.benchmarks.artefacts", "--work_dir", str(args.work_dir), "--shape", args.shape]
+    must(command + (["--tokenizer", str(args.tokenizer.resolve())] if args.tokenizer else []))
+    place: Path = args.work_dir / args.shape
+    return place
 
 
 def said_by_litgpt(stdout: str) -> bool:
@@ -143,7 +188,9 @@ def measure(args: argparse.Namespace, id: str, about: Mapping[str, Any], starts:
     for turn in range(1 if args.quick else 0, args.repeats + 1):
         print(f"{id}: {'warm-up' if turn == 0 else f'turn {turn}/{args.repeats}'}", file=sys.stderr, flush=True)
         for name, start in starts.items():
-            done = run(start.command, env=thread_env(args.threads), wanted=start.wanted)
+            with tempfile.TemporaryDirectory() as new:
+                command = [word.replace("{new}", f"{new}/new") for word in start.command]
+                done = run(command, env=thread_env(args.threads), wanted=start.wanted)
             if turn > 0 or done.code != 0:
                 runs[name].append(done)
     failed = {name: " | ".join(tail(each.stderr)) for name, several in runs.items() for each in several if each.code != 0}
@@ -190,7 +237,7 @@ def report(
             "peak MB": f"{median([each.peak_mb for each in good[name]]):.0f}",
         }
         rows.append(row | {f"over {our}": f"{median(several) / median(seconds[our]):.1f}x" for our in ours})
-    what = "help texts" if id == "C5" else f"process start to first token, {args.shape}"
+    what = {"C5": "help texts", "C6": f"process start to first token, {args.shape}", "C7": f"process start to first step, {args.shape}"}[id]
     text = [
         f"# {id}: {what}{' (quick: says only that it starts)' if args.quick else ''}",
         "",
@@ -210,9 +257,14 @@ def verdicts(id: str, seconds: Mapping[str, Sequence[float]]) -> list[str]:
     """What the aims of PERFORMANCE.md say about ours."""
     lines = []
     for name in (name for name in seconds if name.startswith("litlora")):
-        if id == "C6" and "import torch" not in seconds:
+        beside, more = {
+            "C5": ("python -c pass", 0.0),
+            "C6": ("import torch", AIM_BEYOND_TORCH),
+            "C7": ("import Fabric", AIM_BEYOND_FABRIC),
+        }[id]
+        if beside not in seconds:
             continue
-        aim = AIM_HELP if id == "C5" else median(seconds["import torch"]) + AIM_BEYOND_TORCH
+        aim = AIM_HELP if id == "C5" else median(seconds[beside]) + more
         took = median(seconds[name])
         lines.append(f"{name}: {took:.2f} s, aim {aim:.2f} s: {'reached' if took <= aim else 'MISSED'}.")
     return lines
