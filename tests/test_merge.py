@@ -298,6 +298,21 @@ def test_overwriting_leaves_what_is_not_its_own(tmp_path: Path) -> None:
     assert reread(out) == []
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "n" * 244, "\u00fc" * 127], ids=["longest", "long", "two bytes a letter"])
+def test_a_result_may_be_called_by_the_longest_name_there_is(tmp_path: Path, name: str) -> None:
+    """F01: written, replaced, and what a dead merge left goes. Caught: names of what is half-written that are never shortened, or
+    shortened by cutting (the earlier one's is then the new one's)."""
+    step = make_step(tmp_path / "run", make_base(tmp_path / "base"))
+    place, dead = tmp_path / "place", 4_194_305
+    merged(step, place / name)
+    for remains in (name, f"{name}.earlier", names.temporary_name(name, dead)):
+        (place / names.temporary_name(remains, dead)).mkdir()
+    assert len(list(place.iterdir())) == 4
+    merged(step, place / name, overwrite=True)
+    assert [path.name for path in place.iterdir()] == [name]
+    assert reread(place / name) == []
+
+
 def test_two_directories_swap_their_names_also_without_the_systems_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way taken where renameat2 is missing. Caught: the earlier one put aside under the new one's name."""
     monkeypatch.setattr("litlora.merge.ctypes.CDLL", lambda *args, **more: None)

@@ -3,6 +3,8 @@
 The first block is Hugging Face's layout, the second PEFT's, the third our own.
 """
 
+import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -87,6 +89,8 @@ DEMO_BASE = ASSETS / "demo_base"
 DEMO_TRAIN = ASSETS / "demo_data" / "train.jsonl"
 DEMO_HELDOUT = ASSETS / "demo_data" / "heldout.jsonl"
 
+LONGEST_NAME = 255  # bytes, on every file system that people use
+
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _ASIDE = re.compile(_STEP.pattern + r"\.torn(-[0-9]+)?")
 _TEMPORARY = re.compile(r"\.tmp-(.+)-([0-9]+)", re.DOTALL)
@@ -129,8 +133,11 @@ def is_aside(path: str | Path) -> bool:
 
 
 def temporary_name(name: str, pid: int) -> str:
-    """What `name` is called while process `pid` still writes it."""
-    return f".tmp-{name}-{pid}"
+    """What `name` is called while process `pid` still writes it: by its hash, where it would be longer than a file's name may be."""
+    whole = f".tmp-{name}-{pid}"
+    if len(os.fsencode(whole)) <= LONGEST_NAME:
+        return whole
+    return f".tmp-{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}-{pid}"
 
 
 def temporary_owner(path: str | Path) -> int | None:
