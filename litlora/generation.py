@@ -19,6 +19,7 @@ from torch import Tensor
 from litlora.errors import UserError, WorkError
 from litlora.model import GPT, KVCache
 from litlora.options import SamplingOptions
+from litlora.replay import ReplayedStep
 from litlora.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 512  # computed at once, over all rows: bounds the memory of a long prompt
@@ -42,6 +43,7 @@ class Conversation:
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, frozenset(stop_ids)
         self.context = model.config.max_position_embeddings  # tokens
         self.cache = KVCache(min(self.context, FIRST_CACHE_TOKENS))
+        self.replayed = ReplayedStep(model, self.cache) if ReplayedStep.serves(model) else None
         self.held: list[int] = []  # the ids whose keys and values are surely in the cache
         self.reused = 0  # tokens of the last prompt that were not computed again
         self.asked = 0
@@ -113,10 +115,13 @@ class Conversation:
             return self.prefill([*self.held, token_id])[None]
         self.cache.rewind(start)  # what the last draft had wrong
         reserve(self.cache, start + 1 + len(draft), self.context)
-        tokens = token.view(1, 1)
-        if draft:
-            tokens = torch.cat((tokens, tokens.new_tensor([draft])), 1)
-        logits: Tensor = self.model(tokens, cache=self.cache)[0]
+        if self.replayed and not draft:
+            logits = self.replayed(token)[None]
+        else:
+            tokens = token.view(1, 1)
+            if draft:
+                tokens = torch.cat((tokens, tokens.new_tensor([draft])), 1)
+            logits = self.model(tokens, cache=self.cache)[0]
         self.held.append(token_id)
         return logits
 

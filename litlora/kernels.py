@@ -12,6 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from litlora import gpu
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of x (..., C) with gains (C,), which may be of a wider dtype; in x's."""
+    if gpu.triton_for(x):
+        y: Tensor = Normed.apply(x, weight, eps)
+        return y
+    wide = x.to(weight.dtype)
+    if x.is_cuda or not torch.is_grad_enabled():  # torch's own is fused on CUDA; elsewhere its backward pass is slow
+        return F.rms_norm(wide, weight.shape, weight, eps).to(x.dtype)
+    y = Normed.apply(wide, weight, eps)
+    return y.to(x.dtype)
+
 
 class Normed(torch.autograd.Function):
     """RMS norm of x (..., C) with gains (C,); keeps x alone."""
@@ -20,12 +34,15 @@ class Normed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return F.rms_norm(x, weight.shape, weight, eps)
+        fused = gpu.triton_for(x)
+        return fused.rms_norm(x, weight, eps) if fused else F.rms_norm(x, weight.shape, weight, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        if fused := gpu.triton_for(x):
+            return *fused.rms_norm_back(grad, x, weight, ctx.eps, ctx.needs_input_grad[1]), None
         dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
         x, grad = x.to(wide), grad.to(wide)
         inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(ctx.eps).rsqrt_()  # (..., 1)
@@ -35,18 +52,29 @@ class Normed(torch.autograd.Function):
         return grad.addcmul_(x, along).mul_(inverse).to(dtype), grad_weight, None
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, both (..., F). Where no gradient is recorded the gate is lost."""
+    if torch.is_grad_enabled() or gpu.triton_for(gate):
+        y: Tensor = Gated.apply(gate, up)
+        return y
+    return F.silu(gate, inplace=True).mul_(up)
+
+
 class Gated(torch.autograd.Function):
     """silu(gate) * up, both (..., F); keeps the two and recomputes the rest."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        fused = gpu.triton_for(gate)
+        return fused.gated(gate, up) if fused else F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if fused := gpu.triton_for(gate):
+            return fused.gated_back(grad, gate, up)
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
@@ -67,6 +95,9 @@ class Rotated(torch.autograd.Function):
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, way: int) -> Tensor:
+    """x (B, n, T, R) turned by cos and sin (1 or B, 1, T, R) of the angles, as `Turn` has them, forwards (`way` 1) or back (-1)."""
+    if fused := gpu.triton_for(x):
+        return fused.turned(x, cos, sin, interleaved, way)
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else x.roll(x.size(-1) // 2, -1)
     return (x * cos).addcmul_(swapped, sin, value=way).to(x.dtype)  # in fp32, rounded once
 

@@ -32,10 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from litlora import gpu
 from litlora.config import Config, Rope, rotary_steps
 from litlora.errors import UserError
 from litlora.gpu.packed import Packed
-from litlora.kernels import Gated, Normed, Rotated, SummedLoss, turned
+from litlora.kernels import Rotated, SummedLoss, rms_norm, swiglu, turned
 from litlora.quantized import Quantized, beside, hold
 
 IGNORE = -100  # a target that is not graded
@@ -168,8 +169,7 @@ class Context:
         else:
             cache.check_room(B, T)
             if cache.is_ragged:
-                starts = torch.tensor(cache.lengths, device=device)
-                positions = ragged = starts[:, None] + torch.arange(T, device=device)  # (B, T)
+                positions = ragged = cache.starts(device)[:, None] + torch.arange(T, device=device)  # (B, T)
             else:
                 positions = torch.arange(cache.lengths[0], cache.lengths[0] + T, device=device)
         length = T if cache is None else max(cache.reach, max(cache.lengths) + T)
@@ -177,6 +177,14 @@ class Context:
         assert not prefix or not any(rope.depends_on_length for rope in ropes if rope), "what samples share depends on their length"
         turns = {rope: turn_of(positions, rope, config.rotary_dim, segments, length) for rope in ropes if rope is not None}
         return Context(cast("dict[Rope | None, Turn]", turns), segments, prefix, cache, ragged, Packed.of(prefix, segments, device))
+
+    def kernel(self, q: Tensor, v: Tensor) -> "Callable[..., Tensor] | None":
+        """What computes plain attention of q, k, v, window and scale on a GPU where samples, or rows, differ in length."""
+        if self.packed is not None and self.packed.serves(q, v):
+            return self.packed
+        if self.ragged is not None and q.size(2) == 1 and (fused := gpu.triton_for(q)):
+            return functools.partial(fused.attention_of_one, self.ragged)
+        return None
 
     def mask(self, q: Tensor, S: int, window: int | None) -> Tensor:
         """(T, S) or, ragged, (B, 1, T, S): 0 where a query may look, -inf elsewhere; the last query is the last key."""
@@ -293,10 +301,10 @@ class Attention(nn.Module):
         return self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k), v
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # -> (B, T, H, D)
+        if self.is_plain and (kernel := context.kernel(q, v)):
+            return kernel(q, k, v, self.window, self.scale)
         if context.segments is None or len(context.segments) == 1:
             return attend(q, k, v, self.window, context, self.product).transpose(1, 2)
-        if context.packed is not None and self.is_plain and context.packed.serves(q, v):
-            return context.packed(q, k, v, self.window, self.scale)
         parts = [context.prefix, *context.segments] if context.prefix else list(context.segments)
         samples = list(zip(*(x.split(parts, 2) for x in (q, k, v)), strict=True))
         if context.prefix:
@@ -403,10 +411,7 @@ class MLP(nn.Module):
         if self.kind == "plain":
             return adapted(self, x, self.down_proj(self.act(self.up_proj(x))))
         gate, up = self.gate_up_proj(x).chunk(2, -1) if self.kind == "fused" else (self.gate_proj(x), self.up_proj(x))
-        if self.act is not F.silu:
-            gated = self.act(gate) * up
-        else:  # (..., inner)
-            gated = Gated.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate, inplace=True).mul_(up)
+        gated = swiglu(gate, up) if self.act is F.silu else self.act(gate) * up  # (..., inner)
         return adapted(self, x, self.down_proj(gated))
 
 
@@ -576,14 +581,10 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype, weight = x.dtype, self.weight.to(x.dtype)
+        weight = self.weight.to(x.dtype)
         if self.offset:  # stored near 0: their sum has more digits than they
             weight = self.offset + wider(weight)
-            x = x.to(weight.dtype)
-        if x.is_cuda or not torch.is_grad_enabled():  # torch's own is fused on CUDA; elsewhere its backward pass is slow
-            return F.rms_norm(x, weight.shape, weight, self.eps).to(dtype)
-        y: Tensor = Normed.apply(x, weight, self.eps)
-        return y.to(dtype)
+        return rms_norm(x, weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -686,6 +687,14 @@ class KVCache:
         assert all(0 <= n <= held for n, held in zip(lengths, self.lengths, strict=True)), f"{lengths} of {self.lengths}"
         self.lengths = lengths
 
+    def starts(self, device: torch.device) -> Tensor:
+        """Where each row goes on, (B,) int64, if they are ragged."""
+        return torch.tensor(self.lengths, device=device)
+
+    def end(self, T: int) -> int:
+        """How much of a row is looked at when T more tokens are in it."""
+        return max(self.lengths) + T
+
     def check_room(self, B: int, T: int) -> None:
         assert len(self.lengths) == B, f"{B} rows for a cache of {len(self.lengths)}"
         if max(self.lengths) + T > self.size:
@@ -705,7 +714,7 @@ class KVCache:
                 make = k.new_empty if B == 1 else k.new_zeros  # a row looks, masked, at what only longer ones have: no NaN may lie there
                 self.held[attention] = (make(B, K, self.size, k.size(-1)), make(B, K, self.size, v.size(-1)))
         keys, values = self.held[attention]
-        start, end = self.lengths[0], max(self.lengths) + T
+        start, end = self.lengths[0], self.end(T)
         if ragged is None:
             keys[:, :, start:end], values[:, :, start:end] = k, v
         else:

@@ -9,7 +9,7 @@ calls nor for the backward pass, which makes them wide again. No gradient reache
 
 Embedding, head, norms and biases stay as they are, and so does everything that is trained.
 
-Run on CPUs. On a GPU the same code serves, and has not run on one.
+Run on CPUs. On a GPU kernels of `gpu/` widen a weight in one pass and multiply a few rows without widening it; none of it has run on one.
 """
 
 import functools
@@ -22,11 +22,13 @@ import torch.nn as nn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from litlora import gpu
 from litlora.errors import UserError
 
 BLOCK = 64  # numbers of a weight that share a scale in nf4
 SCALES_BLOCK = 256  # scales that share one of theirs in nf4-dq
 FEW = 16  # rows of x for which torch's own int8 product is the faster one on a CPU: the tokens of an answer, one at a time
+FEW_ON_GPU = 4  # rows for which reading the codes once for each costs less than a weight that is written wide and read again
 AT_ONCE = 2**20  # numbers that are wide at once on a CPU: 4 MB in fp32, which stay in its cache; a GPU takes a whole weight
 
 # The 16 values of NF4, arXiv:2305.14314, appendix E: quantiles of a normal distribution, scaled to [-1, 1], 0 among them.
@@ -126,6 +128,8 @@ class Int8(Quantized):
             self.codes[start:stop] = (part / nonzero(scales)[:, None]).round_().clamp_(-127, 127)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        if fused := gpu.triton_for(self.scales):
+            return fused.widened_int8(self.codes[start:stop], self.scales[start:stop], dtype)
         return (self.codes[start:stop] * self.scales[start:stop, None]).to(dtype)
 
     def product(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
@@ -139,6 +143,8 @@ class Int8(Quantized):
     def answering(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         """torch's own product of bf16 with int8 for few rows, several times as fast on a CPU as to widen the weight. What goes in and what
         comes out is rounded to bf16, which costs a tenth of what the eight bits did; the scales are not: that would move whole rows."""
+        if (fused := gpu.triton_for(x)) and x.numel() <= FEW_ON_GPU * self.in_features:
+            return fused.product_int8(x, self.codes, self.scales)
         if x.device.type != "cpu" or x.numel() > FEW * self.in_features or self.in_features % 64:  # it reads beyond the end of other rows
             return self.product(x)
         ones = torch.ones(self.out_features, dtype=torch.bfloat16)
@@ -173,9 +179,19 @@ class FourBit(Quantized):
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         first, last = start * self.in_features, stop * self.in_features
+        if fused := gpu.triton_for(self.scales):
+            codes, scales = self.codes[first // 2 : -(-last // 2)], self.scales_of(first // BLOCK, -(-last // BLOCK))
+            return fused.widened_nf4(codes, scales, table(NF4, codes.device), BLOCK, dtype, stop - start, self.in_features)
         numbers = pairs(self.codes.device).index_select(0, self.codes[first // 2 : -(-last // 2)].int()).view(torch.float32)
         wide = in_blocks(numbers, BLOCK).mul_(self.scales_of(first // BLOCK, -(-last // BLOCK))[:, None])
         return wide.flatten()[: last - first].view(-1, self.in_features).to(dtype)
+
+    def answering(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        fused = gpu.triton_for(x)
+        if not fused or x.numel() > FEW_ON_GPU * self.in_features or self.in_features % BLOCK:
+            return self.product(x)
+        scales = self.scales_of(0, self.out_features * self.in_features // BLOCK)
+        return fused.product_nf4(x, self.codes, scales, table(NF4, x.device), BLOCK, self.out_features)
 
 
 class FourBitTwice(FourBit):

@@ -18,6 +18,8 @@ from litlora.model import GPT, Experts
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = Path(os.environ.get("LITLORA_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels run as Python then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 
 
@@ -347,7 +349,7 @@ def gradients(model: GPT, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """||ours - theirs|| / ||theirs||; 0 where both are zero."""
+    """||ours - theirs|| / ||theirs||; 0 where both are zero, and no number where one of them is none."""
     ours, theirs = ours.detach().double(), theirs.detach().double()
     difference = torch.linalg.vector_norm(ours - theirs)
-    return float(difference / torch.linalg.vector_norm(theirs)) if difference > 0 else 0.0
+    return 0.0 if difference == 0 else float(difference / torch.linalg.vector_norm(theirs))

@@ -17,7 +17,7 @@ FLOORS = [
     {"gpu"},
     {"kernels", "quantized"},
     {"parsing", "console", "precision", "model", "families", "peft", "safetensors_file", "tokenizer"},
-    {"methods", "prompts"},
+    {"methods", "prompts", "replay"},
     {"checkpoint", "data", "generation"},
     {"train", "merge", "vocabulary", "convert"},
     {"combine", "verify"},

@@ -120,7 +120,6 @@ def test_the_kernel_is_asked_only_for_what_it_takes(dtype: torch.dtype, size: in
 
 def test_the_words_are_those_of_the_torch_that_is_installed() -> None:
     """A version that knows `enable_gqa` gets it; the other arguments exist in each."""
-
     known = inspect.signature(packed.kernel()).parameters
     words = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size", *packed.grouping()]
     assert all(word in known for word in words)

@@ -1,6 +1,36 @@
-"""What a GPU computes in another way than a CPU, where one launch for many small things counts. Nothing here knows a model.
+"""What a GPU computes in another way than a CPU, because it does many small things slowly. Nothing here knows a model.
 
-    packed.py     attention within each sample of a packed row, all of them at once
+    packed.py           attention within each sample of a packed row, all of them at once
+    triton_kernels.py   RMS norm, SwiGLU, rotary positions and weights in few bits, each in one pass
 
-`kernels.py`, `quantized.py` and `model.py` ask here, at one place each, and have what is computed everywhere else beside it.
+`kernels.py`, `quantized.py` and `model.py` ask here, each thing at one place, and have what is computed everywhere else beside it.
+It has not run on a GPU yet.
 """
+
+import functools
+import subprocess
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SERVED = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def triton_for(x: Tensor) -> Any:
+    """`triton_kernels`, where they serve x; None elsewhere: on a CPU, in fp64, without Triton or what it needs to compile."""
+    return working(x.device) if x.is_cuda and x.dtype in SERVED else None
+
+
+@functools.cache
+def working(device: torch.device) -> Any:
+    """`triton_kernels`, tried once on a device; None, and a warning, where it fails."""
+    try:
+        from litlora.gpu import triton_kernels
+
+        triton_kernels.gated(torch.ones(1, 16, device=device), torch.ones(1, 16, device=device))  # compiles, with the machine's C compiler
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        warnings.warn(f"Triton does not work here ({error}): more and slower kernels are used", stacklevel=2)
+        return None
+    return triton_kernels
