@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import shared_data
+from conftest import shared_data, tiny_hf_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
@@ -568,12 +568,15 @@ def test_another_family_is_refused_with_the_list_of_ours(folder: str) -> None:
         ("qwen3_moe", "use_sliding_window", True),
         ("deepseek_v2", "topk_method", "noaux_tc"),
         ("deepseek_v2", "norm_topk_prob", True),
+        ("deepseek_v2", "scoring_func", "sigmoid"),
+        ("deepseek_v2", "moe_layer_freq", 2),
         ("deepseek_v2", "num_experts_per_tok", None),
         ("deepseek_v3", "num_experts_per_tok", 257),
         ("deepseek_v3", "topk_group", 9),
         ("deepseek_v3", "n_group", 3),
         ("deepseek_v3", "n_group", 256),
         ("deepseek_v3", "scoring_func", "softmax"),
+        ("deepseek_v3", "topk_method", "greedy"),
         ("deepseek_v3", "moe_layer_freq", 2),
         ("deepseek_v3", "qk_rope_head_dim", 7),
         ("deepseek_v3", "head_dim", 24),
@@ -649,6 +652,33 @@ def test_what_a_family_cannot_be_is_refused_by_its_key(model_type: str, key: str
     with pytest.raises(UserError) as refused:
         config_from_hf(config, WHERE)
     assert refused.value.where.startswith(f"{WHERE}: {key}")
+
+
+STRETCHES: dict[str, dict[str, Any]] = {  # whole ones, which a llama may have
+    "linear": {},
+    "dynamic": {},
+    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "longrope": {"short_factor": [1.0] * 3, "long_factor": [2.0] * 3, "original_max_position_embeddings": 32},
+    "default": {},
+    "yarn": {"original_max_position_embeddings": 32},
+}
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", STRETCHES)
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3"])
+def test_latent_attention_has_the_plain_rope_and_yarn(model_type: str, kind: str, key: str) -> None:
+    """Others are refused by name. Caught: the check left out; `type` not looked at; rope_parameters not looked at."""
+    for word in ("rope_type", "type"):
+        values = {**tiny_hf_config(model_type), key: {word: kind, "factor": 2.0, **STRETCHES[kind]}}
+        if key == "rope_parameters":
+            values.pop("rope_scaling", None)
+            values[key]["rope_theta"] = 200.0
+        if kind in ("default", "yarn"):
+            assert config_from_hf(values, WHERE).rope.rope_type == kind
+            continue
+        with pytest.raises(UserError, match=f"'{kind}' is not supported with latent attention"):
+            config_from_hf(values, WHERE)
 
 
 def test_a_model_of_text_and_images_is_refused_for_what_it_is() -> None:

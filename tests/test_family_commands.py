@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY, tiny_gpt, transformers_model
+from conftest import EVERY, shared_data, tiny_gpt, transformers_model
 from safetensors.torch import load_file
 from talkers import SIZE, byte_tokenizer
 from test_finetune import SMALL, apart, did, write_rows
@@ -20,8 +20,8 @@ from litlora.families import linear_shapes, stored_name
 
 # What is peculiar: phi: names, a head with a bias. pythia: names, grouped q k v, embed_out. gemma2: norms that are stored as gain - 1.
 # phi3: fused. cohere2: no positions in some layers, a tied head. glm4: norms after. olmo: norms without parameters.
-# mixtral, qwen3_moe: experts. gpt_oss: experts in one tensor, sinks.
-FAMILIES = ("phi", "pythia", "gemma2", "phi3", "cohere2", "glm4", "olmo", "qwen3_moe", "mixtral", "gpt_oss")
+# mixtral, qwen3_moe: experts. gpt_oss: experts in one tensor, sinks. deepseek: latents, experts in groups, layers without.
+FAMILIES = ("phi", "pythia", "gemma2", "phi3", "cohere2", "glm4", "olmo", "qwen3_moe", "mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3")
 families = pytest.mark.parametrize("family", [pytest.param(name, marks=() if name == "phi" else pytest.mark.slow) for name in FAMILIES])
 WORDS = f"{SMALL} --train.max_steps 4 --train.save_interval 2 --eval.interval 4 --precision fp32"
 TEXT = "the quick brown fox jumps over the lazy dog. " * 30
@@ -74,7 +74,8 @@ def test_lora_is_peft_s_and_merges(family: str, bases: dict[str, Path], rows: Pa
 
     base = bases[family]
     config = GPT.from_pretrained(base).config
-    last = [stored_name(name, config).rpartition(".")[2] for name in linear_shapes(config) if "layers.0" in name]
+    plain = "self_attn" if config.n_shared_experts else ""  # of the rest PEFT takes the plain layers' for those of experts
+    last = [stored_name(name, config).rpartition(".")[2] for name in linear_shapes(config) if f"layers.0.{plain}" in name]
     step = trained(f"finetune lora --lora.r 4 --lora.target_modules {' '.join(dict.fromkeys(last))}", base, rows, tmp_path / "out")
     merged = tmp_path / "merged"
     did(["merge_lora", str(step), "--out_dir", str(merged), "--verify", "full"])
@@ -115,6 +116,30 @@ def test_new_blocks_learn_and_merge(family: str, bases: dict[str, Path], rows: P
     assert apart(theirs(merged), theirs(base)) > 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_experts_in_bf16_from_real_rows_to_an_answer(family: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """A step of real rows, gone on with, merged and proven in bf16, said the same words by as PEFT's and transformers' models do."""
+    rows, base, run = shared_data("instruct/alpaca_en_demo.json"), tmp_path / "base", tmp_path / "out"
+    theirs(bases[family]).to(torch.bfloat16).save_pretrained(base)
+    byte_tokenizer(base)
+    words = f"finetune lora --checkpoint_dir {base} --data {rows} --out_dir {run} --train.max_seq_length 100 --train.global_batch_size 4"
+    words += " --train.save_interval 2 --train.lr 1e-2 --eval.max_samples 4 --threads 1"
+    did([*words.split(), "--train.max_steps", "2"])
+    did([*words.split(), "--train.max_steps", "4", "--resume"])
+    step = run / names.step_name(4)
+    did(["merge_lora", str(step), "--verify", "full"])
+    for path in (step, step / names.MERGED):
+        assert "FAILED" not in did(["verify", str(path)])
+    said = [
+        did(f"generate {path} --prompt Hello --max_new_tokens 8 --temperature 0 --precision fp32".split())
+        for path in (step, step / names.MERGED)
+    ]
+    assert said[0] == said[1] != ""
+    assert did(["chat", str(step), "--max_new_tokens", "4"], stdin="Hello\n")
+    assert apart(GPT.from_pretrained(step / names.MERGED, dtype=torch.float32).eval(), theirs(step / names.MERGED)) <= 1e-5
+
+
 @families
 def test_a_larger_vocabulary_gives_old_text_its_logits(family: str, bases: dict[str, Path], tmp_path: Path) -> None:
     """Must catch: a head's bias (phi) that does not grow with its matrix."""
@@ -142,6 +167,7 @@ def test_averages_of_models_and_of_steps(family: str, bases: dict[str, Path], ro
     for name, tensor in mean.items():
         torch.testing.assert_close(tensor, (first[name] + second[name]) / 2, rtol=1e-6, atol=1e-7)
     theirs(out)
-    lora = trained("finetune lora --lora.r 2", base, rows, tmp_path / "lora")
+    targets = "o_proj" if family.startswith("deepseek") else "all-linear"  # PEFT takes plain layers' matrices for those of experts
+    lora = trained(f"finetune lora --lora.r 2 --lora.target_modules {targets}", base, rows, tmp_path / "lora")
     did(["combine", str(lora.with_name("step-2")), str(lora), "--out_dir", str(tmp_path / "both")])
     assert apart(GPT.from_pretrained(tmp_path / "both").eval(), PeftModel.from_pretrained(theirs(base), tmp_path / "both").eval()) <= 1e-5

@@ -108,7 +108,8 @@ def test_the_smallest_and_the_largest_scales_are_exact(tmp_path: Path) -> None:
     """Scale codes from 0 on, subnormal numbers of bf16 among them. Caught: exponents cut at -126."""
     base = published(tmp_path / "mxfp4")
     tensors, name = load_file(base / names.WEIGHTS), "model.layers.0.mlp.experts.down_proj"
-    tensors[f"{name}_scales"].view(-1)[:3] = torch.tensor([0, 1, 252])
+    tensors[f"{name}_scales"].view(-1)[:4] = torch.tensor([0, 1, 252, 254])
+    tensors[f"{name}_blocks"].view(-1, 16)[3] = 0  # times any scale
     save_file(tensors, base / names.WEIGHTS, {"format": "pt"})
     did(["convert", str(base), "--to", "hf", "--out_dir", str(tmp_path / "out")])
     found, meant = load_file(tmp_path / "out" / names.WEIGHTS)[name], plain(base)[name]

@@ -271,7 +271,11 @@ def of_logits(adapter: Checkpoint, merged: Checkpoint) -> Finding:
         return Finding(str(merged.path), "logits against the unmerged adapter", (str(error),))
     figures = "differ by at most {largest_difference:.2g} of {largest_logit:.3g} (bound {bound:.2g}), KL {kl:.1g} (bound {kl_bound:.0e})"
     what = f"logits against the unmerged adapter on {proof['positions']} tokens"
-    return Finding(str(merged.path), what, figures=proof, told=(figures.format(**proof),))
+    told = [figures.format(**proof)]
+    if "choices_of_experts" in proof:
+        ties = "through the same experts; at {decided_by_rounding:,} of {choices_of_experts:,} choices rounding would have taken another"
+        told.append(ties.format(**proof))
+    return Finding(str(merged.path), what, figures=proof, told=tuple(told))
 
 
 def of_loss(checkpoints: Sequence[Checkpoint], options: Verify) -> Iterator[Finding]:

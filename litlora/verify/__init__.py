@@ -2,7 +2,8 @@
 
 files.py     every file and tensor against the hashes that were written down, and a model against its config.json
 weights.py   of a merged model every number against base + adapter, computed once more in fp64
-logits.py    what it computes: logits on probe texts, the loss on rows (the only part that needs torch)
+logits.py    what it computes: logits on probe texts, the loss on rows (this and the next need torch)
+routing.py   experts: whether tokens go through the same ones, where rounding alone does not decide
 """
 
 from pathlib import Path

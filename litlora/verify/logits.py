@@ -1,6 +1,7 @@
 """What a merged model computes beside what its parts compute: logits on probe texts, and the loss on rows. Torch is imported late."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from litlora.checkpoint import names
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from litlora.data.samples import Sample
+    from litlora.model import GPT
 
 # How far the logits may differ, times max(1, largest logit), and their KL divergence in nats: by the dtype that rounded the weights.
 # The first column is what random models of a few layers keep with room to spare; KL grows with depth, so it has more of it.
@@ -29,34 +31,43 @@ PROBES = (  # texts of several kinds; the ids that come of them are cut to the m
 )
 
 
-def logits_of(checkpoint: Checkpoint, probes: Sequence[Sequence[int]]) -> "torch.Tensor":  # (T, V), of all probes
-    """What it computes, in fp32; it is in memory only meanwhile."""
+def logits_of(
+    checkpoint: Checkpoint, probes: Sequence[Sequence[int]], watched: "Callable[[GPT], AbstractContextManager[object]]" = nullcontext
+) -> "torch.Tensor":  # (T, V), of all probes
+    """What it computes, in fp32; it is in memory only meanwhile. `watched`: what its routers are asked under."""
     import torch
 
     from litlora.checkpoint.weights import load_model
 
     with torch.inference_mode():
         model = load_model(checkpoint, dtype=torch.float32).eval()
-        return torch.cat([model(torch.tensor([ids]))[0].double() for ids in probes])
+        with watched(model):
+            return torch.cat([model(torch.tensor([ids]))[0].double() for ids in probes])
 
 
 def compare_logits(adapter: Checkpoint, merged: Checkpoint) -> dict[str, Any]:
-    """The merged model against the base with what was trained on it, both computed in fp32. WorkError where they differ beyond the
-    dtype's bound."""
-    probes = probe_ids(adapter, merged)
-    expected, found = logits_of(adapter, probes), logits_of(merged, probes)
+    """The merged model against the base with what was trained on it, both computed in fp32, through the same experts where it has some.
+    WorkError where they differ beyond the dtype's bound."""
+    from litlora.verify.routing import Routing
+
+    probes, routing = probe_ids(adapter, merged), Routing()
+    hint = "use the adapter unmerged, and report this"
+    expected = logits_of(adapter, probes, routing.recorded)
+    try:
+        found = logits_of(merged, probes, routing.followed)
+    except WorkError as error:
+        raise WorkError(f"the merged model computes something else: {error.what}", where=adapter.path, hint=hint) from error
     largest = float(expected.abs().max())
     difference = float((expected - found).abs().max())
     kl = float((expected.softmax(-1) * (expected.log_softmax(-1) - found.log_softmax(-1))).sum(-1).mean())
     bound, kl_bound = BOUNDS[rounded_to(merged)]
-    bound *= max(1.0, largest)
-    if not (difference <= bound and kl <= kl_bound):
-        seen = f"logits differ by {difference:.3g} (at most {bound:.3g}), KL {kl:.3g} (at most {kl_bound:.3g})"
-        raise WorkError(
-            f"the merged model computes something else: {seen}",
-            where=adapter.path,
-            hint="use the adapter unmerged, and report this",
-        )
+    routers_bound, bound = bound * max(1.0, routing.largest), bound * max(1.0, largest)
+    seen = f"logits differ by {difference:.3g} (at most {bound:.3g}), KL {kl:.3g} (at most {kl_bound:.3g})"
+    if not routing.difference <= routers_bound:
+        seen = f"the logarithms of its routers' scores differ by {routing.difference:.3g} (at most {routers_bound:.3g}); {seen}"
+    if not (difference <= bound and kl <= kl_bound and routing.difference <= routers_bound):
+        raise WorkError(f"the merged model computes something else: {seen}", where=adapter.path, hint=hint)
+    experts = {"choices_of_experts": routing.choices, "decided_by_rounding": routing.ties, "routers_apart": routing.difference}
     return {
         "positions": len(expected),
         "largest_logit": largest,
@@ -64,6 +75,7 @@ def compare_logits(adapter: Checkpoint, merged: Checkpoint) -> dict[str, Any]:
         "bound": bound,
         "kl": kl,
         "kl_bound": kl_bound,
+        **(experts if routing.choices else {}),
     }
 
 
