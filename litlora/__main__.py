@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from litlora.commands import COMMANDS, Command, Commands
-from litlora.console import say
+from litlora.console import drop_output, put, say
 from litlora.errors import Interrupted, Refusal, UserError, did_you_mean
 
 
@@ -20,9 +20,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if debug:
         rest.remove("--debug")
     try:
-        code = run(rest)
-        sys.stdout.flush()  # here its error can still be told
-        return code
+        return run(rest)
     except (Exception, KeyboardInterrupt) as error:  # the last place where anything can be said of it
         if debug:
             raise
@@ -47,12 +45,12 @@ def run(words: list[str]) -> int:
     taken: list[str] = []
     while isinstance(table, dict):
         if not words or words[0] in ("-h", "--help", "help"):
-            print(overview(taken, table))
+            put(overview(taken, table))
             return 0
         if words[0] in ("--version", "-V") and not taken:
             from litlora import __version__
 
-            print(f"litlora {__version__}")
+            put(f"litlora {__version__}")
             return 0
         word = words.pop(0)
         if word not in table:
@@ -125,7 +123,7 @@ def exit_code_of(error: BaseException) -> int:
         say("\ninterrupted")
         return 130
     if isinstance(error, BrokenPipeError):  # the reader of our output went away (litlora list | head): not an error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 0
     if isinstance(error, Refusal):
         say(error.report())

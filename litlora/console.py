@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from litlora.errors import printable, told
+from litlora.errors import WorkError, printable, told
 
 MB = 10**6
 NAME_WIDTH = 10  # of a header's names, so that the lines of several come to stand below each other
@@ -44,9 +44,37 @@ def say(text: str = "") -> None:
         print(harmless(text), file=sys.stderr, flush=True)
 
 
+def put(text: object = "", end: str = "\n") -> None:
+    """A result, on standard output, as it is. WorkError where it cannot be written, but for a reader that went away."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop_output()
+        raise WorkError(f"cannot be written: {error.strerror}", where="standard output", hint="see where it goes") from error
+
+
+def drop_output() -> None:
+    """What waits to be written goes nowhere: at the end of the process it would fail once more."""
+    with contextlib.suppress(OSError):  # where standard output is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def show(text: str) -> None:
     """A result for people to read, on standard output."""
-    print(harmless(text), flush=True)
+    put(harmless(text))
+
+
+def put_json(value: Any, indent: int | None = None) -> None:
+    """A result for programs, on standard output: letters as they are, and whatever could command a terminal, or mislead who reads it,
+    as JSON writes it (`\\u009b`); so too what is no text, as a path's bytes may be."""
+    import json
+
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    if not text.isascii() or "\x7f" in text:
+        text = "".join(c if c == "\n" or printable(c) == c else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text)
+    put(text)
 
 
 def warn(text: str, hint: str = "") -> None:
@@ -83,7 +111,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Co
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     for row in (head, *rows):
         padded = (f"{word:>{width}}" if n in right else f"{word:<{width}}" for n, (word, width) in enumerate(zip(row, widths, strict=True)))
-        print("  ".join(padded).rstrip())
+        put("  ".join(padded).rstrip())
 
 
 def amount(size: int) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from litlora.console import put
 from litlora.errors import UserError, did_you_mean
 
 Options = TypeVar("Options")
@@ -113,7 +114,7 @@ def parse(kind: type[Options], words: Sequence[str], *, command: str) -> Options
     known = {leaf.name: leaf for leaf in leaves(kind)}
     pairs = list(as_pairs(words, known, command, getattr(kind, "bare", BARE)))
     if any(name == "help" for name, _ in pairs):
-        print(help_text(known.values(), kind, command))
+        put(help_text(known.values(), kind, command))
         raise SystemExit(0)
     given: dict[str, Given] = {}
     for file in [str(value) for name, value in pairs if name == "config"]:
@@ -122,7 +123,7 @@ def parse(kind: type[Options], words: Sequence[str], *, command: str) -> Options
     options = as_dataclass(kind, understood(given, known, command))
     check_ranges(options)
     if any(name == "print_config" for name, _ in pairs):
-        print(to_yaml(options), end="")
+        put(to_yaml(options), end="")
         raise SystemExit(0)
     return options
 

@@ -14,9 +14,9 @@ SOURCE = ROOT / "litlora"
 
 FLOORS = [
     {"errors", "config", "options"},
-    {"gpu"},
+    {"gpu", "console"},
     {"kernels", "quantized"},
-    {"parsing", "console", "precision", "model", "families", "peft", "safetensors_file", "tokenizer"},
+    {"parsing", "precision", "model", "families", "peft", "safetensors_file", "tokenizer"},
     {"methods", "prompts", "replay"},
     {"checkpoint", "data", "generation"},
     {"train", "merge", "vocabulary", "convert"},

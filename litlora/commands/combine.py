@@ -15,7 +15,7 @@ from litlora.combine import Parent, Plan, Recipe, prepare, recipe_of
 from litlora.combine import combine as write
 from litlora.combine.soup import greedy
 from litlora.commands.generate import open_model, split_weight
-from litlora.console import Progress, header, say, warn
+from litlora.console import Progress, header, put, say, warn
 from litlora.errors import UserError
 from litlora.options import Combine
 
@@ -197,4 +197,4 @@ def tell(options: Combine, report: dict[str, Any]) -> None:
     place = shlex.quote(options.out_dir)
     say(f"next: litlora evaluate {place} --data FILE")
     say(f"      litlora chat {place}")
-    print(options.out_dir)
+    put(options.out_dir)

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from litlora.console import Progress, header, say
+from litlora.console import Progress, header, put, say
 from litlora.errors import UserError
 from litlora.options import Convert
 
@@ -47,7 +47,7 @@ def convert(options: Convert) -> None:
     tell(report)
     for line in what_next(to, out_dir, report, is_adapter=isinstance(source, Adapter)):
         say(line)
-    print(out_dir)
+    put(out_dir)
 
 
 def tell(report: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """`litlora data inspect FILE` and `litlora data validate FILE`: what rows hold and what is wrong with them, before any training."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 
 from litlora.checkpoint.files import open_prompts
 from litlora.checkpoint.resolve import demo_base, resolve
-from litlora.console import header, show
+from litlora.console import header, put, put_json, show
 from litlora.data.formats import NOT_LEARNT, Message, Pair, Text, Verdict, format_of, parse_mapping, read_row
 from litlora.data.places import Row
 from litlora.data.rows import DataFile, rows_of
@@ -47,7 +46,7 @@ def inspect(options: InspectData) -> None:
     samples = [*found.train, *found.validation]
     if options.json:
         shown = [{"where": sample.where, "text": marked(sample, prompts)} for sample in samples[: options.number]]
-        print(json.dumps({**figures(found), "template": prompts.template_name, "shown": shown}, ensure_ascii=False))
+        put_json({**figures(found), "template": prompts.template_name, "shown": shown})
         return
     header([("model", str(checkpoint.path)), ("template", prompts.template_name)])
     for name, value in lines(found):
@@ -140,12 +139,12 @@ def validate(options: ValidateData) -> None:
     reports = [validated(file, options, prompts) for file in files_of(options.data)]
     refused = [reason for report in reports for reason in report.refused]
     if options.json:
-        print(json.dumps([asdict(report) for report in reports], ensure_ascii=False))
+        put_json([asdict(report) for report in reports])
     else:
         for reason in refused[: options.show or None]:
             show(printable(reason))
         if 0 < options.show < len(refused):
-            print(f"... and {len(refused) - options.show:,} more (--show 0 prints all)")
+            put(f"... and {len(refused) - options.show:,} more (--show 0 prints all)")
         for report in reports:
             note = " (not learnt by fine-tuning)" if report.format in NOT_LEARNT else ""
             kind = report.format or "no known format"

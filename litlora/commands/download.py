@@ -26,7 +26,7 @@ from litlora.checkpoint.foreign import convert_hint
 from litlora.checkpoint.reading import is_plain_name, read_json, sha256
 from litlora.checkpoint.resolve import looked_at
 from litlora.checkpoint.shards import files_of_index
-from litlora.console import MB, Progress, amount, header, say
+from litlora.console import MB, Progress, amount, header, put, say
 from litlora.errors import Interrupted, UserError, WorkError
 from litlora.families import config_from_hf, quantised_by, unquantised
 from litlora.options import Download
@@ -112,7 +112,7 @@ def what_next(directory: Path) -> None:
         say(f"      or litlora inspect {place}")
     else:
         say(f"next: {convert_hint(directory)}")
-    print(directory)
+    put(directory)
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------

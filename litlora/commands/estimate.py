@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from litlora.commands.finetune import planned
-from litlora.console import duration, print_table
+from litlora.console import duration, print_table, put
 from litlora.options import Finetune
 from litlora.train.estimate import FABRIC, memory_of, seconds_of_step
 from litlora.train.run import free_bytes, gigabytes, load_of, plan_of
@@ -35,4 +35,4 @@ def estimate(options: Finetune) -> None:
     rows.append(["a step", *(duration(step) for step in seconds.values())])
     rows.append([f"{steps:,} steps, without validation", *(duration(step * steps) for step in seconds.values())])
     print_table(["", *(f"--train.checkpoint_activations {way}" for way in ways)], rows, right={1, 2}, bold={5})
-    print(f"free on {device.type}: {gigabytes(free_bytes(device))}")
+    put(f"free on {device.type}: {gigabytes(free_bytes(device))}")

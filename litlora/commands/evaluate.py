@@ -1,12 +1,12 @@
 """`litlora evaluate`: loss, perplexity and exact match of a checkpoint on rows, beside its base if asked."""
 
-import json
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from litlora import console
 from litlora.commands.generate import Opened, open_model
+from litlora.console import put, put_json
 from litlora.data.samples import IGNORE, DataSet, Sample, load_data
 from litlora.errors import UserError
 from litlora.options import Evaluate, SamplingOptions
@@ -41,10 +41,10 @@ def evaluate(options: Evaluate) -> None:
             results["base"] = figures(opened, samples, options, "base")
     results["model"] = figures(opened, samples, options, "model")
     if options.json:
-        print(json.dumps(results if options.compare_base else results["model"]))
+        put_json(results if options.compare_base else results["model"])
         return
     for name, values in results.items():
-        print(line(name, values))
+        put(line(name, values))
 
 
 def figures(opened: Opened, samples: Sequence[Sample], options: Evaluate, what: str) -> dict[str, float | int]:

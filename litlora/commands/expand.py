@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from litlora.console import Progress, header, say
+from litlora.console import Progress, header, put, say
 from litlora.errors import UserError
 from litlora.options import Expand
 
@@ -35,4 +35,4 @@ def expand(options: Expand) -> None:
     bar.close()
     say(f"read again from the disk: {sum(1 for _ in model)} tensors as written")
     say(f"next: litlora finetune pro {shlex.quote(str(plan.out_dir))} --data FILE   (trains exactly the {len(new)} new layers)")
-    print(plan.out_dir)
+    put(plan.out_dir)

@@ -9,7 +9,7 @@ from typing import Any
 from litlora.checkpoint import names
 from litlora.checkpoint.reading import sha256
 from litlora.checkpoint.resolve import resolve
-from litlora.console import Progress, header, say, warn
+from litlora.console import Progress, header, put, say, warn
 from litlora.data.samples import texts_of
 from litlora.errors import UserError
 from litlora.options import ExtendVocab
@@ -66,7 +66,7 @@ def extend_vocab(options: ExtendVocab) -> None:
     report = extend(plan, source=source, measured=measured, progress=lambda done: bar.update(round(done / MB)))
     bar.close()
     tell(options, plan, report, room)
-    print(plan.out_dir)
+    put(plan.out_dir)
 
 
 def refuse_odd_words(options: ExtendVocab) -> None:

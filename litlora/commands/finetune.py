@@ -314,4 +314,4 @@ def say_what_next(last: Path, options: Finetune, work: Work) -> None:
     if not work.is_full and not why_unmergeable(work.tuning, work.config):
         lines.append(("", f"litlora merge_lora --checkpoint_dir {last}"))
     console.header(lines)
-    print(last)
+    console.put(last)

@@ -3,7 +3,6 @@
 `open_model` is how every command that talks to a model gets it: resolve, refuse early, load, put run-time adapters on.
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.files import open_prompts
 from litlora.checkpoint.resolve import resolve
-from litlora.console import say, style
+from litlora.console import put, put_json, say, style
 from litlora.errors import UserError
 from litlora.options import ComputeOptions, Generate, SamplingOptions
 from litlora.parsing import check_ranges
@@ -43,8 +42,11 @@ def generate(options: Generate) -> None:
     answer = conversation.ask(prompts[0], options, continues=questions[0].raw)
     for piece in answer:
         if not options.json:
-            print(piece, end="", flush=True)
-    print(as_json(questions[0], answer) if options.json else "", flush=True)
+            put(piece, end="")
+    if options.json:
+        put_json(values(questions[0], answer))
+    else:
+        put()
     say(style(stats(answer, conversation.context), "dim"))
 
 
@@ -59,15 +61,18 @@ def many(options: Generate, opened: "Opened", questions: "Sequence[Question]", p
         asked = questions[start : start + AT_ONCE]
         answers = generate_batch(opened.model, tokenizer, stop_ids, prompts[start : start + AT_ONCE], options, continues=asked[0].raw)
         for question, answer in zip(asked, answers, strict=True):
-            print(as_json(question, answer) if options.json else answer.text, flush=True)
+            if options.json:
+                put_json(values(question, answer))
+            else:
+                put(answer.text)
             tokens += len(answer.ids)
     seconds = time.perf_counter() - began
     say(style(f"{len(prompts)} answers · {tokens} tokens · {tokens / seconds:.0f} tok/s", "dim"))
 
 
-def as_json(question: "Question", answer: "Answer") -> str:
+def values(question: "Question", answer: "Answer") -> dict[str, Any]:
     row = {"prompt": question.asked, "text": answer.text, "finish_reason": answer.finish_reason}
-    return json.dumps(row | {"prompt_tokens": answer.prompt_tokens, "completion_tokens": len(answer.ids)}, ensure_ascii=False)
+    return row | {"prompt_tokens": answer.prompt_tokens, "completion_tokens": len(answer.ids)}
 
 
 def stats(answer: "Answer", context: int) -> str:

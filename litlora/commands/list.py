@@ -1,6 +1,5 @@
 """`litlora list RUN ...`: checkpoints in a table, the best one of each run marked, torn ones named."""
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from litlora.checkpoint.history import leftovers
 from litlora.checkpoint.note import first_line, read_note, tags_of
 from litlora.checkpoint.reading import READ_UNASKED, size_of
 from litlora.checkpoint.resolve import Step, best_of, kind_of, list_step_paths, list_steps, looked_at, why_taken
-from litlora.console import MB, amount, count, print_table, say
+from litlora.console import MB, amount, count, print_table, put_json, say
 from litlora.errors import UserError, told
 from litlora.options import ListSteps
 
@@ -26,7 +25,7 @@ def list_run(options: ListSteps) -> None:
         found["steps"] = [row for row in found["steps"] if options.tag is None or options.tag.lstrip("#") in row["tags"]]
         found["steps"].sort(key=lambda row: sort_key(row, options.sort))
     if options.json:
-        print(json.dumps(runs if len(options.runs) > 1 else runs[0], indent=2))  # ASCII: a path may hold what is no text
+        put_json(runs if len(options.runs) > 1 else runs[0], indent=2)
         return
     rows = [(found["run"], row) for found in runs for row in found["steps"]]
     if options.sort != "step":

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from litlora.console import Progress, header, say, warn
+from litlora.console import Progress, header, put, say, warn
 from litlora.errors import UserError
 from litlora.options import MergeLoRA
 
@@ -41,7 +41,7 @@ def merge_lora(options: MergeLoRA) -> None:
     place = shlex.quote(str(plan.out_dir))
     say(f"next: litlora chat {place}")
     say(f"      or AutoModelForCausalLM.from_pretrained({str(plan.out_dir)!r}), or vllm serve {place}")
-    print(plan.out_dir)
+    put(plan.out_dir)
 
 
 def full_proof(options: MergeLoRA, plan: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from litlora.checkpoint.note import read_note, write_note
 from litlora.checkpoint.resolve import resolve
+from litlora.console import put
 from litlora.errors import UserError
 from litlora.options import WriteNote
 
@@ -14,8 +15,8 @@ def note(options: WriteNote) -> None:
     if checkpoint.kind != "step":
         raise UserError("is no step of a run; notes are kept in steps", where=checkpoint.path)
     if options.text is None:
-        print(read_note(checkpoint.path))
+        put(read_note(checkpoint.path))
         return
     before = read_note(checkpoint.path)
     write_note(checkpoint.path, f"{before}\n{options.text}" if options.append and before else options.text)
-    print(checkpoint.path)
+    put(checkpoint.path)

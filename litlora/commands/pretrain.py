@@ -60,7 +60,7 @@ def pretrain(options: Pretrain) -> None:
                 console.header(
                     [("next", f"litlora generate {finished} --prompt TEXT"), ("", f"litlora finetune lora {finished} --data FILE")]
                 )
-                print(finished)
+                console.put(finished)
 
 
 def going_on(options: Pretrain) -> Pretrain:

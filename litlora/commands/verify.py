@@ -1,6 +1,5 @@
 """`litlora verify PATH`: is it whole, is its base the same, is a merged model what its parts make. Exit code 1 where anything failed."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.fingerprint import combine, tensor_digests
 from litlora.checkpoint.reading import read_json, sha256
 from litlora.checkpoint.resolve import kind_of, list_step_paths, names_step_of_run, read_step, resolve
-from litlora.console import say, show
+from litlora.console import put_json, say, show
 from litlora.errors import Refusal, UserError, WorkError, printable, told
 from litlora.options import Verify
 
@@ -44,7 +43,7 @@ def verify(options: Verify) -> None:
         if not options.json:
             show(str(finding))
     if options.json:
-        print(json.dumps([as_json(finding) for finding in found], indent=2, ensure_ascii=False))
+        put_json([as_json(finding) for finding in found], indent=2)
     failed = [finding for finding in found if finding.faults]
     if failed:
         raise WorkError(f"{len(failed)} of {len(found)} checks failed", where=path, context=[failed[0].faults[0]])

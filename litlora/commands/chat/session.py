@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.commands.generate import Message, Opened, put_on, split_weight, stats, with_system
-from litlora.console import say, style
+from litlora.console import put, say, style
 from litlora.data.formats import Text, to_messages
 from litlora.data.rows import read_rows
 from litlora.errors import UserError, did_you_mean
@@ -107,16 +107,16 @@ class Session:
     def stream(self, conversation: Conversation, label: str) -> Answer:
         """Print a reply as it comes. Ctrl-C breaks it off at a terminal; elsewhere it ends the command."""
         if label:
-            print(f"[{label}]", flush=True)
+            put(f"[{label}]")
         answer = conversation.ask(self.prompt, replace(self.sampling, seed=self.sampling.seed + self.replies))
         with as_base(self.opened.model) if label == "base" else nullcontext():
             try:
                 for piece in answer:
-                    print(harmless(piece) if self.interactive else piece, end="", flush=True)
+                    put(harmless(piece) if self.interactive else piece, end="")
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
-        print(flush=True)
+        put()
         if answer.finish_reason == "length" and answer.prompt_tokens + len(answer.ids) == conversation.context:
             say(style(f"cut off: the context of {conversation.context} tokens is full", "dim"))
         if self.shows_stats and answer.ids:
@@ -128,9 +128,9 @@ class Session:
     def do_help(self, rest: str) -> None:
         width = max(len(f"/{name} {command.takes}") for name, command in COMMANDS.items()) + 2
         for name, command in COMMANDS.items():
-            print(f"{f'/{name} {command.takes}':<{width}}{command.help}")
-        print('A message goes on in the next line after a \\ at its end, after Alt-Enter, or between """ and """.')
-        print("A message that begins with / is sent with //.")
+            put(f"{f'/{name} {command.takes}':<{width}}{command.help}")
+        put('A message goes on in the next line after a \\ at its end, after Alt-Enter, or between """ and """.')
+        put("A message that begins with / is sent with //.")
 
     def do_exit(self, rest: str) -> None:
         """Session.handle does it."""
@@ -199,7 +199,7 @@ class Session:
     def do_tokens(self, rest: str) -> None:
         if not self.prompt:
             raise UserError("nothing has been asked yet")
-        print(f"{len(self.prompt)} tokens\n{self.prompt}\n{self.opened.prompts.tokenizer.decode(self.prompt, skip_special=False)}")
+        put(f"{len(self.prompt)} tokens\n{self.prompt}\n{self.opened.prompts.tokenizer.decode(self.prompt, skip_special=False)}")
 
     def do_save(self, rest: str) -> None:
         path = needed(rest, "/save")

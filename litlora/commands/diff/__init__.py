@@ -4,7 +4,6 @@ measure.py   what differs
 picture.py   the map of layers and modules
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.commands.diff.measure import Difference, Sums, compare
 from litlora.commands.diff.picture import check_plot, draw, heat_map, in_colours, modules_of, percent, short
-from litlora.console import Progress, show
+from litlora.console import Progress, put_json, show
 from litlora.errors import UserError, WorkError, printable
 from litlora.options import Diff
 
@@ -42,7 +41,7 @@ def diff(options: Diff) -> None:
     if options.plot:
         draw(difference, options.plot, str(a.path), str(b.path))
     if options.json:
-        print(json.dumps(as_json(difference, a, b), indent=2, ensure_ascii=False))
+        put_json(as_json(difference, a, b), indent=2)
     else:
         show("\n".join(lines(difference, a, b)))
     if options.exit_code and not difference.is_equal:

@@ -3,7 +3,6 @@
 `report.py` says what is known, `weights.py` reads headers and compares weights, `uses.py` says what it is good for, `page.py` prints it.
 """
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.resolve import looked_at, resolve
 from litlora.commands.inspect.page import page
 from litlora.commands.inspect.report import look
-from litlora.console import warn
+from litlora.console import put, put_json, warn
 from litlora.options import Inspect
 
 
@@ -23,9 +22,9 @@ def inspect(options: Inspect) -> None:
     with looked_at(path or names.RUN):
         found = look(path, Path(options.base_dir) if options.base_dir is not None else None, check=options.check)
     if options.json:
-        print(json.dumps(finite(asdict(found)), indent=2, allow_nan=False))
+        put_json(finite(asdict(found)), indent=2)
     elif found.kind != "unknown":
-        print("\n".join(page(found)))
+        put("\n".join(page(found)))
     if found.kind == "unknown":
         resolve(found.path)  # raises: what is there, what is missing, what was perhaps meant
     for fault in found.faults:

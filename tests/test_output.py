@@ -1,0 +1,137 @@
+"""Results on standard output: what programs read, and what is said where they cannot be written."""
+
+import dataclasses
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from talkers import make_step, make_talker
+
+from litlora import console, options
+from litlora.__main__ import main
+from litlora.commands import COMMANDS, Command, Commands
+from litlora.errors import printable
+
+NASTY = "r\x9b31m\x7f\u202e\U000e0041é好\u2028"  # a terminal's command, delete, right to left, a tag, letters, a line's end
+JSON = {  # every command with --json
+    "inspect": "RUN/step-9",
+    "list": "RUN",
+    "verify": "RUN",
+    "diff": "RUN/step-9 RUN/step-10",
+    "data inspect": "ROWS --checkpoint_dir RUN/step-9 --number 1",
+    "data validate": "ROWS",
+    "generate": "RUN/step-9 --prompt NASTY --max_new_tokens 2",
+    "evaluate": "RUN/step-9 --data ROWS --max_new_tokens 2",
+}
+TEXT = [f"{name} {rest}" for name, rest in JSON.items()]
+OTHERS = [
+    "",
+    "--help",
+    "--version",
+    "list --help",
+    "finetune lora --print_config",
+    "note RUN/step-9",
+    "estimate lora BASE --data ROWS --eval.fraction 0",
+]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    place = tmp_path_factory.mktemp("places") / NASTY
+    place.mkdir()
+    base = make_talker(place / "base")
+    for step in (9, 10):
+        make_step(place / "run", step, base, val_loss=1.0 / step)
+    rows = place / "rows.jsonl"
+    row = {"messages": [{"role": "user", "content": NASTY}, {"role": "assistant", "content": NASTY}]}
+    rows.write_text(f"{json.dumps(row)}\n" * 4)
+    return {"RUN": str(place / "run"), "BASE": str(base), "ROWS": str(rows), "NASTY": NASTY}
+
+
+def filled(command: str, words: dict[str, str]) -> list[str]:
+    return [next((word.replace(name, value) for name, value in words.items() if word.startswith(name)), word) for word in command.split()]
+
+
+def texts(value: Any) -> list[str]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [value] if isinstance(value, str) else [text for each in inner for text in texts(each)]
+
+
+def leaves(table: Commands, before: str = "") -> dict[str, Command]:
+    found: dict[str, Command] = {}
+    for word, inside in table.items():
+        found |= {before + word: inside} if isinstance(inside, Command) else leaves(inside, f"{before}{word} ")
+    return found
+
+
+def test_every_command_that_writes_json_is_tried_here() -> None:
+    with_json = {
+        name
+        for name, leaf in leaves(COMMANDS).items()
+        if any(field.name == "json" for field in dataclasses.fields(getattr(options, leaf.options)))
+    }
+    assert with_json == set(JSON)
+
+
+@pytest.mark.parametrize("command", JSON)
+def test_json_holds_what_a_terminal_would_obey_as_escapes(command: str, words: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Names and texts of somebody else's come back as they are; nothing in what is printed is a command, or hides. Letters stay letters.
+
+    Caught: ASCII or not, everything written as `json.dumps` gives it; `harmless` text, which is no JSON.
+    """
+    main([*filled(f"{command} {JSON[command]}", words), "--json"])
+    out = capsys.readouterr().out
+    assert out and all(printable(letter) == letter for letter in out.replace("\n", ""))
+    assert "é好" in out or command == "evaluate"
+    assert command == "evaluate" or "\\u009b31m\\u007f\\u202e\\udb40\\udc41" in out
+    assert command == "evaluate" or any(NASTY in text for text in texts(json.loads(out)))
+
+
+@example("\x7f", None)
+@settings(max_examples=50, deadline=None)
+@given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)), st.sampled_from([None, 2]))
+def test_what_is_escaped_is_read_back_as_it_was(value: object, indent: int | None) -> None:
+    written: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "put", written.append)
+        console.put_json(value, indent)
+    assert json.loads(written[0]) == value
+    assert all(printable(letter, keep="\n") == letter for letter in written[0])
+    written[0].encode()  # a lone surrogate is no text, but its escape is
+
+
+class Full(io.StringIO):
+    """A file on a disk without room."""
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("command", [*TEXT, *(f"{line} --json" for line in TEXT), *OTHERS])
+def test_a_result_that_cannot_be_written_is_said(
+    command: str, words: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """F07: exit code 1, and what it was that could not be written. Caught: a plain `print` in place of `put`."""
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert main(filled(command, words)) == 1
+    assert "error: standard output: cannot be written: No space left on device\nhint: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_process_whose_output_is_full_says_it_once(unbuffered: str) -> None:
+    """F07: nothing more is said at its end, and the exit code stays 1. Caught: what was left in the buffer written again
+    (exit code 120)."""
+    command = [sys.executable, "-m", "litlora", "--help"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, check=False)
+    assert done.returncode == 1
+    assert done.stderr.decode().startswith("error: standard output: cannot be written") and done.stderr.count(b"\n") == 2
