@@ -1,8 +1,11 @@
 """litlora/data: rows read with their places, formats told apart, samples cut and counted, orders and batches that change no result."""
 
+import bz2
 import gzip
 import json
+import lzma
 import math
+import os
 import random
 import subprocess
 import sys
@@ -277,13 +280,19 @@ def test_an_empty_file_is_refused(tmp_path: Path, prompts: Prompts, content: str
         (GOOD.encode("utf-32"), "UTF-32"),
         (b"PK\x03\x04..", "a zip archive"),
         (b"PAR1..", "a parquet file"),
+        (bz2.compress(GOOD.encode()), "bzip2-compressed"),
+        (lzma.compress(GOOD.encode()), "xz-compressed"),
+        (b"\x28\xb5\x2f\xfd" + bytes(20), "zstd-compressed"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(20), "an Excel or Word file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "what Git LFS left"),
     ],
 )
 def test_a_file_that_is_no_text_is_named_for_what_it_is(tmp_path: Path, prompts: Prompts, content: bytes, form: str) -> None:
     """F14: gz by mistake, and its like."""
     for name in ("rows.jsonl", "rows.json", "rows.txt", "rows.csv"):
-        with pytest.raises(UserError, match=form):
+        with pytest.raises(UserError, match=form) as caught:
             load(write(tmp_path / name, content), prompts, on_error="skip")
+        assert caught.value.hint
 
 
 def test_a_json_array_gives_each_row_its_place(tmp_path: Path, prompts: Prompts) -> None:
@@ -305,6 +314,7 @@ def test_a_json_array_gives_each_row_its_place(tmp_path: Path, prompts: Prompts)
         (f"[{GOOD}] {GOOD}", "1:38", "more follows after the array"),
         (f'[\n{GOOD},\n  {{"a": 1, "a": 2}}]', "3:12", "the key a stands twice"),
         (f'[\n{GOOD},\n  {{"a": NaN}}]', "3:9", "NaN is not JSON"),
+        (f'[\n{GOOD},\n  {{"{"7" * 5000}": {"9" * 5000}}}]', "3:5008", "a number of more than 4,300 digits"),
     ],
 )
 def test_a_mistake_in_a_json_array_is_placed(tmp_path: Path, content: str, place: str, reason: str) -> None:
@@ -327,8 +337,30 @@ def test_a_file_that_is_not_there_gets_a_suggestion(tmp_path: Path, prompts: Pro
     with pytest.raises(UserError, match="there is no such file") as caught:
         load(tmp_path / "trian.jsonl", prompts)
     assert caught.value.hint == "did you mean train.jsonl?"
-    with pytest.raises(UserError, match=r"not from \.xlsx"):
+    with pytest.raises(UserError, match=r"not from \.xlsx") as caught:
         load(write(tmp_path / "rows.xlsx", "a,b"), prompts)
+    assert caught.value.hint == "save the table as CSV"
+    with pytest.raises(UserError, match=r"not from \.gz") as caught:
+        load(write(tmp_path / "rows.jsonl.gz", "a,b"), prompts)
+    assert caught.value.hint == "unpack it first: gunzip"
+
+
+@pytest.mark.parametrize("kind", ["link", "loop", "pipe"])
+def test_what_only_looks_like_a_file_is_refused_and_never_left_out(tmp_path: Path, prompts: Prompts, kind: str) -> None:
+    """F14: a link to nothing, a link to itself, a named pipe, which would wait for ever; by name, and in a directory beside a good file.
+
+    Caught: in a directory, passed over; a link taken for no file. (A pipe that is opened hangs the test.)
+    """
+    jsonl(tmp_path / "other.jsonl", pairs(2))
+    path = tmp_path / "train.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("train.jsonl" if kind == "loop" else "moved/train.jsonl")
+    for data in (path, tmp_path):
+        with pytest.raises(UserError, match="no regular file" if kind == "pipe" else "a link to nothing that is there") as caught:
+            load(data, prompts)
+        assert caught.value.where == str(path)
 
 
 def test_a_directory_gives_its_training_and_its_validation_file(tmp_path: Path, prompts: Prompts) -> None:
@@ -575,6 +607,12 @@ def test_rows_with_nothing_to_train_are_refused_with_the_count(tmp_path: Path, p
     path = jsonl(tmp_path / "rows.jsonl", [{"prompt": "q" * 90, "completion": "a"}] * 3 + [{"prompt": 1, "completion": "a"}])
     with pytest.raises(UserError, match="of 4 rows, 3 have no graded token within 40 tokens and 1 were skipped"):
         load(path, prompts, 40, on_error="skip")
+    with pytest.raises(UserError, match="no rows") as caught:
+        load(write(tmp_path / "rows.csv", "prompt,completion\n"), prompts)
+    assert "row below" in caught.value.hint
+    with pytest.raises(UserError, match="not text") as caught:
+        load(path, prompts, 40)
+    assert caught.value.hint == "--rows.on_error skip trains without such rows"
     with pytest.raises(UserError, match="all 2 rows were skipped"):
         load(jsonl(path, [{"prompt": 1, "completion": "a"}, {"text": "t"}]), prompts, on_error="skip")
 

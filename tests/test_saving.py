@@ -64,7 +64,7 @@ def test_a_step_holds_its_own_values_however_long_its_commit_takes(
 ) -> None:
     """F05: each commit is held back until training has taken three more steps; every byte is that of a run that waits for its commits.
 
-    Mutations: handing over views of the weights, or of the optimizer's state.
+    Caught: handing over views of the weights, or of the optimizer's state.
     """
     waiting, beside = tmp_path / "waiting", tmp_path / "beside"
     with monkeypatch.context() as patch:
@@ -105,7 +105,7 @@ def test_a_commit_that_fails_ends_the_run_at_the_next_step(
 ) -> None:
     """F05, F07: exit code 1 and the error's own words, from the thread that writes; what was committed before is there.
 
-    Mutations: looking at commits only when the next one is due; not waiting for the last one.
+    Caught: looking at commits only when the next one is due; not waiting for the last one.
     """
     commit_step, look = run.commit_step, Saver.look
 
@@ -296,7 +296,7 @@ def test_free_memory_is_a_number_of_bytes_that_can_be_had() -> None:
 
 
 def test_what_a_container_may_take_counts_and_pages_of_files_do_not(tmp_path: Path) -> None:
-    """Also where the limit is that of a group further in or out (a batch system's job). Mutations: the machine's memory alone; counting
+    """Also where the limit is that of a group further in or out (a batch system's job). Caught: the machine's memory alone; counting
     the cache as taken, so that a full one would end copying for ever; looking at the outermost group alone.
     """
     system, groups, own = tmp_path / "meminfo", tmp_path / "cgroup", tmp_path / "own"

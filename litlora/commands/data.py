@@ -160,7 +160,7 @@ def validated(file: DataFile, options: ValidateData, prompts: Prompts | None) ->
     waiting: list[tuple[Row, list[Message]]] = []
     try:
         for row in rows_of(file, report.bad, options.rows.documents):
-            report.rows += 1
+            report.rows += row.begins  # a long text comes in several pieces
             try:
                 report.format = report.format or format_of(row, mapping)
                 waiting += [(row, messages) for messages in conversations(read_row(row, mapping, report.format))]

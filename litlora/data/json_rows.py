@@ -101,6 +101,8 @@ def _constant(word: str) -> NoReturn:
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|-?Infinity|NaN', re.DOTALL)
 
+NUMBERS = re.compile(r'"(?:[^"\\]|\\.)*"|-?[0-9]{4301,}', re.DOTALL)
+
 
 def _skip_space(text: str, position: int) -> int:
     while text[position : position + 1] in (" ", "\t", "\n", "\r") and position < len(text):
@@ -121,6 +123,9 @@ def _explain(error: Exception, text: str, start: int, name: str, number: int) ->
     if isinstance(error, _Constant):
         at = next((m.start() for m in TOKENS.finditer(text, start) if m[0] == str(error)), start)
         refuse(f"{error} is not JSON", text, at, name, number, "write null, or leave the field out")
+    if "integer string conversion" in str(error):
+        at = next((m.start() for m in NUMBERS.finditer(text, start) if m[0][0] != '"'), start)
+        refuse("a number of more than 4,300 digits", text, at, name, number, "write it as text")
     said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
     refuse(f"not valid JSON ({said})", text, start, name, number, hint)
 

@@ -6,6 +6,7 @@ Lines are read one at a time, so a file may be larger than memory; one JSON arra
 import codecs
 import hashlib
 import io
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -22,11 +23,18 @@ KINDS |= {".txt": "text", ".md": "text"}
 VALIDATION = ("val", "valid", "validation", "dev", "eval")
 OTHER_FORMS = {  # what a file begins with that is no text -> what it is, what to do
     b"\x1f\x8b": ("gzip-compressed", "unpack it first: gunzip"),
-    b"PK\x03\x04": ("a zip archive", "unpack it first"),
+    b"PK\x03\x04": ("a zip archive, or an Excel table", "unpack it first; save a table as CSV"),
+    b"\xd0\xcf\x11\xe0": ("an Excel or Word file", "save the table as CSV"),
+    b"BZh": ("bzip2-compressed", "unpack it first: bunzip2"),
+    b"\xfd7zXZ": ("xz-compressed", "unpack it first: unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd-compressed", "unpack it first: unzstd"),
+    b"version https://git-lfs": ("what Git LFS left in place of the file", "fetch the file itself: git lfs pull"),
     b"PAR1": ("a parquet file", "call it .parquet"),
     codecs.BOM_UTF32_LE: ("UTF-32 text", "save it as UTF-8"),
     codecs.BOM_UTF32_BE: ("UTF-32 text", "save it as UTF-8"),
 }
+OTHER_ENDS = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip"}  # what unpacks it
+OTHER_ENDS |= dict.fromkeys((".xlsx", ".xls", ".ods"), "")
 UTF_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 BLOCK = 1 << 20  # bytes of UTF-16 that are read at once
 PIECE = 1 << 20  # characters of a long text that are read at once
@@ -73,21 +81,27 @@ def read_rows(path: str | Path, on_bad: OnBad | None = None) -> Iterator[Row]:
 
 def data_file(path: Path) -> DataFile:
     """A file to read rows from; UserError where it cannot be one."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"is a link to nothing that is there ({os.readlink(path)})", where=path, hint="name the file itself")
     if not path.exists():
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise UserError("there is no such file", where=path, hint=near or "look at the path, from the directory you are in")
     if path.is_dir():
         raise UserError("a directory, not a file", where=path)
-    if path.suffix.lower() not in KINDS:
-        raise UserError(f"rows are read from {', '.join(KINDS)}, not from {path.suffix or 'a file without a suffix'}", where=path)
-    return DataFile(str(path), KINDS[path.suffix.lower()])
+    end = path.suffix.lower()
+    if end not in KINDS:
+        hint = "" if end not in OTHER_ENDS else f"unpack it first: {OTHER_ENDS[end]}" if OTHER_ENDS[end] else "save the table as CSV"
+        raise UserError(f"rows are read from {', '.join(KINDS)}, not from {end or 'a file without a suffix'}", where=path, hint=hint)
+    if not path.is_file():
+        raise UserError("is no regular file, and what is read is read twice", where=path, hint="write it into a file first")
+    return DataFile(str(path), KINDS[end])
 
 
 def data_files(path: Path) -> tuple[list[Path], list[Path]]:
     """The training and the validation files that a path stands for: train.jsonl, val.jsonl, train-00000-of-00002.parquet ..."""
     if not path.is_dir():
         return [path], []
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in KINDS and p.is_file())
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in KINDS and not p.is_dir())
     part = {p: p.stem.lower().partition("-")[0] for p in files}
     validation = [p for p in files if part[p] in VALIDATION]
     others = [p for p in files if p not in validation and part[p] != "test"]
@@ -105,7 +119,7 @@ def rows_of(file: DataFile, on_bad: OnBad | None = None, documents: Documents = 
         if file.kind == "parquet":
             yield from parquet_rows(stream, file.name)
             return
-        begin = stream.read(4)
+        begin = stream.read(32)
         for magic, (form, remedy) in OTHER_FORMS.items():
             if begin.startswith(magic):
                 raise UserError(f"{form}, not text", where=f"{file.name}:1:1", hint=remedy)

@@ -254,11 +254,14 @@ class _Maker:
                 where=", ".join(data),
                 hint="raise --train.max_seq_length",
             )
+        if not counts.rows:
+            return UserError("nothing to train on: no rows", where=", ".join(data), hint="a table has a row below its columns' names")
         return UserError(f"nothing to train on: all {counts.skipped:,} rows were skipped", where=", ".join(data), context=self.skipped[:3])
 
     def _bad(self, error: UserError) -> None:
         if not self.skip:
-            raise error
+            hint = error.hint or "--rows.on_error skip trains without such rows"
+            raise UserError(error.what, where=error.where, context=error.context, hint=hint) from error
         self.counts.skipped += 1
         self.skipped.append(str(error))
 
@@ -305,7 +308,7 @@ class _Maker:
             self._bad(error)
 
         for row in rows_of(file, bad_line if self.skip else None, self.documents):
-            self.counts.rows += 1
+            self.counts.rows += row.begins  # a long text comes in several pieces
             try:
                 form = form or format_of(row, self.mapping)
                 self.formats[file.name] = form
