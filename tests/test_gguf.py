@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_samples import ADAPTER, make_adapter
-from conftest import EVERY, random_tokens, shared_data, tiny_config, tiny_gpt, tiny_hf_config
+from conftest import COMMON, EVERY, random_tokens, shared_data, tiny_config, tiny_gpt, tiny_hf_config
 from crashing_disk import in_child
 from talkers import byte_tokenizer, make_step, make_talker
 
@@ -27,25 +27,41 @@ from litlora.convert.gguf_file import beyond_q8_0
 from litlora.convert.gguf_model import paired_rows, rope_factors
 from litlora.convert.gguf_tokens import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, cutter, token_table
 from litlora.errors import UserError, WorkError
+from litlora.families import linear_shapes
+from litlora.methods import from_peft
+from litlora.peft import adapter_config_from_peft
 from litlora.safetensors_file import write_safetensors
 from litlora.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (pip install 'litlora[gguf]')")
 
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}  # the usual betas
-CHANGES: dict[str, dict[str, Any]] = {"yarn": YARN, "qwen3": {"attention_bias": False}}
+SQUARE = {"hidden_size": 48, "head_dim": 12, "intermediate_size": 64}  # where llama.cpp has no heads of another size
+CHANGES: dict[str, dict[str, Any]] = {
+    "yarn": YARN,
+    "qwen2": SQUARE,
+    "qwen3": {"attention_bias": False},
+    "gemma2": {"query_pre_attn_scalar": 12},
+    "gemma3": {"query_pre_attn_scalar": 12, "rope_local_base_freq": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "olmo2": SQUARE,
+    "phi3": SQUARE,
+}
+UNKNOWN_THERE = ("olmo3", "cohere", "smollm3", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
 REFUSED = {  # as conftest has them
-    "yarn": "YaRN", "yarn_mscale": "YaRN", "qwen3": "bias", "dynamic": "dynamic rope", "gemma3": "cannot be written as GGUF",
-    "phi3": "cannot be written as GGUF", "qwen3_moe": "cannot be written as GGUF", "gpt_oss": "cannot be written as GGUF",
-    "deepseek_v2": "cannot be written as GGUF", "deepseek_v3": "cannot be written as GGUF",
+    "yarn": "YaRN", "yarn_mscale": "YaRN", "qwen3": "bias", "dynamic": "dynamic rope", "longrope": "longrope rope",
+    "gemma2": "another scale", "gemma3": "another scale", "phi3": "heads of another size", "olmo2": "heads of another size",
+    **dict.fromkeys(UNKNOWN_THERE, "cannot be written as GGUF"),
 }  # fmt: skip
-SQUARE = {"hidden_size": 48, "head_dim": 12, "intermediate_size": 64}  # llama.cpp's qwen2 has no heads of another size
-CONVERTED = ("llama", "llama3", "llama_biased", "linear", "yarn", "mistral", "qwen2", "qwen3", "smollm")
+CONVERTED = (
+    "llama", "llama3", "llama_biased", "linear", "yarn", "mistral", "qwen2", "qwen3", "smollm",
+    "gemma", "gemma2", "gemma3", "granite", "olmo2", "phi3", "stablelm", "stablelm_2", "stablelm_12b",
+)  # fmt: skip
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
 LENGTH = 24
 
 
 def family_changes(family: str) -> dict[str, Any]:
-    return {"vocab_size": 288, **(SQUARE if family == "qwen2" else {}), **CHANGES.get(family, {})}
+    return {"vocab_size": 288, **CHANGES.get(family, {})}
 
 
 def tiny_base(path: Path, family: str, **changes: Any) -> Path:
@@ -95,11 +111,12 @@ def test_every_tensor_lies_under_its_name_and_the_keys_say_what_the_config_says(
     base = tiny_base(tmp_path / "base", family)
     config = tiny_config(family, **family_changes(family))
     fields, tensors = read(to_gguf(base, tmp_path / "out"))
-    arch = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    arch = ARCHITECTURES.get(config.model_type, config.model_type)
     assert fields["general.architecture"] == arch and fields["general.type"] == "model"
     assert fields[f"{arch}.attention.head_count_kv"] == config.num_key_value_heads
     assert fields[f"{arch}.rope.freq_base"] == pytest.approx(config.rope.rope_theta)
-    assert fields[f"{arch}.attention.key_length"] == fields[f"{arch}.rope.dimension_count"] == config.head_dim
+    assert fields[f"{arch}.attention.key_length"] == config.head_dim
+    assert fields[f"{arch}.rope.dimension_count"] == config.rope.turned(config.head_dim)
     assert fields.get(f"{arch}.rope.scaling.type") == {"linear": "linear", "yarn": "yarn"}.get(config.rope.rope_type)
     assert ("output.weight" in tensors) is not config.tie_word_embeddings
     weights = {name: tensor.numpy() for name, tensor in tiny_gpt(family, **family_changes(family)).state_dict().items()}
@@ -109,7 +126,10 @@ def test_every_tensor_lies_under_its_name_and_the_keys_say_what_the_config_says(
         ("ffn_gate", "mlp.gate_proj"),
         ("ffn_up", "mlp.up_proj"),
         ("ffn_down", "mlp.down_proj"),
+        *((("attn_qkv", "self_attn.qkv_proj"), ("ffn_up", "mlp.gate_up_proj")) if config.mlp == "fused" else ()),
     ):
+        if f"model.layers.2.{ours}.weight" not in weights:
+            continue
         assert np.array_equal(tensors[f"blk.2.{theirs}.weight"], weights[f"model.layers.2.{ours}.weight"]), theirs
     D = config.head_dim
     for theirs, ours in (("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj")):
@@ -119,10 +139,18 @@ def test_every_tensor_lies_under_its_name_and_the_keys_say_what_the_config_says(
             found = tensors[f"blk.1.{theirs}.{kind}"]
             for row in range(len(plain)):  # of a head: number j is row 2 j in the first half, 2 (j - D/2) + 1 in the second
                 head, j = divmod(row, D)
-                place = row if arch != "llama" else head * D + (2 * j if j < D // 2 else 2 * (j - D // 2) + 1)
+                place = row if arch not in ("llama", "granite") else head * D + (2 * j if j < D // 2 else 2 * (j - D // 2) + 1)
                 assert np.array_equal(found[place], plain[row]), (theirs, kind, row)
     extra = {"rope_freqs.weight"} if config.rope.rope_type == "llama3" else set()
-    assert len(tensors) == len(weights) - config.tie_word_embeddings * ("lm_head.weight" in weights) + len(extra)
+    heads = [name for name in weights if ".norms." in name]
+    if heads:
+        gains = np.stack([weights[f"model.layers.1.self_attn.k_norm.norms.{head}.weight"] for head in range(2)])
+        assert np.array_equal(tensors["blk.1.attn_k_norm.weight"], gains)
+    if config.norm_offset:
+        assert np.allclose(tensors["output_norm.weight"], 1 + weights["model.norm.weight"])
+    assert len(tensors) + len(heads) - 6 * bool(heads) == len(weights) - config.tie_word_embeddings * ("lm_head.weight" in weights) + len(
+        extra
+    )
 
 
 def test_turning_neighbours_of_paired_rows_is_turning_halves() -> None:
@@ -213,7 +241,7 @@ def test_a_number_further_off_than_q8_0_rounds_is_found() -> None:
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_arithmetic_that_llama_cpp_lacks_is_refused_before_anything_is_written(family: str, tmp_path: Path) -> None:
-    base = tiny_base(tmp_path / "base", family, **{key: EVERY[family][key] for key in CHANGES.get(family, {})})
+    base = tiny_base(tmp_path / "base", family, **{key: EVERY[family].get(key, COMMON.get(key)) for key in CHANGES.get(family, {})})
     with pytest.raises(UserError, match=REFUSED[family]):
         to_gguf(base, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
@@ -445,9 +473,43 @@ def compare(llama_cpp: Any, ours: Path, file: Path, lora: Path | None, ids: Sequ
 def test_llama_cpp_computes_the_same_logits_for_every_family(family: str, llama_cpp: Any, tmp_path: Path) -> None:
     """Random models, every tensor random, up to the window of those that slide. Caught: each of the mutations above."""
     base = tiny_base(tmp_path / "base", family)
-    window = tiny_config(family, **family_changes(family)).sliding_window or LENGTH
+    config = tiny_config(family, **family_changes(family))
+    window = LENGTH if config.model_type.startswith("gemma") else config.sliding_window or LENGTH  # of the others it knows no window
     ids = random_tokens(1, min(window, LENGTH), vocab_size=256)[0].tolist()
-    compare(llama_cpp, base, to_gguf(base, tmp_path / "out"), None, ids, 2e-4)
+    bound = 1e-3 if config.hidden_act.startswith("gelu") else 2e-4  # llama.cpp looks gelu up in a table of fp16
+    compare(llama_cpp, base, to_gguf(base, tmp_path / "out"), None, ids, bound)
+
+
+@pytest.mark.parametrize(("family", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_gemmas_have_another_scale_of_scores(family: str, layers: int, llama_cpp: Any, tmp_path: Path) -> None:
+    """27B: hidden_size / heads stands for the size of a head, and llama.cpp knows it by its depth. Caught: head_dim there as well."""
+    sizes = {
+        "num_hidden_layers": layers,
+        "query_pre_attn_scalar": 10,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+    }
+    base = tiny_base(tmp_path / "base", family, **sizes)
+    compare(llama_cpp, base, to_gguf(base, tmp_path / "out"), None, random_tokens(1, LENGTH, vocab_size=256)[0].tolist(), 1e-2)
+    with pytest.raises(UserError, match="another scale"):
+        to_gguf(tiny_base(tmp_path / "other", family, **sizes | {"query_pre_attn_scalar": 12}), tmp_path / "none")
+
+
+@pytest.mark.parametrize("family", ["granite", "phi3", "gemma3", "olmo2", "stablelm"])
+def test_llama_cpp_adds_an_adapter_to_a_base_of_another_family(family: str, llama_cpp: Any, tmp_path: Path) -> None:
+    """Fused matrices, and rows of q and k in pairs or not. Caught: B's rows in the order of Hugging Face for granite."""
+    base, adapter = tiny_base(tmp_path / "base", family), tmp_path / "adapter"
+    config = GPT.from_pretrained(base).config
+    targets = sorted({name.rpartition(".")[2] for name in linear_shapes(config)} - {"lm_head"})
+    values = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets, "base_model_name_or_path": str(base)}
+    shapes = from_peft(adapter_config_from_peft(values, names.ADAPTER_CONFIG), config).file_shapes(config)
+    random = np.random.default_rng(0)
+    adapter.mkdir()
+    (adapter / names.ADAPTER_CONFIG).write_text(json.dumps(values))
+    tensors = {name: ("F32", shape, (0.1 * random.normal(size=shape)).astype(np.float32)) for name, shape in shapes.items()}
+    write_safetensors(adapter / names.ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+    ids = random_tokens(1, 7, vocab_size=256)[0].tolist()
+    bound = 1e-3 if config.hidden_act.startswith("gelu") else 2e-4
+    compare(llama_cpp, adapter, to_gguf(base, tmp_path / "out"), to_gguf(adapter, tmp_path / "lora"), ids, bound)
 
 
 @pytest.fixture(scope="module")

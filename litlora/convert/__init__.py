@@ -9,6 +9,7 @@ and that the result was read again and compared.
     litgpt.py      LitGPT's names, its fused q, k and v, and the LoRA on them
     parts.py       tensors on the way: known by dtype and shape, read when they are written
     hf.py          a model as a Hugging Face directory         adapters.py      an adapter as PEFT's directory, or as a step
+    gguf_arch.py   what llama.cpp computes, and its keys
     gguf_model.py  a model for llama.cpp                       gguf_adapter.py  a LoRA for it
     gguf_file.py   one GGUF file, written and read again       gguf_tokens.py   its tokenizer
     report.py      convert_report.json, and the proof

@@ -13,8 +13,9 @@ import numpy as np
 from litlora.checkpoint import names
 from litlora.checkpoint.commit import commit_directory, make_directory
 from litlora.config import Config
+from litlora.convert.gguf_arch import architecture
 from litlora.convert.gguf_file import WORDS, file_bytes, open_package, read_again, type_of, write_gguf
-from litlora.convert.gguf_model import add_general, architecture, gguf_names, in_its_order, main_type
+from litlora.convert.gguf_model import add_general, gguf_names, in_its_order, main_type
 from litlora.convert.parts import Floats, Part
 from litlora.convert.report import make_report, write_report
 from litlora.convert.sources import Adapter
@@ -63,7 +64,7 @@ def adapter_to_gguf(adapter: Adapter, out_dir: Path, *, dtype: str = "keep") -> 
             writer.add_string("adapter.type", "lora")
             writer.add_float32("adapter.lora.alpha", described.alpha)
 
-        write_gguf(directory / name, arch, metadata, tensors)
+        write_gguf(directory / name, arch.word, metadata, tensors)
         report["proof"] = read_again(directory / name, tensors)
         write_report(directory, report)
     return report

@@ -1,7 +1,8 @@
 """A whole model in GGUF: llama.cpp's names, its sizes under its keys, and the rows of q and k in its order.
 
-llama.cpp turns neighbouring pairs of numbers where Hugging Face turns the first half of a head with the second, for the architecture
-`llama` (Llama and Mistral): the rows of q and k are put in the order in which that is the same. Its `qwen2` and `qwen3` turn halves.
+Where llama.cpp turns neighbouring pairs of numbers and Hugging Face the first half of a head with the second (`llama`, `granite`), the
+rows of q and k are put in the order in which that is the same. Gains that are stored as gain - 1 (Gemma's) are whole there. The rest is
+known to gguf_arch.py.
 """
 
 import math
@@ -16,18 +17,16 @@ from litlora import __version__
 from litlora.checkpoint import names
 from litlora.checkpoint.commit import commit_directory, make_directory
 from litlora.config import Config, Rope
-from litlora.console import warn
+from litlora.convert.gguf_arch import ARCHITECTURES, add_sizes, architecture, refuse_unknown_arithmetic
 from litlora.convert.gguf_file import Q8_0, WORDS, Kept, file_bytes, open_package, read_again, type_of, write_gguf
 from litlora.convert.gguf_tokens import add_tokens, token_table
-from litlora.convert.parts import Part
+from litlora.convert.parts import Part, stacked
 from litlora.convert.report import make_report, write_report
 from litlora.convert.sources import Model
 from litlora.errors import UserError
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # our model type: llama.cpp's
-ROWS_IN_PAIRS = ("llama",)
 ROPE_FACTORS = "rope_freqs.weight"
-YARN = Rope(rope_type="yarn")  # with these betas and no other: llama.cpp has keys for them, and reads them for other architectures alone
+NORM = "norm.weight"
 
 
 def model_to_gguf(
@@ -49,47 +48,15 @@ def model_to_gguf(
 
         def metadata(writer: Any) -> None:
             add_general(writer, model.path, "model", digest)
-            add_sizes(writer, config)
+            add_sizes(writer, config, arch)
             writer.add_file_type(file_type(tensors))
             writer.add_quantization_version(open_package().GGML_QUANT_VERSION)
             add_tokens(writer, table)
 
-        write_gguf(path, arch, metadata, tensors, progress)
+        write_gguf(path, arch.word, metadata, tensors, progress)
         report["proof"] = read_again(path, tensors)
         write_report(directory, report)
     return report
-
-
-def architecture(config: Config, where: Path) -> str:
-    """llama.cpp's word for the model's arithmetic. UserError where it is none of those that this room knows."""
-    if config.model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        hint = "llama.cpp's own converter may know it: the directory is in Hugging Face's layout"
-        raise UserError(f"a {config.model_type} model cannot be written as GGUF yet, only {known}", where=where, hint=hint)
-    return ARCHITECTURES[config.model_type]
-
-
-def refuse_unknown_arithmetic(config: Config, where: Path) -> None:
-    """What a model of these may have and llama.cpp's form of it has no place for."""
-    rope = config.rope
-    if config.hidden_act != "silu" or config.unrotated_layers or rope.rope_type not in ("default", "linear", "llama3", "yarn"):
-        what = f"{config.hidden_act} activation, {rope.rope_type} rope" + (", layers without positions" if config.unrotated_layers else "")
-        raise UserError(f"llama.cpp's {ARCHITECTURES[config.model_type]} does not compute this model: {what}", where=where)
-    if config.model_type == "qwen3" and config.attention_out_bias:
-        raise UserError("llama.cpp's qwen3 has no bias on the attention's output", where=where)
-    if config.model_type == "qwen2" and config.head_dim * config.num_attention_heads != config.hidden_size:
-        raise UserError("llama.cpp's qwen2 has heads of hidden_size / num_attention_heads only", where=where)
-    plain = replace(
-        YARN, rope_theta=rope.rope_theta, factor=rope.factor, original_max_position_embeddings=rope.original_max_position_embeddings
-    )
-    if rope.rope_type == "yarn" and rope != plain:
-        what = "llama.cpp has YaRN with beta_fast 32, beta_slow 1 and the attention factor of its factor; this model has others"
-        raise UserError(what, where=where)
-    if rope.rope_type == "llama3" and config.model_type not in ("llama", "mistral"):
-        raise UserError(f"llama.cpp's {config.model_type} has no llama3 rope scaling", where=where)
-    if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
-        what = f"llama.cpp looks all the way back where this model looks {config.sliding_window:,} tokens back"
-        warn(f"{what}: up to that length both compute the same, and beyond it they do not")
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -97,30 +64,49 @@ def refuse_unknown_arithmetic(config: Config, where: Path) -> None:
 
 def tensors_of(parts: Mapping[str, Part], config: Config, dtype: str) -> dict[str, tuple[Part, str]]:
     """GGUF's name -> the tensor, rows in llama.cpp's order, and the type it is stored as."""
+    parts = with_whole_norms(parts)
     called = gguf_names(parts, config)
     found = {called[name]: in_its_order(name, part, config) for name, part in parts.items()}
+    if config.norm_offset:
+        found |= {name: shifted(part, config.norm_offset) for name, part in found.items() if name.endswith(NORM)}
     if config.rope.rope_type == "llama3":
         factors = rope_factors(config.rope, config.head_dim)
         found[ROPE_FACTORS] = Part(dtype="F32", shape=factors.shape, load=lambda: factors)
-    return {name: (part, type_of(part, dtype)) for name, part in found.items()}
+    return {name: (part, "F32" if name.endswith(NORM) else type_of(part, dtype)) for name, part in found.items()}
+
+
+def with_whole_norms(parts: Mapping[str, Part]) -> dict[str, Part]:
+    """Gains that lie in a tensor for each head, as one of (heads, D)."""
+    heads: dict[str, list[Part]] = {}
+    for name, part in parts.items():
+        if ".norms." in name:
+            rows = replace(part, shape=(1, *part.shape))
+            heads.setdefault(f"{name.partition('.norms.')[0]}.weight", []).append(rows)
+    return {name: part for name, part in parts.items() if ".norms." not in name} | {name: stacked(rows) for name, rows in heads.items()}
+
+
+def shifted(part: Part, offset: float) -> Part:
+    """Gains as they are multiplied by, where they are stored as what is added to `offset`."""
+    return Part(dtype="F32", shape=part.shape, load=lambda: part.float32() + np.float32(offset))
 
 
 def gguf_names(parts: Iterable[str], config: Config) -> dict[str, str]:
     """Hugging Face's name -> GGUF's, by the format's own table."""
     gguf = open_package()
-    arch = next(key for key, word in gguf.MODEL_ARCH_NAMES.items() if word == ARCHITECTURES[config.model_type])
+    word = ARCHITECTURES[config.model_type].word
+    arch = next(key for key, known in gguf.MODEL_ARCH_NAMES.items() if known == word)
     table = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     called = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in parts}
     lost = [name for name, found in called.items() if found is None]
     if lost:
-        raise UserError(f"llama.cpp's {ARCHITECTURES[config.model_type]} has no place for {lost[0]}")
+        raise UserError(f"llama.cpp's {word} has no place for {lost[0]}")
     return called
 
 
 def in_its_order(name: str, part: Part, config: Config) -> Part:
-    """q and k of `llama`: in each head row i of the first half, then row i of the second, and so on."""
+    """q and k where neighbours turn: in each head row i of the first half, then row i of the second, and so on."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    if heads is None or ARCHITECTURES[config.model_type] not in ROWS_IN_PAIRS:
+    if heads is None or not ARCHITECTURES[config.model_type].pairs:
         return part
     return part.in_order(paired_rows(heads, config.head_dim))
 
@@ -147,30 +133,6 @@ def add_general(writer: Any, source: Path, kind: str, digest: str) -> None:
     writer.add_string("litlora.version", __version__)
     writer.add_string("litlora.converted_from", source.resolve().name)
     writer.add_string("litlora.source_sha256", digest)
-
-
-def add_sizes(writer: Any, config: Config) -> None:
-    """The model's shape and arithmetic under the keys of its architecture."""
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope.rope_theta)
-    scaling = open_package().RopeScalingType
-    if config.rope.rope_type == "linear":
-        writer.add_rope_scaling_type(scaling.LINEAR)
-        writer.add_rope_scaling_factor(config.rope.factor)
-    if config.rope.rope_type == "yarn":
-        writer.add_rope_scaling_type(scaling.YARN)
-        writer.add_rope_scaling_factor(config.rope.factor)
-        writer.add_rope_scaling_orig_ctx_len(config.rope.original_max_position_embeddings)
 
 
 def file_type(tensors: Kept) -> int:
