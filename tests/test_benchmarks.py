@@ -1,5 +1,6 @@
 """The benchmarks against peers start and their gates bite. No figure is judged here: see extensions/benchmarks/README.md."""
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from extensions.benchmarks import checkpoint_c8, plot
+from extensions.benchmarks import checkpoint_c8, gpu, plot
 from extensions.benchmarks.artefacts import SHAPES, flops_per_token, linears, random_samples
 from extensions.benchmarks.job import IGNORE, Job, Sample
 from extensions.benchmarks.measure import percentile, run, table, write_results
@@ -67,6 +68,49 @@ def test_the_start_benchmarks_start_and_their_gate_passes(tmp_path: Path) -> Non
     assert {"import Fabric", "import torch, AdamW.step", "litlora finetune lora"} <= set(results["C7"]["seconds"])
     assert results["C6"]["gate"]["passed"]
     assert "litlora generate" in results["C6"]["gate"]["answers"]
+
+
+def test_the_gpu_benchmark_starts_on_a_cpu(tmp_path: Path) -> None:
+    """G2 and G4: packed, and answering; where there are peers their losses are compared by the slow test."""
+    done, results = benchmark("gpu", tmp_path, "--device", "cpu", "--ids", "G2", "G4", "--lines", "litlora")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(results) == {"G2", "G4"}
+    for result in results.values():
+        assert result["summary"]["litlora"]["tokens_per_second"] > 0
+        assert not result["gate"]["wrong"]
+    assert results["G4"]["gate"]["differences"]["litlora: a step"] <= 1e-5
+    assert "says only that it starts" in next((tmp_path / "results").glob("*-g4.md")).read_text()
+
+
+@pytest.mark.slow
+def test_on_the_gpu_benchmark_all_tools_compute_the_same(tmp_path: Path) -> None:
+    """G1 to G4 with what is installed."""
+    done, results = benchmark("gpu", tmp_path, "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results["G1"]["gate"]["differences"]["peft"] <= 1e-5
+    assert results["G2"]["gate"]["differences"]["peft"] <= 1e-5
+    assert results["G4"]["gate"]["differences"]["transformers: logits"] <= 1e-5
+    assert results["G3"]["summary"].keys() == {"litlora", "litlora-nf4", "litlora-nf4-dq", "litlora-nf4-8gb"}
+
+
+@pytest.mark.parametrize("id", ["G1", "G4"])
+def test_the_gpu_benchmark_refuses_figures_of_a_wrong_result(id: str) -> None:
+    """Caught: a nan that passes; no look at the steps of an answer."""
+    args, lines = argparse.Namespace(device="cuda"), ("litlora", "peft" if id == "G1" else "transformers")
+
+    def gate(losses: list[float], apart: float = 0.0) -> list[str]:
+        runs = [
+            {"line": line, "losses": found, "logits": found, "real_tokens": [9], "trained": 3, "same": True, "step_apart": apart}
+            for line, found in zip(lines, ([2.0, 1.0], losses), strict=True)
+        ]
+        wrong: list[str] = (gpu.answers_agree(runs) if id == "G4" else gpu.losses_agree(args, id, runs))["wrong"]
+        return wrong
+
+    assert not gate([2.001, 1.001])
+    assert gate([2.0, 1.2])
+    assert gate([2.0, float("nan")])
+    if id == "G4":
+        assert gate([2.0, 1.0], apart=float("nan"))
 
 
 def test_the_checkpoint_benchmark_counts_every_byte_and_leaves_the_first_step_out() -> None:

@@ -26,6 +26,7 @@ pytest.importorskip("triton", reason="Triton is not installed; the test extra ha
 
 from litlora.gpu import triton_kernels
 
+pytestmark = pytest.mark.gpu
 KERNELS = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOUNDS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3 if torch.cuda.is_available() else 8e-3}
@@ -213,7 +214,7 @@ def test_a_model_of_any_family_has_the_loss_and_gradients_that_it_has_without(fa
     expected |= {"rms_norm", "rms_norm_back"} if gpt.config.norm == "rms" else set()
     assert expected == set(fused.called)
     loss, grads = in_torch(lambda: loss_and_gradients(gpt))
-    assert relative(ours, loss) <= 1e-6
+    assert relative(ours, loss) <= 2e-6
     for name, grad in grads.items():
         assert relative(our_grads[name], grad) <= 2e-5, name
 

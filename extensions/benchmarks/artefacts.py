@@ -60,6 +60,7 @@ SHAPES = {
     "tiny": shape(48, 2, 3, 1, 96, 320, 256, 10_000.0, True, "float32"),  # for the tests: unlike any real one
     "135m": shape(576, 30, 9, 3, 1536, 49_152, 8192, 100_000.0, True, "float32"),  # SmolLM2-135M
     "1.1b": shape(2048, 22, 32, 4, 5632, 32_000, 2048, 10_000.0, False, "bfloat16"),  # TinyLlama-1.1B
+    "8b": shape(4096, 32, 32, 8, 14_336, 128_256, 131_072, 500_000.0, False, "bfloat16"),  # Llama-3.1-8B, its rope not stretched
 }
 
 
@@ -222,6 +223,26 @@ def random_samples(count: int, vocab: int, longest: int, grade: str) -> list[dic
         graded = [False] + [grade == "all"] * (prompt - 1) + [True] * (length - prompt)
         samples.append({"ids": [chance.randrange(1, vocab) for _ in range(length)], "graded": graded})
     return samples
+
+
+def alpaca_like(count: int, vocab: int, longest: int = 799, beginning: int = 32) -> list[dict[str, Any]]:
+    """Random ids in samples as long as Alpaca-GPT4's: log-normal with a median of 189 tokens and a mean of 234, cut at 799; the same
+    beginning, as its template has, and 73% graded."""
+    chance = random.Random(SEED)
+    first = [chance.randrange(1, vocab) for _ in range(beginning)]
+    samples = []
+    for _ in range(count):
+        length = min(longest, max(beginning + 8, round(chance.lognormvariate(math.log(189), 0.65))))
+        prompt = max(beginning, round(0.27 * length))
+        ids = first + [chance.randrange(1, vocab) for _ in range(length - beginning)]
+        samples.append({"ids": ids, "graded": [False] * prompt + [True] * (length - prompt)})
+    return samples
+
+
+def full_samples(count: int, vocab: int, length: int) -> list[dict[str, Any]]:
+    """Random ids, all of one length, all graded."""
+    chance = random.Random(SEED)
+    return [{"ids": [chance.randrange(1, vocab) for _ in range(length)], "graded": [False] + [True] * (length - 1)} for _ in range(count)]
 
 
 def once(directory: Path, wanted: dict[str, Any]) -> bool:
