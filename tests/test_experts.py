@@ -20,7 +20,7 @@ from litlora.methods import linear_names, lora_config, tuning_of
 from litlora.methods.attach import attach, trainable, tuned_state
 from litlora.model import GPT, Experts, Linear
 from litlora.options import FreezeOptions, LoRAOptions
-from litlora.peft import adapter_config_from_peft, adapter_config_to_peft
+from litlora.peft import adapter_config_to_peft
 from litlora.train.loop import check_alive
 
 UNITS = {"mixtral": ["w1", "w2", "w3"], "qwen3_moe": ["gate_proj", "up_proj", "down_proj"]}
@@ -129,12 +129,29 @@ def test_peft_computes_the_same_with_our_adapter_of_experts(family: str, tmp_pat
         assert (theirs(tokens).logits - want).abs().max() <= 1e-5 * max(1, want.abs().max())
 
 
-def test_an_adapter_on_experts_put_together_is_refused() -> None:
-    """PEFT's target_parameters: one A and B for all experts of a layer, in an order that its file does not say."""
-    values = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "target_parameters": ["gate_up_proj"]}
+@pytest.mark.parametrize("family", ["qwen3_moe_sparse", "gpt_oss"])
+def test_an_adapter_on_experts_put_together_is_refused_and_merged_by_peft(family: str, tmp_path: Path) -> None:
+    """PEFT's target_parameters: one A and B for all experts of a layer, in an order that its file does not say. What the refusal says to
+    do, works: merged by PEFT it is a model like any other. Must catch: an adapter whose experts are silently left out."""
+    from peft import LoraConfig, get_peft_model
+
+    theirs = transformers_model(family, tiny_gpt(family))
+    adapted = get_peft_model(theirs, LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    theirs_base, tokens = transformers_model(family, tiny_gpt(family)), random_tokens(1, 20)
+    theirs_base.save_pretrained(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError) as refused:
-        adapter_config_from_peft(values, "adapter_config.json")
-    assert "target_parameters" in refused.value.where
+        GPT.from_pretrained(tmp_path / "adapter", base_dir=tmp_path / "base")
+    assert "target_parameters" in refused.value.where and "merge the adapter into its base with PEFT" in refused.value.hint
+    with torch.no_grad():
+        want = adapted(tokens).logits
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        assert (GPT.from_pretrained(tmp_path / "merged").eval()(tokens) - want).abs().max() <= 1e-5 * want.abs().max()
+        assert relative(theirs_base(tokens).logits, want) > 0.05
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

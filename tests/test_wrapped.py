@@ -142,14 +142,19 @@ def test_a_larger_vocabulary_is_written_where_it_stands(kind: str, tmp_path: Pat
 
 @kinds
 def test_what_would_lose_the_tower_is_refused(kind: str, tmp_path: Path) -> None:
+    """Before anything is written, with what can be done instead. Caught: `pretrain` refused once its directory was made."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 30)
     base, other, rows = made(tmp_path / "base", kind), made(tmp_path / "other", kind), write_rows(tmp_path / "rows.jsonl", "one two")
     words = (
         f"finetune full --checkpoint_dir {base} --data {rows} --out_dir {tmp_path / 'out'}",
+        f"pretrain --checkpoint_dir {base} --data {text} --out_dir {tmp_path / 'out'}",
         f"combine {base} {other} --out_dir {tmp_path / 'out'}",
         f"convert {base} --to hf --out_dir {tmp_path / 'out'}",
     )
     for each in words:
-        assert f"inside a {kind}" in refused(each.split())
+        said = refused(each.split())
+        assert f"inside a {kind}" in said and "merge_lora" in said
         assert not (tmp_path / "out").exists()
 
 

@@ -22,7 +22,7 @@ from litlora.data.samples import DataSet, texts_of
 from litlora.data.vocabulary import tokenizer_files, train_tokenizer
 from litlora.errors import UserError
 from litlora.families import config_to_hf
-from litlora.methods import tuning_of
+from litlora.methods import refuse_part, tuning_of
 from litlora.model import GPT, init_weights
 from litlora.options import FullOptions, ModelOptions, Pretrain
 from litlora.prompts import Prompts, chosen_template
@@ -74,6 +74,7 @@ def going_on(options: Pretrain) -> Pretrain:
     start = resolve(options.checkpoint_dir)
     if not start.is_model:
         raise UserError("is an adapter, and a whole model is trained here", where=start.path, hint=f"litlora merge_lora {start.path}")
+    refuse_part(start.config(), "pretrain trains a whole model")
     return with_rate(options, "full", start)
 
 
