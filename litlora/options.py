@@ -40,7 +40,7 @@ class TrainOptions:
     max_steps: int | None = option(None, "stop after this many optimizer steps", unset="what the epochs need", least=1)
     epochs: float = option(3.0, "passes over the training rows", above=0)
     global_batch_size: int = option(16, "samples per optimizer step, over all devices", least=1)
-    micro_batch_tokens: int | None = option(None, "tokens computed at once", unset="1024; never changes the result", least=1)
+    micro_batch_tokens: int | None = option(None, "tokens computed at once", unset="1024, on a GPU 8192; never changes the result", least=1)
     max_seq_length: int | None = option(None, "longest sample, in tokens; longer ones are cut", unset="the model's context", least=2)
     lr: float | None = option(
         None,

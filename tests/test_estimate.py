@@ -21,7 +21,7 @@ from litlora.quantized import quantized
 from litlora.train import estimate as estimate_file
 from litlora.train import run as run_file
 from litlora.train.estimate import Load, kept_bytes, largest, memory_of, seconds_of_step, shapes_of
-from litlora.train.loop import seed_step, train_step
+from litlora.train.loop import micro_batch_tokens, seed_step, train_step
 
 
 def load_of(family: str, options: Any, tokens: int = 96) -> Load:
@@ -118,6 +118,13 @@ def test_few_bits_are_counted_as_what_they_take(method: str, kind: str) -> None:
 def test_the_largest_micro_batch_is_full_or_one_long_sample() -> None:
     lengths = torch.tensor([10, 40, 30]).numpy()
     assert [largest(lengths, most) for most in (1000, 50, 20)] == [80, 50, 40]
+
+
+def test_a_gpu_is_given_more_at_once_unless_it_is_said() -> None:
+    """Caught: the same for both; what was said passed over."""
+    sizes = {kind: micro_batch_tokens(TrainOptions(), torch.device(kind)) for kind in ("cpu", "cuda")}
+    assert sizes == {"cpu": 1024, "cuda": 8192}
+    assert micro_batch_tokens(TrainOptions(micro_batch_tokens=300), torch.device("cuda")) == 300
 
 
 def test_more_work_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,7 +309,7 @@ def test_the_help_is_true_for_each_command(capsys: pytest.CaptureFixture[str]) -
     assert default in help_of(FinetuneLoRA, capsys)
     shown = help_of(Pretrain, capsys)
     assert default in shown
-    assert "tokens computed at once (default: 1024; never changes the result)" in shown
+    assert "tokens computed at once (default: 1024, on a GPU 8192; never changes the result)" in shown
     for kind in (FinetuneLoRA, Pretrain):
         assert parse(kind, [], command="x") == kind()
     assert TrainOptions().micro_batch_tokens is None

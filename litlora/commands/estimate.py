@@ -2,19 +2,17 @@
 
 from dataclasses import replace
 
-import torch
-
 from litlora.commands.finetune import planned
 from litlora.console import duration, print_table, put
 from litlora.options import Finetune
 from litlora.train.estimate import FABRIC, memory_of, seconds_of_step
-from litlora.train.run import free_bytes, gigabytes, load_of, plan_of
+from litlora.train.run import device_of, free_bytes, gigabytes, load_of, plan_of
 
 
 def estimate(options: Finetune) -> None:
     """Print what is needed at the peak, with every block's activations kept and with them computed again, and the time of each."""
     _, job = planned(options, writes=False)
-    device = torch.device("cuda" if torch.cuda.is_available() and options.accelerator in ("auto", "cuda") else "cpu")
+    device = device_of(options)
     load = load_of(job, device)
     load = replace(load, program=load.program + FABRIC)
     steps = plan_of(job).steps

@@ -34,7 +34,8 @@ from litlora.train.watch import Watch
 if TYPE_CHECKING:  # Fabric takes seconds to import: a run imports it once its input is known to be good
     from lightning_fabric import Fabric
 
-MICRO_BATCH_TOKENS = 1024  # computed at once where nothing else was asked: enough to keep the cores busy, small enough for the caches
+CPU_TOKENS = 1024  # computed at once where nothing else was asked: enough to keep the cores busy, small enough for the caches
+GPU_TOKENS = 8192  # so many that a GPU computes most of the time, and is not waited for by its own launches
 
 
 class StepResult(NamedTuple):
@@ -202,7 +203,11 @@ def share_of_window(fabric: "Fabric", model: Any, window: Sequence[Sample], opti
     if not mine:
         idle = min(window, key=lambda sample: len(sample.tokens))
         mine = [replace(idle, targets=np.full_like(idle.targets, IGNORE))]
-    return pack(mine, options.micro_batch_tokens or MICRO_BATCH_TOKENS, options.packing, options.share_prefix and inner(model).can_share)
+    return pack(mine, micro_batch_tokens(options, fabric.device), options.packing, options.share_prefix and inner(model).can_share)
+
+
+def micro_batch_tokens(options: TrainOptions, device: torch.device) -> int:
+    return options.micro_batch_tokens or (GPU_TOKENS if device.type == "cuda" else CPU_TOKENS)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

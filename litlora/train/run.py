@@ -37,7 +37,7 @@ from litlora.precision import choose_dtype
 from litlora.prompts import Prompts
 from litlora.train.allocator import keep_freed_memory
 from litlora.train.estimate import Load, Memory, largest, memory_of, seconds_of_step
-from litlora.train.loop import MICRO_BATCH_TOKENS, Run, fit
+from litlora.train.loop import Run, fit, micro_batch_tokens
 from litlora.train.metrics import Metrics, peak_memory_mb
 from litlora.train.optimizer import build_optimizer
 from litlora.train.plan import Plan, Position
@@ -240,7 +240,7 @@ def what_may_not_change(job: Job) -> dict[str, Any]:
         "training rows": rows_hash(job.data.train),
         "seed": options.seed,
         "train.global_batch_size": options.train.global_batch_size,
-        "train.micro_batch_tokens": options.train.micro_batch_tokens or MICRO_BATCH_TOKENS,
+        "train.micro_batch_tokens": micro_batch_tokens(options.train, device_of(options)),
         "train.packing": options.train.packing,
         "train.share_prefix": options.train.share_prefix,
         "precision": options.precision,
@@ -387,7 +387,7 @@ def load_of(job: Job, device: torch.device) -> Load:
         dtype=torch.float32 if job.stored == 0 else choose_dtype(options.precision, device),
         quantize=job.base.quantize if job.base else "none",
         device=device,
-        micro_batch=largest(lengths, options.train.micro_batch_tokens or MICRO_BATCH_TOKENS),
+        micro_batch=largest(lengths, micro_batch_tokens(options.train, device)),
         tokens=job.data.tokens / len(lengths) * options.train.global_batch_size / (options.devices * options.num_nodes),
         length=job.data.tokens / len(lengths),
         graded=job.data.graded / max(job.data.tokens, 1),
@@ -424,6 +424,11 @@ def gigabytes(size: int) -> str:
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def device_of(options: FitOptions) -> torch.device:
+    """Where a run computes, before Fabric is there to be asked."""
+    return torch.device("cuda" if torch.cuda.is_available() and options.accelerator in ("auto", "cuda") else "cpu")
 
 
 def is_first_process() -> bool:
@@ -469,6 +474,6 @@ def header(job: Job, plan: Plan, resumed: Checkpoint | None) -> list[tuple[str, 
 
 def compute_text(options: FitOptions, dtype: torch.dtype | None = None) -> str:
     """Where and in which dtype (None: what --precision means) it is computed."""
-    device = "cuda" if torch.cuda.is_available() and options.accelerator in ("auto", "cuda") else "cpu"
+    device = device_of(options).type
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype or choose_dtype(options.precision, device)]
     return f"{device}, {name}, {options.threads or torch.get_num_threads()} threads" if device == "cpu" else f"{device}, {name}"
