@@ -48,7 +48,7 @@ def array_rows(text: str, name: str) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             _explain(error, text, position, name, 1)
         line += text.count("\n", seen, position)
-        line_start = text.rfind("\n", 0, position) + 1
+        line_start = text.rfind("\n", seen, position) + 1 or line_start  # not from the beginning: an array may be one long line
         seen = position
         yield Row(value, f"{name}:{line}:{position - line_start + 1}")
         position = _skip_space(text, end)
