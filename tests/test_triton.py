@@ -259,6 +259,19 @@ def exactly(gpt: GPT) -> None:
             module.answering = module.product  # type: ignore[method-assign]
 
 
+def test_where_triton_fails_torch_computes_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No C compiler, say. Caught: a failure that is passed on."""
+
+    def failing(*args: Tensor) -> Tensor:
+        raise RuntimeError("Failed to find C compiler.")
+
+    tried = gpu.working.__wrapped__
+    assert tried(DEVICE) is triton_kernels
+    monkeypatch.setattr(triton_kernels, "gated", failing)
+    with pytest.warns(UserWarning, match="Triton does not work here .Failed to find C compiler"):
+        assert tried(DEVICE) is None
+
+
 def test_a_cpu_has_no_use_for_them() -> None:
     assert gpu.triton_for(torch.ones(1)) is None
 

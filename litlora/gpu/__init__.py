@@ -1,7 +1,7 @@
 """What a GPU computes in another way than a CPU, because it does many small things slowly. Nothing here knows a model.
 
     packed.py           attention within each sample of a packed row, all of them at once
-    triton_kernels.py   RMS norm, SwiGLU, rotary positions and weights in few bits, each in one pass
+    triton_kernels.py   RMS norm, SwiGLU, rotary positions and weights in few bits, each in one pass; attention of one query
 
 `kernels.py`, `quantized.py` and `model.py` ask here, each thing at one place, and have what is computed everywhere else beside it.
 It has not run on a GPU yet.
