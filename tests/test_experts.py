@@ -132,7 +132,7 @@ def test_peft_computes_the_same_with_our_adapter_of_experts(family: str, tmp_pat
 @pytest.mark.parametrize("family", ["qwen3_moe_sparse", "gpt_oss"])
 def test_an_adapter_on_experts_put_together_is_refused_and_merged_by_peft(family: str, tmp_path: Path) -> None:
     """PEFT's target_parameters: one A and B for all experts of a layer, in an order that its file does not say. What the refusal says to
-    do, works: merged by PEFT it is a model like any other. Must catch: an adapter whose experts are silently left out."""
+    do, works: merged by PEFT it is a model like any other. Caught: the key taken for harmless, experts left out."""
     from peft import LoraConfig, get_peft_model
 
     theirs = transformers_model(family, tiny_gpt(family))
