@@ -281,7 +281,7 @@ class Attention(nn.Module):
     @property
     def product(self) -> "Product":
         if self.is_plain:
-            return functools.partial(F.scaled_dot_product_attention, scale=self.scale, enable_gqa=True)
+            return functools.partial(grouped_attention, scale=self.scale)
         return functools.partial(scored_attention, scale=self.scale, cap=self.cap, sinks=self.sinks)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, C) -> (B, T, H, D), (B, T, K, D) twice
@@ -368,6 +368,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, context: Context
         parts = zip(q.split(window, 2), ends, strict=True)
         return torch.cat([attend(part, k[:, :, :end], v[:, :, :end], window, context, product) for part, end in parts], 2)
     return product(q, k, v, context.mask(q, S, window))
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False, scale: float) -> Tensor:
+    """A Product by torch's kernels. Where each head has one query, those that share a key head go in as its queries, (B, K, H / K, D):
+    all of them look at the same keys, which are then read once."""
+    if q.size(2) > 1:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=True)
+    queries = q.reshape(len(q), k.size(1), -1, q.size(3))
+    return F.scaled_dot_product_attention(queries, k, v, mask, scale=scale).reshape(*q.shape[:3], -1)
 
 
 def scored_attention(
@@ -538,9 +547,9 @@ class Linear(nn.Linear):
         return adapted(self, x, self.product(x, self.bias))
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., in) -> (..., out)
-        bias = None if bias is None else bias.to(x.dtype)
-        if self.quantized is None:
-            return F.linear(x, self.weight.to(x.dtype), bias)
+        weight, bias = self.weight, None if bias is None else bias.to(x.dtype)
+        if weight is not None:
+            return F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), bias)
         y: Tensor = self.quantized(x)
         return y if bias is None else y + bias
 
@@ -739,7 +748,8 @@ def summed_loss(head: Linear, x: Tensor, targets: Tensor, counts: Tensor | None 
 
 
 def adapted(host: "Host", x: Tensor, y: Tensor) -> Tensor:
-    return y if host.adapter is None else host.adapter(host, x, y)
+    adapter = host._modules["adapter"]  # the same as host.adapter, which nn.Module looks for in Python: 300 times for a token
+    return y if adapter is None else cast(Tensor, adapter(host, x, y))
 
 
 Host = Linear | Attention | MLP | Experts

@@ -147,9 +147,8 @@ class Int8(Quantized):
             return fused.product_int8(x, self.codes, self.scales)
         if x.device.type != "cpu" or x.numel() > FEW * self.in_features or self.in_features % 64:  # it reads beyond the end of other rows
             return self.product(x)
-        ones = torch.ones(self.out_features, dtype=torch.bfloat16)
-        y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.codes, ones).to(x.dtype)
-        return y.mul_(self.scales).unflatten(0, x.shape[:-1])
+        y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.codes, ones(self.out_features))
+        return (y * self.scales).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class FourBit(Quantized):
@@ -264,6 +263,12 @@ def nonzero(scales: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=16)
 def table(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def ones(count: int) -> Tensor:
+    """Scales for a product that is to have none. (count,) bf16"""
+    return torch.ones(count, dtype=torch.bfloat16)
 
 
 @functools.lru_cache(maxsize=16)
