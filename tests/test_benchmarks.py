@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from extensions.benchmarks import checkpoint_c8, gpu, plot
+from extensions.benchmarks import checkpoint_c8, decode_c3, gpu, plot
 from extensions.benchmarks.artefacts import SHAPES, flops_per_token, linears, random_samples
 from extensions.benchmarks.job import IGNORE, Job, Sample
 from extensions.benchmarks.measure import percentile, run, table, write_results
@@ -111,6 +111,73 @@ def test_the_gpu_benchmark_refuses_figures_of_a_wrong_result(id: str) -> None:
     assert gate([2.0, float("nan")])
     if id == "G4":
         assert gate([2.0, 1.0], apart=float("nan"))
+
+
+def test_the_decoding_benchmark_starts_and_counts_every_weight_once(tmp_path: Path) -> None:
+    """C3. Two lines of ours; peers are named where they are asked for and absent."""
+    done, results = benchmark("decode_c3", tmp_path, "--lines", "litgpt", "litlora", "litlora-int8", "--python", f"litgpt={sys.executable}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = results["C3"]
+    ran = {each["line"] for each in result["runs"]}
+    assert {"litlora", "litlora-int8"} <= ran
+    assert ran | set(result["absent"]) == {"litgpt", "litlora", "litlora-int8"}
+    assert result["gate"]["passed"] and result["gate"]["shares"]["litlora"] == 1
+    ours = result["summary"]["litlora"]
+    assert [each["prompt_tokens"] for each in ours["prompts"]] == [8, 40]
+    for each in ours["prompts"]:
+        assert 0 < each["share_of_limit"] < 1
+        assert each["share_of_limit"] == pytest.approx(each["tokens_per_second"] / ours["limit_tokens_per_second"])
+    assert all(len(answer["ids"]) == 8 for each in result["runs"] for answer in each["answers"])
+    assert "Gate (same tokens and logits in fp32: litlora)" in next((tmp_path / "results").glob("*-c3.md")).read_text()
+
+
+def test_a_token_reads_every_matrix_once_as_wide_as_it_is_held() -> None:
+    """135M: 106,168,320 weights in the blocks' matrices and 28,311,552 in the head, which few bits leave wide."""
+    config = SHAPES["135m"]
+    assert decode_c3.weight_bytes(config, "fp32", "none") == 4 * (106_168_320 + 28_311_552)
+    assert decode_c3.weight_bytes(config, "bf16", "none") == 2 * (106_168_320 + 28_311_552)
+    assert decode_c3.weight_bytes(config, "fp32", "int8") == 106_168_320 + 4 * 28_311_552
+    assert decode_c3.weight_bytes(config, "bf16", "nf4") == 106_168_320 * 9 / 16 + 2 * 28_311_552
+
+
+def decoded(line: str, *answers: list[int], turn: int = 0, speed: float = 1.0) -> dict[str, Any]:
+    told = [{"ids": ids, "tokens_per_second": speed, "first_token_seconds": 1.0, "cpu_seconds_per_token": 1.0} for ids in answers]
+    return {"line": line, "turn": turn, "answers": told, "bandwidth": [1e9, 2e9], "peak_mb": 1.0, "logits": [[3.0, 4.0]] * len(answers)}
+
+
+def test_the_gate_of_decoding_refuses_another_token_in_fp32_alone() -> None:
+    """Caught: lines in few bits judged; the last turn alone looked at; a share that goes on after the first other token."""
+    right = decoded("transformers", [1, 2, 3, 4], [5, 6, 7, 8])
+    agree = decode_c3.tokens_agree
+    assert agree([right, decoded("litlora", [1, 2, 3, 4], [5, 6, 7, 8])], "transformers", "fp32")["passed"]
+    few = agree([right, decoded("litlora-int8", [1, 2, 9, 4], [5, 6, 7, 8])], "transformers", "fp32")
+    assert few["passed"] and few["shares"]["litlora-int8"] == 6 / 8
+    wrong = decoded("litlora", [1, 2, 3, 4], [5, 6, 7, 9])
+    gate = agree([right, wrong, decoded("litlora", [1, 2, 3, 4], [5, 6, 7, 8], turn=1)], "transformers", "fp32")
+    assert not gate["passed"] and gate["wrong"] == ["litlora"]
+    assert agree([right, wrong], "transformers", "bf16")["passed"]
+    for logits in ([3.0, 4.001], [3.0, float("nan")]):
+        same = decoded("litlora", [1, 2, 3, 4], [5, 6, 7, 8]) | {"logits": [[3.0, 4.0], logits]}
+        assert agree([right, same], "transformers", "fp32")["wrong"] == ["litlora"]
+    assert not agree([{"line": "litlora", "turn": 0, "failed": "exit code 1"}], "transformers", "fp32")["passed"]
+
+
+def test_decoding_is_compared_with_the_best_peer_of_the_same_turn() -> None:
+    """Caught: the best peer of any turn."""
+    peers = [
+        ("transformers", 4.0, 0),
+        ("litgpt", 2.0, 0),
+        ("transformers", 8.0, 1),
+        ("litgpt", 10.0, 1),
+        ("litlora", 8.0, 0),
+        ("litlora", 30.0, 1),
+    ]
+    args = argparse.Namespace(shape="135m", precision="fp32", prompt_tokens=[64])
+    summary = decode_c3.summarise(args, [decoded(line, [1], turn=turn, speed=speed) for line, speed, turn in peers])
+    assert summary["litlora"]["prompts"][0]["over_best_peer"] == 2.5  # 2 and 3
+    assert summary["litlora"]["limit_tokens_per_second"] == 2e9 / (4 * 134_479_872)
+    assert decode_c3.verdicts("135m", summary)[0] == "litlora: 2.50x of the best peer, aim 1.5x: reached."
+    assert "aim 80%" in decode_c3.verdicts("135m", summary)[1]
 
 
 def test_the_checkpoint_benchmark_counts_every_byte_and_leaves_the_first_step_out() -> None:

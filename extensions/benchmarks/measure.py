@@ -94,6 +94,19 @@ def gemm_gflops(dtype: str = "float32", size: int = GEMM_SIZE, times: int = 20) 
     return times * 2 * size**3 / (time.perf_counter() - start) / 1e9
 
 
+def bandwidth(megabytes: int = 256, times: int = 5) -> float:
+    """Bytes a second at which a matrix times a vector reads memory now, on the threads that torch has: the best, for it is a limit."""
+    import torch
+
+    matrix, vector = torch.ones(megabytes * 2**20 // 4 // 4096, 4096), torch.ones(4096)
+    took = []
+    for _ in range(times):
+        start = time.perf_counter()
+        torch.mv(matrix, vector)
+        took.append(time.perf_counter() - start)
+    return matrix.nbytes / min(took)
+
+
 def peak_mb() -> float:
     """The most memory this process has held, in MB (file pages that it maps included).
 
@@ -135,7 +148,7 @@ def machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "system": platform.platform(terse=True),
         "gemm_fp32_gflops": gemm_gflops(),
-        "gemm_bf16_gflops": gemm_gflops("bfloat16"),
+        "gemm_bf16_gflops": gemm_gflops("bfloat16", size=512, times=5),  # where it is emulated, larger ones take a minute
     }
 
 
