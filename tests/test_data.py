@@ -1,6 +1,7 @@
 """litlora/data: rows read with their places, formats told apart, samples cut and counted, orders and batches that change no result."""
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
@@ -322,6 +323,47 @@ def test_a_mistake_in_a_json_array_is_placed(tmp_path: Path, content: str, place
     with pytest.raises(UserError, match=reason) as caught:
         list(read_rows(path))
     assert caught.value.where == f"{path}:{place}"
+
+
+@pytest.mark.parametrize("layout", [None, 2], ids=["one line", "many lines"])
+@pytest.mark.parametrize(
+    "broken", ["", "]", ",", "[", '"', "\udcff", "\x00", "NaN", '{"a":1,"a":2}', "9" * 4301], ids=lambda text: repr(text[:14])
+)
+def test_a_json_array_is_read_a_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, layout: int | None) -> None:
+    """Rows, places and mistakes are those of one large block, wherever blocks end: within a row, a number, a letter of several bytes.
+    Caught: a row that is cut handed out or refused (`12` of `123`), the column counted from the block's beginning."""
+    rows = [{"prompt": "🙂é中" * 40, "completion": "🙂\n" * 3}, 123, [], {"prompt": "x " * 300, "completion": "y"}]
+    text = json.dumps(rows, ensure_ascii=False, indent=layout)
+    path = write(tmp_path / "rows.json", (text[:-1] + (f",\n {broken} " if broken else "") + "]\n ").encode("utf-8", "surrogateescape"))
+
+    def read() -> tuple[list[tuple[object, str]], str]:
+        found: list[tuple[object, str]] = []
+        try:
+            found += ((row.value, row.where) for row in read_rows(path))
+        except UserError as error:
+            return found, str(error)
+        return found, ""
+
+    whole = read()
+    assert bool(whole[1]) == bool(broken), whole[1]
+    for size in (1, 2, 3, 7, 64, 501):
+        monkeypatch.setattr(rows_module, "BLOCK", size)
+        found, said = read()
+        assert said == whole[1], size
+        rows_before = len(whole[0])  # of a block with bytes that are no text none is given
+        assert found == whole[0] if broken != "\udcff" else found[:rows_before] == whole[0], size
+
+
+def test_of_a_json_array_no_more_is_read_than_its_rows_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is larger than memory is read. Caught: the array joined before it is looked at."""
+    path = write(tmp_path / "rows.json", json.dumps(pairs(1000)).encode())
+    monkeypatch.setattr(rows_module, "BLOCK", 64)
+    with path.open("rb") as stream:
+        monkeypatch.setattr(rows_module.DataFile, "open", lambda self: contextlib.nullcontext(stream))
+        rows = read_rows(path)
+        for n in range(1, 11):
+            next(rows)
+            assert stream.tell() <= path.stat().st_size * (n + 3) / 1000 + 2 * 64
 
 
 def test_lines_named_json_and_one_object_are_read_too(tmp_path: Path, prompts: Prompts) -> None:

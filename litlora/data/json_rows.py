@@ -1,11 +1,12 @@
 """JSON to rows: an array of them, or one on each line. Strict: what two readers could take differently is refused at its place."""
 
+import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
-from litlora.data.places import OnBad, Row, decode, refuse
+from litlora.data.places import WIDTH, OnBad, Row, decode, refuse
 from litlora.errors import UserError
 
 
@@ -33,32 +34,103 @@ def _parse(text: str, name: str, number: int, hint: str = "each line is one comp
     return value
 
 
-def array_rows(text: str, name: str) -> Iterator[Row]:
-    """The rows of one array. Behind a mistake nothing can be told apart, so that one always raises."""
-    position = _skip_space(text, 0) + 1
-    line, line_start, seen = 1, 0, 0
-    first = True
+def array_rows(blocks: Iterable[bytes], name: str) -> Iterator[Row]:
+    """The rows of one array, of which about one block is held at a time, or one row. Behind a mistake nothing can be told apart, so that
+    one always raises."""
+    window = _Window(iter(blocks), name)
+    window.next_letter()  # [
+    window.at += 1
+    if window.next_letter() == "]":
+        raise UserError("the file is empty", where=name, hint="it needs at least one row")
     while True:
-        position = _skip_space(text, position)
-        if first and text[position : position + 1] == "]":
-            raise UserError("the file is empty", where=name, hint="it needs at least one row")
-        first = False
-        try:
-            value, end = DECODER.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            _explain(error, text, position, name, 1)
-        line += text.count("\n", seen, position)
-        line_start = text.rfind("\n", seen, position) + 1 or line_start  # not from the beginning: an array may be one long line
-        seen = position
-        yield Row(value, f"{name}:{line}:{position - line_start + 1}")
-        position = _skip_space(text, end)
-        if text[position : position + 1] == "]":
+        window.next_letter()
+        value, end = window.value()
+        yield Row(value, window.place())
+        window.at = end
+        letter = window.next_letter()
+        if letter not in (",", "]"):
+            window.refuse("not valid JSON (expecting ',' or ']' after a row)", "commas separate the rows of an array")
+        window.at += 1
+        if letter == "]":
             break
-        if text[position : position + 1] != ",":
-            refuse("not valid JSON (expecting ',' or ']' after a row)", text, position, name, 1, "commas separate the rows of an array")
-        position += 1
-    if (rest := _skip_space(text, position + 1)) < len(text):
-        refuse("not valid JSON (more follows after the array)", text, rest, name, 1, "one array holds all rows; or write one row a line")
+    if window.next_letter():
+        window.refuse("not valid JSON (more follows after the array)", "one array holds all rows; or write one row a line")
+
+
+class _Window:
+    """The part of a text that is looked at.
+
+    at             where in `text` the next thing stands
+    line, column   where in the whole that of index `seen` is, from 1 and from 0 on
+    """
+
+    def __init__(self, blocks: Iterator[bytes], name: str) -> None:
+        self.blocks, self.name = blocks, name
+        self.text, self.at = "", 0
+        self.line, self.column, self.seen = 1, 0, 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def more(self) -> bool:
+        """Read as much again as is held, at least a block, and let go of what is done with; whether anything came."""
+        parts, size, wanted = [""], 0, len(self.text) - self.at
+        while size <= wanted and (block := next(self.blocks, None)) is not None:
+            parts.append(self.decode(block, "".join(parts)))
+            size += len(parts[-1])
+        if size == 0:
+            self.decode(b"", "", final=True)
+            return False
+        self.place()
+        done = max(0, self.at - WIDTH)  # a mistake is shown with what stands before it
+        self.text, self.at, self.seen = self.text[done:] + "".join(parts), self.at - done, self.seen - done
+        return True
+
+    def decode(self, block: bytes, before: str, final: bool = False) -> str:
+        try:
+            return self.decoder.decode(block, final)
+        except UnicodeDecodeError as error:
+            self.text += before + error.object[: error.start].decode("utf-8")
+            self.at = len(self.text)
+            self.text += error.object[error.start :].decode("utf-8", errors="replace")
+            self.refuse(f"not UTF-8 (byte 0x{error.object[error.start]:02x})", "save the file as UTF-8")
+
+    def next_letter(self) -> str:
+        """Go to the next character that is no space; "" at the end."""
+        while True:
+            self.at = _skip_space(self.text, self.at)
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self.more():
+                return ""
+
+    def value(self) -> tuple[Any, int]:
+        """The value that begins here, and where it ends. What seems to be wrong with it may only not be there yet."""
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.at)
+                after = _skip_space(self.text, end)
+                if self.text[after : after + 1] in (",", "]") or not self.more():
+                    return value, end
+            except (ValueError, RecursionError) as error:
+                if not self.more():
+                    line, column = self.start()
+                    _explain(error, self.text, self.at, self.name, line, "look at the place above", column)
+
+    def place(self) -> str:
+        """`rows.json:14:3` of what stands here."""
+        if lines := self.text.count("\n", self.seen, self.at):
+            self.line, self.column = self.line + lines, self.at - self.text.rfind("\n", self.seen, self.at) - 1
+        else:
+            self.column += self.at - self.seen
+        self.seen = self.at
+        return f"{self.name}:{self.line}:{self.column + 1}"
+
+    def start(self) -> tuple[int, int]:
+        """Line and column of what `text` begins with; of the column it is enough that it is right for the line of `seen`."""
+        return self.line - self.text.count("\n", 0, self.seen), max(0, self.column - self.seen)
+
+    def refuse(self, what: str, hint: str) -> NoReturn:
+        line, column = self.start()
+        refuse(what, self.text, self.at, self.name, line, hint, column)
 
 
 def is_row(line: bytes) -> bool:
@@ -110,24 +182,24 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _explain(error: Exception, text: str, start: int, name: str, number: int) -> NoReturn:
+def _explain(error: Exception, text: str, start: int, name: str, number: int, hint: str = "", column: int = 0) -> NoReturn:
     """Raise the UserError that says what is wrong with the JSON from `start` on."""
-    hint = "each line is one complete JSON object" if number > 1 or "\n" not in text else "look at the place above"
+    hint = hint or ("each line is one complete JSON object" if number > 1 or "\n" not in text else "look at the place above")
     if isinstance(error, json.JSONDecodeError):
         at, said = error.pos, error.msg[0].lower() + error.msg[1:]
         if at < len(text) and text[at] == "\x00":
             said = "a NUL byte"
-        refuse(f"not valid JSON ({said})", text, at, name, number, hint)
+        refuse(f"not valid JSON ({said})", text, at, name, number, hint, column)
     if isinstance(error, _Duplicate):
-        refuse(f"the key {error} stands twice in one object", text, _find_duplicate(text, start), name, number, "keep one of them")
+        refuse(f"the key {error} stands twice in one object", text, _find_duplicate(text, start), name, number, "keep one of them", column)
     if isinstance(error, _Constant):
         at = next((m.start() for m in TOKENS.finditer(text, start) if m[0] == str(error)), start)
-        refuse(f"{error} is not JSON", text, at, name, number, "write null, or leave the field out")
+        refuse(f"{error} is not JSON", text, at, name, number, "write null, or leave the field out", column)
     if "integer string conversion" in str(error):
         at = next((m.start() for m in NUMBERS.finditer(text, start) if m[0][0] != '"'), start)
-        refuse("a number of more than 4,300 digits", text, at, name, number, "write it as text")
+        refuse("a number of more than 4,300 digits", text, at, name, number, "write it as text", column)
     said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-    refuse(f"not valid JSON ({said})", text, start, name, number, hint)
+    refuse(f"not valid JSON ({said})", text, start, name, number, hint, column)
 
 
 def _find_duplicate(text: str, start: int) -> int:

@@ -30,13 +30,13 @@ def decode(data: bytes, name: str, number: int) -> str:
         refuse(f"not UTF-8 (byte 0x{data[error.start]:02x})", text, at, name, number, "save the file as UTF-8")
 
 
-def refuse(what: str, text: str, at: int, name: str, number: int, hint: str) -> NoReturn:
-    """Raise UserError at character `at` of `text`, which begins on line `number`, and show the place."""
+def refuse(what: str, text: str, at: int, name: str, number: int, hint: str, column: int = 0) -> NoReturn:
+    """Raise UserError at character `at` of `text`, which begins on line `number` behind `column` characters, and show the place."""
     at = min(at, len(text))
     start = text.rfind("\n", 0, at) + 1
     end = text.find("\n", at)
-    line, column = text[start : end if end >= 0 else len(text)], at - start
-    left = max(0, column - WIDTH * 2 // 3)
+    line, here = text[start : end if end >= 0 else len(text)], at - start
+    left = max(0, here - WIDTH * 2 // 3)
     shown = "".join(c if c.isprintable() else " " for c in line[left : left + WIDTH])
-    where = f"{name}:{number + text.count(chr(10), 0, at)}:{column + 1}"
-    raise UserError(what, where=where, context=[shown, " " * (column - left) + "^"], hint=hint)
+    where = f"{name}:{number + text.count(chr(10), 0, at)}:{here + 1 + (column if start == 0 else 0)}"
+    raise UserError(what, where=where, context=[shown, " " * (here - left) + "^"], hint=hint)

@@ -1,6 +1,6 @@
 """Files to rows: JSON, JSON lines, CSV, Parquet and plain text, read so that a mistake is named by file, line and column.
 
-Lines are read one at a time, so a file may be larger than memory; one JSON array may not.
+Lines, and the rows of an array, are read one at a time, so a file may be larger than memory.
 """
 
 import codecs
@@ -36,7 +36,7 @@ OTHER_FORMS = {  # what a file begins with that is no text -> what it is, what t
 OTHER_ENDS = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip"}  # what unpacks it
 OTHER_ENDS |= dict.fromkeys((".xlsx", ".xls", ".ods"), "")
 UTF_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-BLOCK = 1 << 20  # bytes of UTF-16 that are read at once
+BLOCK = 1 << 20  # bytes of UTF-16, or of an array, that are read at once
 PIECE = 1 << 20  # characters of a long text that are read at once
 Documents = Literal["file", "blank", "line"]
 
@@ -123,6 +123,11 @@ def rows_of(file: DataFile, on_bad: OnBad | None = None, documents: Documents = 
         for magic, (form, remedy) in OTHER_FORMS.items():
             if begin.startswith(magic):
                 raise UserError(f"{form}, not text", where=f"{file.name}:1:1", hint=remedy)
+        bom = len(codecs.BOM_UTF8) if begin.startswith(codecs.BOM_UTF8) else 0
+        if file.kind == "json" and begin[bom:].lstrip().startswith(b"["):
+            stream.seek(bom)
+            yield from array_rows(iter(lambda: stream.read(BLOCK), b""), file.name)
+            return
         stream.seek(0)
         lines = _utf8_lines(stream, file.name)
         before = []  # blank lines, and the first that is not
@@ -142,7 +147,7 @@ def _parsed(first: bytes, lines: Iterable[bytes], file: DataFile, on_bad: OnBad 
         return csv_rows(lines, file.name, on_bad)
     if file.kind == "json":
         if first.lstrip().startswith(b"["):
-            return array_rows(decode(b"".join(lines), file.name, 1), file.name)
+            return array_rows(lines, file.name)
         if first.lstrip().startswith(b"{") and not is_row(first):
             data = b"".join(lines)
             try:
