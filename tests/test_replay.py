@@ -57,14 +57,14 @@ def test_a_replayed_step_gives_the_logits_of_a_plain_one(family: str) -> None:
     """Over windows, and while the cache grows. Caught: a position that stands still; what is no number left in keys or in values; a
     cache that has grown and is not noticed; a window that is left out of the mask."""
     gpt, tokens = tiny_gpt(family), random_tokens(1, 20)[0]
-    assert relative(replayed(gpt, tokens), plain(gpt, tokens)) <= 1e-6
+    assert relative(replayed(gpt, tokens), plain(gpt, tokens)) <= 1e-5
 
 
 @pytest.mark.parametrize("case", ["lora", "dora", "pissa", "prompt", "scale-shift", "series", "parallel", "pro", "head"])
 def test_with_whatever_is_attached(case: str) -> None:
     gpt, _, _ = trained(case, "qwen2")
     tokens = random_tokens(1, 20)[0]
-    assert relative(replayed(gpt.eval(), tokens), plain(gpt, tokens)) <= 1e-6
+    assert relative(replayed(gpt.eval(), tokens), plain(gpt, tokens)) <= 1e-5
 
 
 def test_it_goes_on_after_the_conversation_was_taken_back() -> None:
@@ -78,7 +78,7 @@ def test_it_goes_on_after_the_conversation_was_taken_back() -> None:
             step(token)
         cache.rewind(9)
         found = torch.stack([step(token) for token in tokens[9:]])
-    assert relative(found, plain(gpt, tokens)) <= 1e-6
+    assert relative(found, plain(gpt, tokens)) <= 1e-5
 
 
 def test_nothing_in_a_step_asks_for_a_number_or_has_a_shape_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
