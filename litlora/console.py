@@ -55,6 +55,16 @@ def put(text: object = "", end: str = "\n") -> None:
         raise WorkError(f"cannot be written: {error.strerror}", where="standard output", hint="see where it goes") from error
 
 
+def put_words(text: str, end: str = "\n") -> None:
+    """A model's words, on standard output: as they are; on a terminal without the control characters by which they could take it over."""
+    put(tame(text) if sys.stdout.isatty() else text, end)
+
+
+def tame(text: str) -> str:
+    """Marks that join letters or turn their direction stay: unlike a name, a text may need them."""
+    return "".join(letter if letter in "\n\t" or letter.isprintable() or not 0 <= ord(letter) < 0xA0 else "\ufffd" for letter in text)
+
+
 def drop_output() -> None:
     """What waits to be written goes nowhere: at the end of the process it would fail once more."""
     with contextlib.suppress(OSError):  # where standard output is no file

@@ -135,3 +135,24 @@ def test_a_process_whose_output_is_full_says_it_once(unbuffered: str) -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, check=False)
     assert done.returncode == 1
     assert done.stderr.decode().startswith("error: standard output: cannot be written") and done.stderr.count(b"\n") == 2
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "a�]0;x�\n\té🙂\u200d�"), (False, "a\x1b]0;x\x07\n\té🙂\u200d\x9b")])
+@pytest.mark.parametrize("command", ["generate RUN/step-9 --prompt x", "generate RUN/step-9 --prompts LINES", "chat RUN/step-9"])
+def test_a_model_s_words_cannot_take_a_terminal_over(
+    command: str, terminal: bool, shown: str, words: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Elsewhere than on one they are as they came. Caught: `put` instead of `put_words`, in each of the three places."""
+    lines = Path(words["ROWS"]).with_name("lines.txt")
+    lines.write_text("x\n")
+    monkeypatch.setattr("litlora.generation.Answer.push", nasty_push)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x\n"))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert main([*filled(command, words | {"LINES": str(lines)}), "--max_new_tokens", "1"]) == 0
+    assert shown in capsys.readouterr().out
+
+
+def nasty_push(answer: Any, token_id: int) -> str:
+    answer.ids.append(token_id)
+    answer.text, answer.finish_reason = "a\x1b]0;x\x07\n\té🙂\u200d\x9b", "length"
+    return str(answer.text)

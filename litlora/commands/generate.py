@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.files import open_prompts
 from litlora.checkpoint.resolve import resolve
-from litlora.console import put, put_json, say, style
+from litlora.console import put, put_json, put_words, say, style
 from litlora.errors import UserError
 from litlora.options import ComputeOptions, Generate, SamplingOptions
 from litlora.parsing import check_ranges
@@ -42,7 +42,7 @@ def generate(options: Generate) -> None:
     answer = conversation.ask(prompts[0], options, continues=questions[0].raw)
     for piece in answer:
         if not options.json:
-            put(piece, end="")
+            put_words(piece, end="")
     if options.json:
         put_json(values(questions[0], answer))
     else:
@@ -64,7 +64,7 @@ def many(options: Generate, opened: "Opened", questions: "Sequence[Question]", p
             if options.json:
                 put_json(values(question, answer))
             else:
-                put(answer.text)
+                put_words(answer.text)
             tokens += len(answer.ids)
     seconds = time.perf_counter() - began
     say(style(f"{len(prompts)} answers · {tokens} tokens · {tokens / seconds:.0f} tok/s", "dim"))

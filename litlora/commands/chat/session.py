@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.commands.generate import Message, Opened, put_on, split_weight, stats, with_system
-from litlora.console import put, say, style
+from litlora.console import put, put_words, say, style
 from litlora.data.formats import Text, to_messages
 from litlora.data.rows import read_rows
 from litlora.errors import UserError, did_you_mean
@@ -112,7 +112,7 @@ class Session:
         with as_base(self.opened.model) if label == "base" else nullcontext():
             try:
                 for piece in answer:
-                    put(harmless(piece) if self.interactive else piece, end="")
+                    put_words(piece, end="")
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
@@ -297,8 +297,3 @@ def unquoted(value: str) -> str:
     except ValueError as error:
         raise UserError(f"{value} is not a text in quotes ({error})") from None
     return str(text)
-
-
-def harmless(text: str) -> str:
-    """Without the control characters by which a text could take a terminal over."""
-    return "".join(letter if letter in "\n\t" or letter.isprintable() or not 0 <= ord(letter) < 0xA0 else "�" for letter in text)
