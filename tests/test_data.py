@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from test_tokenizer import byte_level, real
 from litlora.data import rows as rows_module
 from litlora.data.batches import Batch, pack, share_of_rank
 from litlora.data.formats import Pair, Text, Verdict, format_of, parse_mapping, read_row, to_messages
+from litlora.data.json_rows import array_rows
 from litlora.data.order import epoch_order
 from litlora.data.rows import DataFile, Row, data_files, read_rows, rows_of
 from litlora.data.samples import IGNORE, DataSet, Sample, load_data
@@ -364,6 +365,23 @@ def test_of_a_json_array_no_more_is_read_than_its_rows_need(tmp_path: Path, monk
         for n in range(1, 11):
             next(rows)
             assert stream.tell() <= path.stat().st_size * (n + 3) / 1000 + 2 * 64
+
+
+@pytest.mark.parametrize("broken", ["{]", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 5000, "1 2", '{"a": "b" "c"}'], ids=lambda text: text[:16])
+def test_behind_a_mistake_in_a_json_array_nothing_is_read(broken: str) -> None:
+    """It is refused in the memory of one row too. Caught: all that follows read, for a row that seems to be cut."""
+    read: list[int] = []
+    rows = f'{{"prompt": "{"x" * 80}"}},'.encode()
+
+    def endless() -> Iterator[bytes]:
+        yield f"[{rows.decode()}{broken},".encode()
+        for n in range(1000):
+            read.append(n)
+            yield rows
+
+    with pytest.raises(UserError, match="rows.json:1:"):
+        list(array_rows(endless(), "rows.json"))
+    assert len(read) < 10
 
 
 def test_lines_named_json_and_one_object_are_read_too(tmp_path: Path, prompts: Prompts) -> None:

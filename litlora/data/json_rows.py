@@ -3,7 +3,7 @@
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from litlora.data.places import WIDTH, OnBad, Row, decode, refuse
@@ -74,21 +74,21 @@ class _Window:
         """Read as much again as is held, at least a block, and let go of what is done with; whether anything came."""
         parts, size, wanted = [""], 0, len(self.text) - self.at
         while size <= wanted and (block := next(self.blocks, None)) is not None:
-            parts.append(self.decode(block, "".join(parts)))
+            parts.append(self.decode(block, parts))
             size += len(parts[-1])
         if size == 0:
-            self.decode(b"", "", final=True)
+            self.decode(b"", parts, final=True)
             return False
         self.place()
         done = max(0, self.at - WIDTH)  # a mistake is shown with what stands before it
         self.text, self.at, self.seen = self.text[done:] + "".join(parts), self.at - done, self.seen - done
         return True
 
-    def decode(self, block: bytes, before: str, final: bool = False) -> str:
+    def decode(self, block: bytes, before: Sequence[str], final: bool = False) -> str:
         try:
             return self.decoder.decode(block, final)
         except UnicodeDecodeError as error:
-            self.text += before + error.object[: error.start].decode("utf-8")
+            self.text += "".join(before) + error.object[: error.start].decode("utf-8")
             self.at = len(self.text)
             self.text += error.object[error.start :].decode("utf-8", errors="replace")
             self.refuse(f"not UTF-8 (byte 0x{error.object[error.start]:02x})", "save the file as UTF-8")
@@ -103,17 +103,28 @@ class _Window:
                 return ""
 
     def value(self) -> tuple[Any, int]:
-        """The value that begins here, and where it ends. What seems to be wrong with it may only not be there yet."""
+        """The value that begins here, and where it ends. What seems to be wrong with it may only not be there yet, but no more is read
+        than can tell: behind a mistake there may be more than memory holds."""
         while True:
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)
                 after = _skip_space(self.text, end)
-                if self.text[after : after + 1] in (",", "]") or not self.more():
+                if self.text[after : after + 1] in (",", "]") or self.reaches(after) or not self.more():
                     return value, end
             except (ValueError, RecursionError) as error:
-                if not self.more():
+                if self.is_sure(error) or not self.more():
                     line, column = self.start()
                     _explain(error, self.text, self.at, self.name, line, "look at the place above", column)
+
+    def reaches(self, at: int) -> bool:
+        """Whether so much follows a place that nothing in it is cut off, and all that is shown of it is there."""
+        return at + WIDTH < len(self.text)
+
+    def is_sure(self, error: Exception) -> bool:
+        """Whether it is a mistake whatever follows: a string may still end, and digits may still become a fraction."""
+        if str(error).startswith("Unterminated string") or DIGITS in str(error):
+            return False
+        return self.reaches(_mistake(error, self.text, self.at)[1])
 
     def place(self) -> str:
         """`rows.json:14:3` of what stands here."""
@@ -172,7 +183,8 @@ def _constant(word: str) -> NoReturn:
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|-?Infinity|NaN', re.DOTALL)
-
+NUL = "\x00"
+DIGITS = "integer string conversion"  # what Python says of too many
 NUMBERS = re.compile(r'"(?:[^"\\]|\\.)*"|-?[0-9]{4301,}', re.DOTALL)
 
 
@@ -184,22 +196,25 @@ def _skip_space(text: str, position: int) -> int:
 
 def _explain(error: Exception, text: str, start: int, name: str, number: int, hint: str = "", column: int = 0) -> NoReturn:
     """Raise the UserError that says what is wrong with the JSON from `start` on."""
-    hint = hint or ("each line is one complete JSON object" if number > 1 or "\n" not in text else "look at the place above")
+    what, at, remedy = _mistake(error, text, start)
+    hint = remedy or hint or ("each line is one complete JSON object" if number > 1 or "\n" not in text else "look at the place above")
+    refuse(what, text, at, name, number, hint, column)
+
+
+def _mistake(error: Exception, text: str, start: int) -> tuple[str, int, str]:
+    """What is wrong with the JSON from `start` on, where, and what to do if that is known."""
     if isinstance(error, json.JSONDecodeError):
-        at, said = error.pos, error.msg[0].lower() + error.msg[1:]
-        if at < len(text) and text[at] == "\x00":
-            said = "a NUL byte"
-        refuse(f"not valid JSON ({said})", text, at, name, number, hint, column)
+        said = error.msg[0].lower() + error.msg[1:]
+        return f"not valid JSON ({'a NUL byte' if text[error.pos : error.pos + 1] == NUL else said})", error.pos, ""
     if isinstance(error, _Duplicate):
-        refuse(f"the key {error} stands twice in one object", text, _find_duplicate(text, start), name, number, "keep one of them", column)
+        return f"the key {error} stands twice in one object", _find_duplicate(text, start), "keep one of them"
     if isinstance(error, _Constant):
         at = next((m.start() for m in TOKENS.finditer(text, start) if m[0] == str(error)), start)
-        refuse(f"{error} is not JSON", text, at, name, number, "write null, or leave the field out", column)
-    if "integer string conversion" in str(error):
+        return f"{error} is not JSON", at, "write null, or leave the field out"
+    if DIGITS in str(error):
         at = next((m.start() for m in NUMBERS.finditer(text, start) if m[0][0] != '"'), start)
-        refuse("a number of more than 4,300 digits", text, at, name, number, "write it as text", column)
-    said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-    refuse(f"not valid JSON ({said})", text, start, name, number, hint, column)
+        return "a number of more than 4,300 digits", at, "write it as text"
+    return f"not valid JSON ({'it is nested too deeply' if isinstance(error, RecursionError) else error})", start, ""
 
 
 def _find_duplicate(text: str, start: int) -> int:
