@@ -121,6 +121,8 @@ FAULTS = {
     "no scales": "down_proj_scales is missing",
     "twice": "down_proj is there a second time",
     "shape": "down_proj: its blocks",
+    "no experts": "down_proj: its blocks",
+    "nothing in them": "down_proj: its blocks",
     "dtype": "down_proj: its blocks",
     "no number": "down_proj holds values that are not finite",
     "too large": "down_proj holds values that are not finite",
@@ -142,6 +144,12 @@ def test_mxfp4_that_is_torn_or_not_understood_is_refused_whole(fault: str, tmp_p
         tensors[name] = torch.zeros(2, 2)
     elif fault == "shape":
         tensors[f"{name}_scales"] = tensors[f"{name}_scales"][..., 1:].contiguous()
+    elif fault == "no experts":
+        for end in ("_blocks", "_scales"):
+            tensors[name + end] = tensors[name + end][:0].contiguous()
+    elif fault == "nothing in them":
+        for end in ("_blocks", "_scales"):
+            tensors[name + end] = tensors[name + end][:, :, :0].contiguous()
     elif fault == "dtype":
         tensors[f"{name}_scales"] = tensors[f"{name}_scales"].float()
     elif fault == "no number":

@@ -45,7 +45,8 @@ def dequantised(stored: Mapping[str, Part], quantisation: Any, dtype: str, where
 
 def plain(name: str, blocks: Part, scales: Part, dtype: str, where: Path) -> Part:
     """The experts' matrix (E, in, out) as `dtype`; each expert is computed when it is written."""
-    fits = len(blocks.shape) == 4 and blocks.shape[:-1] == scales.shape and 2 * blocks.shape[-1] == BLOCK and scales.dtype == "U8"
+    fits = len(blocks.shape) == 4 and blocks.shape[:-1] == scales.shape and 2 * blocks.shape[-1] == BLOCK
+    fits = fits and 0 not in blocks.shape and scales.dtype == "U8"
     if not fits:
         its = f"its blocks {blocks.dtype} {list(blocks.shape)}, its scales {scales.dtype} {list(scales.shape)}"
         raise UserError(f"{name}: {its}: no layout of MXFP4 that is known", where=where, hint="fetch the model again")
