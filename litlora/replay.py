@@ -21,6 +21,7 @@ class WholeCache(KVCache):
     def __init__(self, cache: KVCache, device: torch.device) -> None:
         super().__init__(cache.size)
         self.held = cache.held
+        self.first = next(iter(cache.held.values()))  # what is replaced first where it grows, even if memory ends before the last is
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # (1,)
         for keys, values in self.held.values():  # weighed with 0, but no NaN may lie there
             keys[:, :, cache.lengths[0] :].zero_()
@@ -55,7 +56,7 @@ class ReplayedStep:
     def __call__(self, token: Tensor) -> Tensor:  # () int64 -> (V,)
         """Logits after one more token, for which there is room."""
         self.cache.check_room(1, 1)
-        if self.whole is None or self.whole.size != self.cache.size:
+        if self.whole is None or self.whole.first is not next(iter(self.cache.held.values())):
             self.prepare()
         assert self.whole is not None
         self.whole.at.fill_(self.cache.lengths[0])

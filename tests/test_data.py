@@ -367,7 +367,9 @@ def test_of_a_json_array_no_more_is_read_than_its_rows_need(tmp_path: Path, monk
             assert stream.tell() <= path.stat().st_size * (n + 3) / 1000 + 2 * 64
 
 
-@pytest.mark.parametrize("broken", ["{]", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 5000, "1 2", '{"a": "b" "c"}'], ids=lambda text: text[:16])
+@pytest.mark.parametrize(
+    "broken", ["{]", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 5000, "1 2", '{"a": "b" "c"}'], ids=lambda text: text[:16]
+)
 def test_behind_a_mistake_in_a_json_array_nothing_is_read(broken: str) -> None:
     """It is refused in the memory of one row too. Caught: all that follows read, for a row that seems to be cut."""
     read: list[int] = []
@@ -379,7 +381,7 @@ def test_behind_a_mistake_in_a_json_array_nothing_is_read(broken: str) -> None:
             read.append(n)
             yield rows
 
-    with pytest.raises(UserError, match="rows.json:1:"):
+    with pytest.raises(UserError, match=r"rows\.json:1:"):
         list(array_rows(endless(), "rows.json"))
     assert len(read) < 10
 

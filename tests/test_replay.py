@@ -81,6 +81,32 @@ def test_it_goes_on_after_the_conversation_was_taken_back() -> None:
     assert relative(found, plain(gpt, tokens)) <= 1e-5
 
 
+def test_it_is_made_anew_where_memory_ended_while_the_cache_grew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then some layers have new tensors and the cache its old size; a graph would go on in memory that was given back. Caught: the size
+    alone looked at."""
+    gpt, tokens = tiny_gpt(), random_tokens(1, 20)[0]
+    with torch.inference_mode():
+        cache = KVCache(16)
+        gpt(tokens[None, :9], cache=cache)
+        step = ReplayedStep(gpt, cache)
+        step(tokens[9])
+        made, sizes, new = step.whole, iter(range(4)), Tensor.new_empty
+
+        def new_empty(self: Tensor, *size: int) -> Tensor:
+            if next(sizes) == 3:
+                raise RuntimeError("out of memory")
+            return new(self, *size)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "new_empty", new_empty)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                reserve(cache, 17, 32)
+        assert cache.size == 16
+        found = step(tokens[10])
+    assert step.whole is not made
+    assert relative(found, plain(gpt, tokens)[1]) <= 1e-5
+
+
 def test_nothing_in_a_step_asks_for_a_number_or_has_a_shape_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a graph cannot hold: `item`, `tolist`, and operations of which another token has other shapes or others of. Caught: views of the
     cache that end with the text."""

@@ -24,6 +24,8 @@ from litlora.quantized import KINDS, Quantized, hold, quantized
 
 pytest.importorskip("triton", reason="Triton is not installed; the test extra has it on Linux")
 
+from triton.errors import TritonError
+
 from litlora.gpu import triton_kernels
 
 pytestmark = pytest.mark.gpu
@@ -259,11 +261,13 @@ def exactly(gpt: GPT) -> None:
             module.answering = module.product  # type: ignore[method-assign]
 
 
-def test_where_triton_fails_torch_computes_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No C compiler, say. Caught: a failure that is passed on."""
+@pytest.mark.parametrize("error", [RuntimeError, TritonError])
+def test_where_triton_fails_torch_computes_and_says_so(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No C compiler, say, or what its own compiler refuses. Caught: a failure that is passed on; Triton's own errors, which are no
+    RuntimeError."""
 
     def failing(*args: Tensor) -> Tensor:
-        raise RuntimeError("Failed to find C compiler.")
+        raise error("Failed to find C compiler.")
 
     tried = gpu.working.__wrapped__
     assert tried(DEVICE) is triton_kernels
@@ -290,28 +294,48 @@ known = {"ROWS": 2, "COLUMNS": 1024, "LEARNS": True, "INTERLEAVED": False, "HEAD
 wide = {"parts": "*fp32", "cos": "*fp32", "sin": "*fp32", "scales": "*fp32", "table": "*fp32", "eps": "fp32", "way": "fp32",
         "positions": "*i64", "largest": "*fp32", "sums": "*fp32", "scale": "fp32"}
 steps = {"rows", "C", "width", "n", "T", "half", "count", "into", "out", "K", "group", "D", "V"}
+known |= json.loads(sys.argv[4])
 for name in json.loads(sys.argv[1]):
     kernel = getattr(triton_kernels, name)
     types = {}
     for word in inspect.signature(kernel.fn).parameters:
         number = word in steps or word.endswith("_step") or word[1:2] == "_"
         codes = "*i8" if "int8" in name else "*u8"
-        types[word] = "constexpr" if word in known else "i32" if number else codes if word == "codes" else wide.get(word, "*bf16")
+        types[word] = "constexpr" if word in known else "i32" if number else codes if word == "codes" else wide.get(word, "*" + sys.argv[3])
     constants = {word: known[word] for word in types if word in known}
-    made = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", int(sys.argv[2]), 32))
+    even = [word for word in types if types[word][0] == "*" or word in {"D", "V"} or word[:2] in {"k_", "v_"}]  # by 16, as at a launch
+    known_of = {(list(types).index(word),): [["tt.divisibility", 16]] for word in even}
+    made = triton.compile(ASTSource(kernel, types, constants, known_of), target=GPUTarget("cuda", int(sys.argv[2]), 32))
     assert made.asm["cubin"]
-    print(name)
+    print(name, made.metadata.shared)
 """
+
+
+def compiled(names: list[str], capability: int, dtype: str = "bf16", **known: int) -> dict[str, int]:
+    """Name -> bytes of shared memory."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    words = [sys.executable, "-c", COMPILE, json.dumps(names), str(capability), dtype, json.dumps(known)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return {name: int(size) for name, size in map(str.split, done.stdout.splitlines())}
 
 
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_every_kernel_compiles_for_a_gpu(capability: int) -> None:
     """To machine code, by the compiler that comes with Triton. Caught: a loop over a Python list; a name that Triton does not know."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    words = [sys.executable, "-c", COMPILE, json.dumps(KERNELS), str(capability)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == KERNELS
+    assert list(compiled(KERNELS, capability)) == KERNELS
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),  # of a head, as Gemma's and Llama's
+    [("fp32", 256), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("bf16", 256), ("fp32", 128)))],
+)
+def test_attention_has_room_on_every_gpu(dtype: str, size: int) -> None:
+    """99 KB of shared memory are what the smallest from Ampere on give a program. Caught: as many keys at once whatever their size (283 KB,
+    more than any GPU has)."""
+    keys = triton_kernels.keys_at_once(2 * size * (4 if dtype == "fp32" else 2))
+    room = compiled(["attention_of_one_kernel"], 80, dtype, WIDTH=size, VALUES=size, KEYS=keys)
+    assert room["attention_of_one_kernel"] <= 99 * 1024
 
 
 def test_every_kernel_is_compiled_and_compared() -> None:

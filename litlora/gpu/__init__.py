@@ -8,7 +8,6 @@ It has not run on a GPU yet.
 """
 
 import functools
-import subprocess
 import warnings
 from typing import Any
 
@@ -30,7 +29,7 @@ def working(device: torch.device) -> Any:
         from litlora.gpu import triton_kernels
 
         triton_kernels.gated(torch.ones(1, 16, device=device), torch.ones(1, 16, device=device))  # compiles, with the machine's C compiler
-    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except Exception as error:  # a compiler's, a linker's, a driver's; Triton's own have no class of Python's in common
         warnings.warn(f"Triton does not work here ({error}): more and slower kernels are used", stacklevel=2)
         return None
     return triton_kernels

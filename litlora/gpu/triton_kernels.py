@@ -13,6 +13,7 @@ from torch import Tensor
 
 TILE = 4096  # numbers that one program holds at once
 PROGRAMS = 1024  # at most, where each goes over many rows
+KEYS_BYTES = 2**15  # of keys and values that are looked at together: a GPU holds three times so much, and the smallest have 99 KB for it
 SPLITS = 16  # parts of the tokens seen that are looked at side by side, when there is one query
 MATVEC_OUT = 4  # numbers of a product's outcome that one program computes
 
@@ -283,13 +284,19 @@ def attention_of_one(positions: Tensor, q: Tensor, k: Tensor, v: Tensor, window:
     parts = torch.empty(B * H, SPLITS, V, dtype=torch.float32, device=q.device)
     largest, sums = (torch.empty(B * H, SPLITS, dtype=torch.float32, device=q.device) for _ in range(2))
     assert k.stride(3) == v.stride(3) == 1, "a cache's heads lie whole"
+    WIDTH, VALUES = max(16, triton.next_power_of_2(D)), max(16, triton.next_power_of_2(V))
     attention_of_one_kernel[(B * K, SPLITS)](
         q, k, v, positions, parts, largest, sums, float(scale), K, H // K, D, V, *k.stride()[:3], *v.stride()[:3],
-        WINDOW=window or 0, SPLITS=SPLITS, KEYS=64, GROUP=max(16, triton.next_power_of_2(H // K)),
-        WIDTH=max(16, triton.next_power_of_2(D)), VALUES=max(16, triton.next_power_of_2(V)), num_warps=4,
+        WINDOW=window or 0, SPLITS=SPLITS, KEYS=keys_at_once((WIDTH + VALUES) * k.element_size()),
+        GROUP=max(16, triton.next_power_of_2(H // K)), WIDTH=WIDTH, VALUES=VALUES, num_warps=4,
     )  # fmt: skip
     joined_parts_kernel[(B * H,)](parts, largest, sums, y, V, SPLITS=SPLITS, VALUES=triton.next_power_of_2(V), num_warps=4)
     return y
+
+
+def keys_at_once(size: int) -> int:
+    """How many, where a key and its value take `size` bytes together."""
+    return max(16, min(64, KEYS_BYTES // size))
 
 
 @triton.jit
