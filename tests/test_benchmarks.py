@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -80,6 +81,13 @@ def test_the_gpu_benchmark_starts_on_a_cpu(tmp_path: Path) -> None:
         assert not result["gate"]["wrong"]
     assert results["G4"]["gate"]["differences"]["litlora: a step"] <= 1e-5
     assert "says only that it starts" in next((tmp_path / "results").glob("*-g4.md")).read_text()
+
+
+def test_litlora_is_measured_wherever_it_is_installed() -> None:
+    """Caught: `lightning` looked for, of which litlora takes `lightning-fabric` alone: its line would be absent."""
+    brought = {name.replace("-", "_") for name in re.findall(r'^    "([a-z_-]+)>=', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)}
+    assert "torch" in brought
+    assert brought.issuperset(name for name in gpu.NEEDS["litlora"] if name != "litlora")
 
 
 @pytest.mark.slow

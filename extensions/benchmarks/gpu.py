@@ -18,7 +18,12 @@ from typing import Any
 from extensions.benchmarks.artefacts import SHAPES, alpaca_like, flops_per_token, full_samples, linears
 from extensions.benchmarks.measure import default_work_dir, median, missing, run_json, table, write_results
 
-NEEDS = {"litlora": ("litlora", "lightning"), "peft": ("transformers", "peft"), "transformers": ("transformers",), "litgpt": ("litgpt",)}
+NEEDS = {
+    "litlora": ("litlora", "lightning_fabric"),
+    "peft": ("transformers", "peft"),
+    "transformers": ("transformers",),
+    "litgpt": ("litgpt",),
+}
 LINES: dict[str, dict[str, dict[str, Any]]] = {  # id -> line -> what is its job's own; the others are held against the first
     "G1": {"litlora": {"tool": "litlora"}, "peft": {"tool": "peft", "micro_batch": 1}, "litgpt": {"tool": "litgpt"}},
     "G2": {"litlora": {"tool": "litlora"}, "peft": {"tool": "peft"}, "litgpt": {"tool": "litgpt"}},
