@@ -124,3 +124,15 @@ def test_the_words_are_those_of_the_torch_that_is_installed() -> None:
     words = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size", *packed.grouping()]
     assert all(word in known for word in words)
     assert list(known)[:7] == words[:7]
+
+
+def test_where_the_kernel_fails_samples_are_computed_one_after_another(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that is built without it trains too. Caught: a failure that is passed on."""
+    assert packed.works(torch.device("cpu")) and reference.calls == 1
+
+    def failing(*args: Tensor, **more: Any) -> Tensor:
+        raise NotImplementedError("torch was not compiled with flash attention")
+
+    monkeypatch.setattr(packed, "kernel", lambda: failing)
+    with pytest.warns(UserWarning, match="FlashAttention does not work here .torch was not compiled"):
+        assert not packed.works(torch.device("cpu"))

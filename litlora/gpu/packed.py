@@ -6,6 +6,7 @@ It has not run on a GPU yet. Its layout is tested on CPUs, where a loop over the
 import functools
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,7 +58,18 @@ def ends(lengths: Sequence[int], device: torch.device) -> Tensor:
 @functools.cache
 def has_kernel(device: torch.device) -> bool:
     """FlashAttention (Dao 2023, arXiv:2307.08691), which comes with torch for NVIDIA's GPUs from Ampere on."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0) and works(device)
+
+
+def works(device: torch.device) -> bool:
+    """Tried on two samples; False, and a warning, where it fails: torch may be built without it, or not for this GPU."""
+    try:
+        q = torch.ones(1, 1, 5, 8, dtype=torch.bfloat16, device=device)
+        Packed(0, (3, 2), device)(q, q, q, None, 1.0)
+    except (ImportError, RuntimeError) as error:
+        warnings.warn(f"FlashAttention does not work here ({error}): samples are computed one after another", stacklevel=2)
+        return False
+    return True
 
 
 @functools.cache
