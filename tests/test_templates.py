@@ -12,6 +12,7 @@ from litlora.__main__ import main
 from litlora.checkpoint import names
 from litlora.checkpoint.files import serving_files
 from litlora.checkpoint.resolve import resolve
+from litlora.checkpoint.tokenizers import tokenizer_files
 from litlora.errors import UserError
 from litlora.merge.expand import expand, prepare_expansion
 from litlora.prompts import Prompts
@@ -65,6 +66,25 @@ def test_templates_in_a_folder_of_their_own_are_those_of_transformers(saved: Pat
     with pytest.raises(UserError, match="not UTF-8") as caught:
         Prompts(Tokenizer(saved))
     assert caught.value.where.endswith("rag.v2.jinja")
+
+
+def test_templates_in_the_cache_of_the_hub_are_links_that_are_followed(saved: Path, tmp_path: Path) -> None:
+    """S04: models--org--name/snapshots/HASH/additional_chat_templates/file -> ../../../blobs/HASH, and no link beyond that. Caught: the
+    folder taken for a directory of its own, of which each template is a link out of it."""
+    model = tmp_path / "models--org--name"
+    shutil.copytree(saved, model / "snapshots" / "abc123")
+    (model / "blobs").mkdir()
+    path = model / "snapshots" / "abc123" / names.ADDITIONAL_TEMPLATES / "tool_use.jinja"
+    path.rename(model / "blobs" / "f00")
+    path.symlink_to("../../../blobs/f00")
+    files = tokenizer_files(model / "snapshots" / "abc123")
+    listed = {entry["name"]: entry["template"] for entry in json.loads(files[names.TOKENIZER_CONFIG])["chat_template"]}
+    assert listed == NAMED
+    (model / "blobs" / "f00").rename(tmp_path / "elsewhere")
+    path.unlink()
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="a link out of its directory"):
+        tokenizer_files(model / "snapshots" / "abc123")
 
 
 @pytest.mark.parametrize("choice", [None, "rag.v2"])

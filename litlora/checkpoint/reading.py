@@ -52,7 +52,7 @@ def is_plain_name(name: object) -> bool:
 def allowed_roots(directory: Path) -> list[Path]:
     """Where the files of `directory` may really lie: in it, or in the `models--*` directory of the cache it belongs to."""
     real = directory.resolve()
-    caches = [parent for parent in real.parents if parent.name.startswith("models--") and real.parent == parent / "snapshots"]
+    caches = [parent for parent in real.parents if parent.name.startswith("models--") and real.is_relative_to(parent / "snapshots")]
     return [real, *caches]
 
 
