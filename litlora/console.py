@@ -17,6 +17,7 @@ from litlora.errors import WorkError, printable, told
 
 MB = 10**6
 NAME_WIDTH = 10  # of a header's names, so that the lines of several come to stand below each other
+WIDE = 120  # columns from which on a progress line has a bar
 STYLED = re.compile(r"(\x1b\[[\d;]*m)")  # colours and weights: ours
 STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
@@ -133,7 +134,7 @@ def amount(size: int) -> str:
 
 
 class Progress:
-    """How far a long job is: one live line with a bar (rich) on a terminal, a `key=value` line a second elsewhere."""
+    """How far a long job is: one live line (rich) on a terminal, with a bar where that is WIDE, a `key=value` line a second elsewhere."""
 
     def __init__(self, total: int, unit: str, *, start: int = 0, quiet: bool = False) -> None:
         self.total, self.unit, self.quiet = total, unit, quiet
@@ -144,23 +145,31 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
+            console = Console(stderr=True, highlight=False)
+            wide = console.width >= WIDE
+            self.room = (
+                console.width - len(f"{unit} {total}/{total} ") - (41 if wide else 9)
+            )  # beside them the bar and the times, or one time
             columns = (
                 TextColumn(unit),
                 MofNCompleteColumn(),
-                BarColumn(20),
+                *((BarColumn(20),) if wide else ()),
                 TextColumn("{task.fields[shown]}"),
-                TimeElapsedColumn(),
+                *((TimeElapsedColumn(),) if wide else ()),
                 TimeRemainingColumn(),
             )
-            self.bar = Bar(*columns, console=Console(stderr=True, highlight=False))
+            self.bar = Bar(*columns, console=console)
             self.task = self.bar.add_task(unit, total=total, completed=start, shown="")
             self.bar.start()
 
     def update(self, done: int, **fields: str) -> None:
         """Show that `done` of `total` are done, and the fields beside it (loss, tokens/s ...)."""
         if self.bar is not None:
+            shown = [f"{name} {value}" for name, value in fields.items()]
+            while len("  ".join(shown)) > self.room and len(shown) > 1:
+                shown.pop()  # the step and the loss are never cut short for what stands behind them
             with contextlib.suppress(OSError):
-                self.bar.update(self.task, completed=done, shown="  ".join(f"{name} {value}" for name, value in fields.items()))
+                self.bar.update(self.task, completed=done, shown="  ".join(shown))
         elif not self.quiet and (done >= self.total or time.monotonic() - self.shown >= 1.0):
             self.shown = time.monotonic()
             say(" ".join([f"{self.unit}={done}/{self.total}", *(f"{name}={value.replace(' ', '')}" for name, value in fields.items())]))

@@ -527,7 +527,9 @@ class WriteNote:
 class Evaluate(TalkOptions):
     """Loss, perplexity and exact match on rows."""
 
-    data: list[str] = option(["demo"], "demo (its held-out rows), a file or a directory; repeatable")
+    data: list[str] = option(
+        [], "demo (its held-out rows), a file or a directory; repeatable (default: what the step's run held out, else demo)"
+    )
     rows: RowsOptions = group(RowsOptions, "rows of your data")
     max_samples: int | None = option(None, "at most so many rows", least=1)
     max_new_tokens: int = option(256, "of an answer", least=1)

@@ -236,9 +236,12 @@ def all_options(command: str) -> str:
 def help_text(known: Iterable[Leaf], kind: type, command: str) -> str:
     """`litlora COMMAND --help`: every option with its values, what it is for, and its default."""
     leaf_of = {leaf.name: leaf for leaf in known}
+    first_line = (kind.__doc__ or "").splitlines()[0]
+    if command.startswith("estimate "):  # its options are those of the fine-tuning that it estimates
+        first_line = f"The memory and the time that litlora finetune {command.split()[1]} would take with the same options."
     words = [f"[{name.upper()}{' ...' * leaf_of[name].is_list}]" for name in getattr(kind, "bare", BARE) if name in leaf_of]
     usage = " ".join([f"usage: litlora {command}", *words, "[--option value ...]"])
-    lines = [usage, "", (kind.__doc__ or "").splitlines()[0]]
+    lines = [usage, "", first_line]
     above = None
     for leaf in leaf_of.values():
         inside = leaf.name.rpartition(".")[0]

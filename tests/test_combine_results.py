@@ -468,6 +468,12 @@ def test_a_soup_without_rows_takes_those_that_its_run_held_out(tmp_path: Path, c
         measured = re.search(rf"step-{step}: loss ([\d.]+) \(recorded ([\d.]+)\)", said)
         assert recorded is not None and measured is not None
         assert float(measured[1]) == pytest.approx(recorded, abs=2e-4) and float(measured[2]) == pytest.approx(recorded, abs=1e-4)
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run" / "step-4"), "--exact_match", "false", "--json", "--threads", "1"]) == 0
+    found = capsys.readouterr()  # so does evaluate: rows of the demo would say nothing of this run. Caught: the demo's rows, as it was
+    assert f"4 samples that the run {tmp_path / 'run'} held out of {rows}" in found.err
+    recorded = read_manifest(tmp_path / "run" / "step-4").val_loss
+    assert json.loads(found.out)["loss"] == pytest.approx(recorded, abs=2e-4)
     alone = make_talking_step(tmp_path / "other", 10, base)
     steps = [str(tmp_path / "run" / "step-2"), str(alone)]
     assert main(["combine", *steps, "--how", "greedy_soup", "--out_dir", str(tmp_path / "no"), "--threads", "1"]) == 2

@@ -1,6 +1,7 @@
 """What a run needs, said before it begins; and activations that are computed again instead of being kept."""
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,11 @@ def test_a_run_says_what_it_will_need_and_does_as_it_is_told(
     words = ["finetune", "lora", "--train.max_steps", "2", "--out_dir", str(tmp_path / "out"), "--train.checkpoint_activations"]
     main([*words, "blocks"])  # which finds no step, for none was trained
     said = capsys.readouterr().err
-    assert "memory" in said and "at the peak: weights" in said and "computed again block by block" in said
+    assert "memory" in said and "at the peak: Python and torch" in said
+    assert re.search(r"activations [\d.]+ GB, which are computed again block by block", said)  # Caught: said of another part
+    told = re.search(r"about ([\d.]+) GB at the peak: (.*)", said)
+    assert told is not None  # its parts are the whole of it. Caught: Python and torch left out
+    assert sum(map(float, re.findall(r"([\d.]+) GB", told[2]))) == pytest.approx(float(told[1]), abs=0.04)
     assert "time" in said and "a step" in said
     assert seen == [True]
 

@@ -235,6 +235,7 @@ def test_a_signal_before_training_that_torch_takes_for_an_error_of_its_own_ends_
     with pytest.raises(Interrupted) as caught:
         swallow()
     assert caught.value.exit_code == 143
+    assert "no step was under way" in caught.value.message  # Caught: a run that ended without a word
     with pytest.raises(ValueError, match="its own"), Signals():
         raise ValueError("an error of its own")
 

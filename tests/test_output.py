@@ -156,3 +156,21 @@ def nasty_push(answer: Any, token_id: int) -> str:
     answer.ids.append(token_id)
     answer.text, answer.finish_reason = "a\x1b]0;x\x07\n\té🙂\u200d\x9b", "length"
     return str(answer.text)
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_a_progress_line_is_never_cut_short(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caught at 80 columns: `step 3… ━━ loss`, the step and the times cut for a bar."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name, value in (("TERM", "xterm"), ("COLUMNS", str(columns)), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with console.Progress(30_000, "step") as progress:
+        progress.update(29_999, loss="0.0379", val="0.0327", lr="2.9e-08", **{"tok/s": "7.5k"}, memory="10.4 GB")
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "29999/30000" in shown and "loss 0.0379" in shown and "…" not in shown
+    assert ("memory 10.4 GB" in shown, "━" in shown) == (columns == 200, columns == 200)

@@ -302,6 +302,14 @@ def help_of(kind: type, capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
+def test_the_help_of_an_estimate_speaks_of_the_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    """Caught: "Fine-tune a model with LoRA.", as its options say."""
+    assert main(["estimate", "lora", "--help"]) == 0
+    assert "\n\nThe memory and the time that litlora finetune lora would take" in capsys.readouterr().out
+    assert main(["finetune", "lora", "--help"]) == 0
+    assert "\n\nFine-tune a model with LoRA.\n" in capsys.readouterr().out
+
+
 def test_the_help_is_true_for_each_command(capsys: pytest.CaptureFixture[str]) -> None:
     """The learning rate's default is the method's; what None stands for is said only where the default is None."""
     rates = "lora 2e-4, adapter 1e-3, pro 5e-5, freeze 2e-5, full 1e-5, a new model 3e-3; more for the demo base"

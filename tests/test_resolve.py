@@ -206,6 +206,8 @@ def test_a_path_that_is_nothing_says_what_is_there_what_is_missing_and_what_is_n
     assert "is a file" in refusal(base / names.WEIGHTS)
     assert f"give its directory: {base}" in refusal(base / names.WEIGHTS)
     assert "litlora download org/name" in refusal("org/name")
+    assert "litlora download ORG/name" in refusal("models/name")  # where a download would have put it
+    assert "download" not in refusal("nowhere/step-3")  # Caught: a step that is not there looked for on a hub
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "found: nothing" in refusal(empty)

@@ -254,7 +254,9 @@ def _no_directory(path: Path) -> UserError:
     nearest = _nearest(path)
     parts = path.parts
     remote = len(parts) == 2 and not path.is_absolute() and not nearest and not Path(parts[0]).exists()
-    hint = f"if this is a model on a hub, download it first: litlora download {path}" if remote else nearest
+    remote = remote and names.step_number(path) is None
+    author = "ORG" if parts[0] == "models" else parts[0]  # models/NAME is where `litlora download ORG/NAME` puts it
+    hint = f"if this is a model on a hub, download it first: litlora download {author}/{path.name}" if remote else nearest
     return UserError("there is no such directory", where=path, hint=hint)
 
 

@@ -1,7 +1,6 @@
 """`litlora combine A B:0.5 ...`: one checkpoint made of several. Says what is combined with which weights, and what a smaller rank cost."""
 
 import os
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from litlora.errors import UserError
 from litlora.options import Combine
 
 if TYPE_CHECKING:
-    from litlora.data.store import Sample, Samples
+    from litlora.data.store import Sample
 
 MB = 10**6
 BIG = 256 * 2**20  # bytes of a model from which on a progress line is worth it
@@ -128,6 +127,7 @@ def samples_of(options: Combine, parents: Sequence[Parent]) -> "Sequence[Sample]
 
     first = parents[0].checkpoint
     prompts, context = open_prompts(first), first.config().max_position_embeddings
+    found: Sequence[Sample]
     if options.data:
         found = load_data(options.data, prompts, rows=options.rows, max_seq_length=context, heldout=True).train
     else:
@@ -135,30 +135,20 @@ def samples_of(options: Combine, parents: Sequence[Parent]) -> "Sequence[Sample]
     return found[: options.max_samples]
 
 
-def held_out(parents: Sequence[Parent], prompts: Any, context: int) -> "Samples":
+def held_out(parents: Sequence[Parent], prompts: Any, context: int) -> "Sequence[Sample]":
     """The validation rows of the run that all candidates are steps of, split off as its run.yaml says. UserError where there are none."""
-    import litlora.options
-    from litlora.commands import COMMANDS, Command
-    from litlora.parsing import parse
-    from litlora.train.run import load_rows
+    from litlora.commands.evaluate import rows_of_run
 
     runs = {parent.path.resolve().parent for parent in parents}
-    file = next(iter(runs)) / names.RUN_YAML
-    first_line = file.read_text(encoding="utf-8").partition("\n")[0] if len(runs) == 1 and file.is_file() else ""
-    words = re.search(r"litlora ([\w ]+) --config", first_line)  # train/run.py writes it
-    if words is None:
+    run = next(iter(runs))
+    if len(runs) > 1 or not (run / names.RUN_YAML).is_file():
         raise UserError(
             "greedy_soup measures, and these are not steps of one run", where="--data", hint="--data FILE with rows to measure on"
         )
-    command: Any = COMMANDS
-    for word in words[1].split():
-        command = command[word]
-    assert isinstance(command, Command)
-    run = parse(getattr(litlora.options, command.options), ["--config", str(file)], command=words[1])
-    samples = load_rows(run, prompts, context).validation
+    samples, _ = rows_of_run(run, prompts, context)
     if not samples:
-        raise UserError("its run held out no rows", where=file, hint="--data FILE with rows to measure on")
-    say(f"measured on the {len(samples)} validation rows of {file.parent}")
+        raise UserError("its run held out no rows", where=run / names.RUN_YAML, hint="--data FILE with rows to measure on")
+    say(f"measured on the {len(samples)} validation rows of {run}")
     return samples
 
 

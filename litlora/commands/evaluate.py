@@ -1,15 +1,19 @@
 """`litlora evaluate`: loss, perplexity and exact match of a checkpoint on rows, beside its base if asked."""
 
 import math
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from litlora import console
+from litlora.checkpoint import names
 from litlora.commands.generate import Opened, open_model
 from litlora.console import put, put_json
 from litlora.data.samples import IGNORE, DataSet, Sample, load_data
 from litlora.errors import UserError
 from litlora.options import Evaluate, SamplingOptions
+from litlora.prompts import Prompts
 
 if TYPE_CHECKING:
     from litlora.generation import Answer
@@ -20,13 +24,11 @@ BATCH_TOKENS = 2048  # computed at once for the loss
 def evaluate(options: Evaluate) -> None:
     """Print one line of figures for the checkpoint, and one for its base alone with `--compare_base`."""
     opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter, options.chat_template, options.quantize)
-    config = opened.model.config
-    data = load_data(options.data, opened.prompts, rows=options.rows, max_seq_length=config.max_position_embeddings, heldout=True)
-    samples = data.train[: options.max_samples]
+    samples, source = rows_of(opened, options)
     console.header(
         [
             ("model", str(opened.checkpoint.path) + (f", weights held in {opened.quantize}" if opened.quantize != "none" else "")),
-            ("data", summary(data, samples)),
+            ("data", source),
         ]
     )
     results = {}
@@ -45,6 +47,39 @@ def evaluate(options: Evaluate) -> None:
         return
     for name, values in results.items():
         put(line(name, values))
+
+
+def rows_of(opened: Opened, options: Evaluate) -> tuple[Sequence[Sample], str]:
+    """The rows with a line that says whose they are: of `--data`, else those that the step's run held out, else the demo's."""
+    context = opened.model.config.max_position_embeddings
+    step = opened.checkpoint.path.resolve()
+    if not options.data and names.step_number(step) is not None and (step.parent / names.RUN_YAML).is_file():
+        held_out, data = rows_of_run(step.parent, opened.prompts, context)
+        if held_out:
+            samples = held_out[: options.max_samples]
+            return samples, f"{len(samples):,} samples that the run {opened.checkpoint.path.parent} held out of {', '.join(data)}"
+    found = load_data(options.data or ["demo"], opened.prompts, rows=options.rows, max_seq_length=context, heldout=True)
+    samples = found.train[: options.max_samples]
+    return samples, summary(found, samples)
+
+
+def rows_of_run(run: Path, prompts: Prompts, context: int) -> tuple[Sequence[Sample], list[str]]:
+    """The validation rows of a run, split off as its run.yaml says, and the data that they are of; ([], []) where no command began it."""
+    import litlora.options
+    from litlora.commands import COMMANDS, Command
+    from litlora.parsing import parse
+    from litlora.train.run import load_rows
+
+    file = run / names.RUN_YAML
+    words = re.search(r"litlora ([\w ]+) --config", file.read_text(encoding="utf-8").partition("\n")[0])  # train/run.py writes it
+    if words is None:
+        return [], []
+    command: Any = COMMANDS
+    for word in words[1].split():
+        command = command[word]
+    assert isinstance(command, Command)
+    options = parse(getattr(litlora.options, command.options), ["--config", str(file)], command=words[1])
+    return load_rows(options, prompts, context).validation, options.data if options.eval.data is None else [options.eval.data]
 
 
 def figures(opened: Opened, samples: Sequence[Sample], options: Evaluate, what: str) -> dict[str, float | int]:

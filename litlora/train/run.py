@@ -410,7 +410,8 @@ def free_bytes(device: torch.device) -> int:
 def needs(load: Load, memory: Memory, recompute: bool, plan: Plan) -> list[tuple[str, str]]:
     """Header lines: how much memory at the peak and what for, and how long."""
     step = seconds_of_step(load, recompute=recompute)
-    shares = {"weights": memory.weights, "what learns": memory.trained, "activations": memory.activations, "at work": memory.workspace}
+    shares = {"Python and torch": memory.program, "weights": memory.weights, "what learns": memory.trained}
+    shares |= {"at work": memory.workspace, "activations": memory.activations}  # the last one: what follows is about it
     parts = ", ".join(f"{what} {gigabytes(size)}" for what, size in shares.items())
     again = ", which are computed again block by block" if recompute else ""
     return [
@@ -476,4 +477,5 @@ def compute_text(options: FitOptions, dtype: torch.dtype | None = None) -> str:
     """Where and in which dtype (None: what --precision means) it is computed."""
     device = device_of(options).type
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype or choose_dtype(options.precision, device)]
-    return f"{device}, {name}, {options.threads or torch.get_num_threads()} threads" if device == "cpu" else f"{device}, {name}"
+    threads = options.threads or torch.get_num_threads()
+    return f"{device}, {name}, {threads} thread{'s' * (threads > 1)}" if device == "cpu" else f"{device}, {name}"

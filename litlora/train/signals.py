@@ -9,6 +9,7 @@ from typing import Any
 from litlora.errors import Interrupted
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
+IDLE = "interrupted while no step was under way; what was committed stays"
 
 
 class Signals:
@@ -33,9 +34,8 @@ class Signals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if self.number and not self.training and isinstance(error[1], Exception) and not isinstance(error[1], Interrupted):
-            raise Interrupted(self.number) from error[
-                1
-            ]  # torch, in the middle of a call, makes an error of its own of what `receive` raises
+            # torch, in the middle of a call, makes an error of its own of what `receive` raises
+            raise Interrupted(self.number, IDLE) from error[1]
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
@@ -45,6 +45,6 @@ class Signals:
             os._exit(128 + number)  # a second signal: at once; a commit under way is left behind as a temporary directory
         self.number = number
         if not self.training:
-            raise Interrupted(number)
+            raise Interrupted(number, IDLE)
         with contextlib.suppress(OSError):  # past Python's own file: the signal may have come in the middle of a print to it
             os.write(2, b"\nstopping after this step; once more to stop at once\n")
