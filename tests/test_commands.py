@@ -382,6 +382,18 @@ def test_a_resumed_run_keeps_its_rows(talker: tuple[Path, Path], tmp_path: Path,
     assert "training rows" in shown
 
 
+def test_a_run_that_is_resumed_at_its_end_says_that_nothing_is_left(
+    talker: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Caught: never said; said of a run that goes on."""
+    out = tmp_path / "out"
+    assert main(finetune_words(talker, out, "--train.max_steps", "2")) == 0
+    for steps, last in ((2, True), (3, False)):
+        capsys.readouterr()
+        assert main(["finetune", "lora", "--resume", "--out_dir", str(out), "--train.max_steps", str(steps)]) == 0
+        assert ("nothing is left to do" in capsys.readouterr().err) == last
+
+
 def test_a_directory_that_holds_a_run_is_not_overwritten(
     talker: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

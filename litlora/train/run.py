@@ -469,7 +469,10 @@ def header(job: Job, plan: Plan, resumed: Checkpoint | None) -> list[tuple[str, 
     lines = [*job.facts, ("data", job.data.summary())]
     rate = f"lr {options.train.lr:g} {options.train.lr_schedule}"
     lines.append(("plan", f"{plan.steps} steps ({passes}) of {options.train.global_batch_size} samples · {rate}"))
-    lines.append(("writing", f"{options.out_dir}/" + (f", going on from {resumed.path.name}" if resumed else "")))
+    begun = f", going on from {resumed.path.name}" if resumed else ""
+    if resumed and (names.step_number(resumed.path) or 0) >= plan.steps:
+        begun += ", its last step: nothing is left to do (a larger --train.max_steps trains longer)"
+    lines.append(("writing", f"{options.out_dir}/{begun}"))
     return lines
 
 
