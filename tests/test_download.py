@@ -259,7 +259,7 @@ def test_only_what_is_not_there_is_asked_for(hub: Hub, model: dict[str, bytes], 
     first = {names.CONFIG, names.WEIGHTS_INDEX}  # read to see what is needed, into another place
     asked = {path.rsplit("/", 1)[1] for _, path, _ in hub.requests if not path.startswith("/api/")}
     assert asked - first == {names.TOKENIZER}
-    assert "result  models/tiny: 1 file, " in (said := capsys.readouterr().err) and f"; {len(model) - 1} are there already" in said, said
+    assert "result    models/tiny: 1 file, " in (said := capsys.readouterr().err) and f"; {len(model) - 1} are there already" in said, said
 
 
 def test_a_dropped_connection_goes_on_with_a_range_request(hub: Hub, model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:

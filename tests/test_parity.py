@@ -600,7 +600,8 @@ def test_a_prompt_of_peft_computes_and_learns_the_same_here_and_goes_back(
     for stored, name in names.items():
         grad = gpt.get_parameter(name).grad
         assert grad is not None
-        assert relative(grad, expected[stored]) <= 2e-5, name
+        least = 0.1 if grad.numel() == 1 else 0.0  # a gate's is one sum, in which large numbers may cancel each other
+        assert (grad - expected[stored]).norm() <= 2e-5 * max(least, expected[stored].norm()), name
 
     options = AdapterOptions(kind="prompt", length=4, layers=[f"last:{layers}"])
     shaken(gpt, 0.2)

@@ -341,7 +341,7 @@ def test_a_step_says_what_it_was_trained_on_and_is_served_on_that(
     or in the commands; the record left out of the manifest; an adapter's record not looked at."""
     assert main(words(talker, tmp_path / "out", more="--quantize nf4 --train.max_steps 2")) == 0
     said = capsys.readouterr().err
-    assert "frozen   14 weights in nf4: " in said
+    assert "frozen    14 weights in nf4: " in said
     step = resolve(tmp_path / "out" / "step-2")
     record = read_manifest(step.path).base
     assert record is not None and (record.quantize, record.fingerprint) == ("nf4", resolve(talker[0]).fingerprint())
