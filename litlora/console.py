@@ -147,9 +147,8 @@ class Progress:
 
             console = Console(stderr=True, highlight=False)
             wide = console.width >= WIDE
-            self.room = (
-                console.width - len(f"{unit} {total}/{total} ") - (41 if wide else 9)
-            )  # beside them the bar and the times, or one time
+            beside = 41 if wide else 9  # columns: the bar and two times, or one time
+            self.room = console.width - len(f"{unit} {total}/{total} ") - beside
             columns = (
                 TextColumn(unit),
                 MofNCompleteColumn(),
