@@ -474,6 +474,10 @@ def test_a_soup_without_rows_takes_those_that_its_run_held_out(tmp_path: Path, c
     assert f"4 samples that the run {tmp_path / 'run'} held out of {rows}" in found.err
     recorded = read_manifest(tmp_path / "run" / "step-4").val_loss
     assert json.loads(found.out)["loss"] == pytest.approx(recorded, abs=2e-4)
+    run_yaml = tmp_path / "run" / names.RUN_YAML
+    run_yaml.write_text(run_yaml.read_text().replace("litlora finetune lora", "litlora nonsense", 1))  # caught: KeyError
+    assert main(["evaluate", str(tmp_path / "run" / "step-4"), "--exact_match", "false", "--max_samples", "2", "--threads", "1"]) == 0
+    assert "held out of" not in capsys.readouterr().err
     alone = make_talking_step(tmp_path / "other", 10, base)
     steps = [str(tmp_path / "run" / "step-2"), str(alone)]
     assert main(["combine", *steps, "--how", "greedy_soup", "--out_dir", str(tmp_path / "no"), "--threads", "1"]) == 2

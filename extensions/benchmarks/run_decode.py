@@ -4,6 +4,7 @@
 command line decodes with; none stops at an end token, and what decodes ids to text is left out everywhere.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -84,7 +85,7 @@ def litlora(job: dict[str, Any]) -> tuple[Decode, Logits]:
 
 
 def take(tokens: Iterable[int], count: int, seen: Seen) -> None:
-    for token, _ in zip(tokens, range(count), strict=False):
+    for token in itertools.islice(tokens, count):
         seen(token)
 
 

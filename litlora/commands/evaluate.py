@@ -72,12 +72,11 @@ def rows_of_run(run: Path, prompts: Prompts, context: int) -> tuple[Sequence[Sam
 
     file = run / names.RUN_YAML
     words = re.search(r"litlora ([\w ]+) --config", file.read_text(encoding="utf-8").partition("\n")[0])  # train/run.py writes it
-    if words is None:
+    command: Any = COMMANDS if words else None
+    for word in words[1].split() if words else ():
+        command = command.get(word) if isinstance(command, dict) else None
+    if words is None or not isinstance(command, Command):
         return [], []
-    command: Any = COMMANDS
-    for word in words[1].split():
-        command = command[word]
-    assert isinstance(command, Command)
     options = parse(getattr(litlora.options, command.options), ["--config", str(file)], command=words[1])
     return load_rows(options, prompts, context).validation, options.data if options.eval.data is None else [options.eval.data]
 
