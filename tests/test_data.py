@@ -897,7 +897,7 @@ def test_a_batch_that_shares_a_beginning_holds_the_same_samples(kinds: list[tupl
     assert all(min(batch.segments or ()) > 0 for batch in batches)
     assert sum(batch.graded for batch in batches) == sum(sample.graded for sample in samples)
     apart = pack(samples, limit)
-    assert sum(batch.tokens.numel() + 64 for batch in batches) <= sum(batch.tokens.numel() + 64 for batch in apart)
+    assert sum(batch.tokens.numel() + 24 for batch in batches) <= sum(batch.tokens.numel() + 24 for batch in apart)
 
 
 def templated(template: int, length: int, seed: int) -> Sample:
@@ -919,7 +919,7 @@ def test_what_is_shared_is_computed_once() -> None:
 
 
 def test_what_is_shared_pays() -> None:
-    """From 8 tokens on, of two samples or more, and where fewer tokens are computed in the end: a batch counts as 64 more.
+    """From 8 tokens on, of two samples or more, and where fewer tokens are computed in the end: a batch counts as 24 more.
 
     Caught: more than 8; a sample that shares with itself; rows of a template always together, however they fill batches.
     """
@@ -932,7 +932,7 @@ def test_what_is_shared_pays() -> None:
     assert [pack(alike_in(count), 100, share=True)[0].prefix for count in (8, 9)] == [0, 8]
     assert [batch.prefix for batch in pack(alike_in(9), 11, share=True)] == [0, 0]
     rows = [templated(*kind) for kind in [(1, 10, 0), (2, 25, 1), (0, 5, 2), (1, 5, 3)]]
-    assert sum(batch.tokens.numel() + 64 for batch in pack(rows, 80, share=True)) == 251  # 269 with both rows of template 1 in a batch
+    assert sum(batch.tokens.numel() + 24 for batch in pack(rows, 80, share=True)) == 171  # 189 with both rows of template 1 in a batch
 
 
 def test_packing_fills_batches() -> None:

@@ -25,7 +25,7 @@ from litlora.checkpoint.commit import commit_step
 from litlora.checkpoint.manifest import read_manifest
 from litlora.checkpoint.state import load_state, save_state
 from litlora.checkpoint.weights import raw_tensors
-from litlora.data.batches import pack
+from litlora.data.lanes import in_lanes
 from litlora.data.samples import Sample
 from litlora.errors import Interrupted, WorkError
 from litlora.methods import METHODS, tuning_of
@@ -132,17 +132,20 @@ def test_the_promises_below_are_made_of_every_method() -> None:
     assert {type(options) for options in TUNINGS.values()} == {method.options for method in METHODS.values()}
 
 
-CUTS = [(10_000, True, False), (40, True, False), (55, False, False), (1, True, False), (10_000, True, True), (70, True, True)]
-# most tokens at once, packed or padded, with what samples begin with alike computed once
+CUTS = [
+    (10_000, True, False), (40, True, False), (55, False, False), (1, True, False), (10_000, True, True), (70, True, True),
+    (10_000, True, False, 2), (10_000, False, False, 3), (120, True, True, 2),
+]  # fmt: skip
+# most tokens at once, packed or padded, with what samples begin with alike computed once, in how many lanes
 EXACT = [(method, torch.float64, 1e-3, 1e-12, CUTS) for method in TUNINGS]
-ROUNDED = [(method, torch.float32, 3e-4, 1e-6, CUTS[:3]) for method in ("lora", "pissa", "dora", "prompt", "pro", "full")]
+ROUNDED = [(method, torch.float32, 3e-4, 1e-6, [*CUTS[:3], CUTS[6]]) for method in ("lora", "pissa", "dora", "prompt", "pro", "full")]
 
 
 @pytest.mark.parametrize(("method", "dtype", "lr", "tolerance", "cuts"), EXACT + ROUNDED)
 def test_the_update_does_not_depend_on_how_the_batch_is_cut(
-    method: str, dtype: torch.dtype, lr: float, tolerance: float, cuts: list[tuple[int, bool, bool]]
+    method: str, dtype: torch.dtype, lr: float, tolerance: float, cuts: list[tuple[int, bool, bool] | tuple[int, bool, bool, int]]
 ) -> None:
-    """YARDSTICK N11, N09: three clipped AdamW steps, ragged samples, masked prompts; packed or padded, in 1 to 8 micro-batches.
+    """YARDSTICK N11, N09: three clipped AdamW steps, ragged samples, masked prompts; packed or padded, in micro-batches or lanes.
 
     Where a gradient is as small as AdamW's eps, its fp32 rounding becomes a part of the step: at lr 1e-3 up to 1.2e-6 was measured;
     so what is shared, whose gradient is summed in another order (1.6e-6), is compared in fp64, and its gradients in tests/test_parity.py.
@@ -154,7 +157,7 @@ def test_the_update_does_not_depend_on_how_the_batch_is_cut(
         model = adapted(dtype, TUNINGS[method])
         one = fabric()
         wrapped, optimizer = one.setup(model, optimizer_of(model, TrainOptions(lr=lr), TUNINGS[method]))
-        losses = [train_step(one, wrapped, optimizer, pack(rows, *cut), max_norm=0.05).loss for _ in range(3)]
+        losses = [train_step(one, wrapped, optimizer, in_lanes(rows, *cut), max_norm=0.05).loss for _ in range(3)]
         results.append((losses, [parameter.detach().clone() for parameter in trainable(model).values()]))
     for losses, parameters in results[1:]:
         assert losses == pytest.approx(results[0][0], rel=1e-6)
@@ -171,7 +174,7 @@ def test_a_micro_batch_without_graded_tokens_adds_nothing() -> None:
         model = adapted()
         one = fabric()
         wrapped, optimizer = one.setup(model, build_optimizer(trainable(model), TrainOptions(lr=1e-3)))
-        result = train_step(one, wrapped, optimizer, pack(batch, 1), max_norm=1.0)
+        result = train_step(one, wrapped, optimizer, in_lanes(batch, 1), max_norm=1.0)
         assert math.isfinite(result.loss)
         parameters.append([parameter.detach().clone() for parameter in trainable(model).values()])
     for ours, theirs in zip(*parameters, strict=True):
@@ -410,7 +413,7 @@ def test_the_first_update_follows_its_closed_form(ratio: float) -> None:
     one = fabric()
     wrapped, optimizer = one.setup(model, optimizer_of(model, train, chosen))
     set_learning_rate(optimizer, 1e-3)
-    train_step(one, wrapped, optimizer, pack(samples(8), 10_000), max_norm=0)
+    train_step(one, wrapped, optimizer, in_lanes(samples(8), 10_000), max_norm=0)
     for name, parameter in trainable(model).items():
         assert parameter.grad is not None
         lr = 1e-3 * (ratio if name.endswith("lora_B") else 1.0)

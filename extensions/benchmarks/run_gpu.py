@@ -120,8 +120,8 @@ def train_litlora(job: Job) -> dict[str, Any]:
     wrapped.train()
 
     def step(samples: list[Sample]) -> float:
-        batches = share_of_window(fabric, wrapped, [as_litlora(sample) for sample in samples], options)
-        return train_step(fabric, wrapped, optimizer, batches, max_norm=options.max_norm).loss
+        lanes = share_of_window(fabric, wrapped, [as_litlora(sample) for sample in samples], options)
+        return train_step(fabric, wrapped, optimizer, lanes, max_norm=options.max_norm).loss
 
     return timed_steps(job, step, learnt.values())
 

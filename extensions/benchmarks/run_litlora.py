@@ -40,9 +40,9 @@ def train(job: Job) -> dict[str, Any]:
     steps = [[as_litlora(row) for row in step] for step in read_steps(job)]
     clock.start()
     for samples in steps:
-        batches = share_of_window(fabric, wrapped, samples, options)
-        computed += sum(batch.tokens.numel() for batch in batches)
-        clock.tick(train_step(fabric, wrapped, prepared, batches, max_norm=options.max_norm).loss)
+        lanes = share_of_window(fabric, wrapped, samples, options)
+        computed += sum(batch.tokens.numel() for batches in lanes for batch in batches)
+        clock.tick(train_step(fabric, wrapped, prepared, lanes, max_norm=options.max_norm).loss)
     return clock.report() | {"tool": "litlora", "computed_positions": computed, "trained": sum(p.numel() for p in learnt.values())}
 
 

@@ -156,11 +156,9 @@ def loss_of(options: Combine, path: Path, samples: "Sequence[Sample]") -> float:
     """Nats per graded token."""
     opened = open_model(options, str(path), options.base_dir, [])
     from litlora.commands.evaluate import BATCH_TOKENS
-    from litlora.data.batches import pack
-    from litlora.train.loss import summed_loss
+    from litlora.train.loss import loss_of_samples
 
-    batches = pack(samples, BATCH_TOKENS, share=opened.model.can_share)
-    total, graded = summed_loss(opened.model, batches, opened.model.lm_head.weight.device)
+    total, graded = loss_of_samples(opened.model, samples, BATCH_TOKENS)
     return total / graded
 
 

@@ -84,11 +84,9 @@ def rows_of_run(run: Path, prompts: Prompts, context: int) -> tuple[Sequence[Sam
 def figures(opened: Opened, samples: Sequence[Sample], options: Evaluate, what: str) -> dict[str, float | int]:
     """loss (nats per graded token), perplexity, graded tokens; nats per graded character, which does not depend on the vocabulary;
     exact_match: the share of answers equal to the row's, end token included."""
-    from litlora.data.batches import pack
-    from litlora.train.loss import summed_loss
+    from litlora.train.loss import loss_of_samples
 
-    batches = pack(samples, BATCH_TOKENS, share=opened.model.can_share)
-    total, graded = summed_loss(opened.model, batches, opened.model.lm_head.weight.device)
+    total, graded = loss_of_samples(opened.model, samples, BATCH_TOKENS)
     loss = total / graded
     found: dict[str, float | int] = {
         "samples": len(samples),

@@ -82,7 +82,7 @@ def first_fit(samples: Sequence[Sample], room: int, *, padded: bool = False, sha
 # ---- what samples share ----------------------------------------------------------------------------------------------
 
 LEAST = 8  # tokens: fewer are not worth it
-A_BATCH = 64  # tokens: what one more batch costs beside its own
+A_BATCH = 24  # tokens: what one more batch costs beside its own
 
 
 def common(samples: Sequence[Sample]) -> int:

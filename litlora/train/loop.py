@@ -17,11 +17,13 @@ import torch
 from torch import nn
 
 from litlora.console import Progress, count
-from litlora.data.batches import Batch, pack, share_of_rank
+from litlora.data.batches import Batch, share_of_rank
+from litlora.data.lanes import in_lanes
 from litlora.data.samples import Sample
 from litlora.errors import Interrupted, WorkError
 from litlora.model import IGNORE
 from litlora.options import TrainOptions
+from litlora.train.lanes import backward, lanes_of, learns_in_lanes
 from litlora.train.loss import summed_loss
 from litlora.train.metrics import Metrics, memory_text
 from litlora.train.optimizer import learning_rate, set_learning_rate
@@ -89,14 +91,14 @@ def fit(run: Run, start: Position) -> Position:
             if position.step >= run.plan.steps or position.is_enough(run.options.patience):
                 break
             began = time.monotonic()
-            batches = share_of_window(run.fabric, run.model, [run.samples[index] for index in window.indices], run.options)
+            lanes = share_of_window(run.fabric, run.model, [run.samples[index] for index in window.indices], run.options)
             lr = learning_rate(run.options, position.step + 1, run.plan.steps)
             set_learning_rate(run.optimizer, lr)
             seed_step(run.seed, position.step, run.fabric.global_rank)
             if every(run.options.log_interval, position.step + 1):
                 run.watch.before()
             result = train_step(
-                run.fabric, run.model, run.optimizer, batches, max_norm=run.options.max_norm,
+                run.fabric, run.model, run.optimizer, lanes, max_norm=run.options.max_norm,
                 asked=lambda: (*run.signals.asked(), saver.look()),
             )  # fmt: skip
             if result.failed:
@@ -157,28 +159,32 @@ def train_step(
     fabric: "Fabric",
     model: Any,  # as fabric.setup_module returned it
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
+    lanes: Sequence[Sequence[Batch]],
     *,
     max_norm: float = 0.0,
     asked: Callable[[], tuple[bool, bool, bool]] = lambda: (False, False, False),
 ) -> StepResult:
-    """One update on `batches`, this rank's share of the global batch. The gradients stay in place until the next step.
+    """One update on this rank's share of the global batch, `lanes` of batches. The gradients stay in place until the next step.
 
     `max_norm` 0 clips nothing. `asked`: this rank's wish to stop, its wish to commit, and whether a commit has failed; it is called when
     the gradients are there, so that a signal is obeyed after the step that it came in, and every rank learns of the answers in the same
     step. A batch that grades nothing (`asked` is not called then), or a loss or gradient that is not finite, makes no update.
     """
     optimizer.zero_grad()
-    here = sum(batch.graded for batch in batches)
+    here = sum(batch.graded for batches in lanes for batch in batches)
     graded = int(over_ranks(fabric, torch.tensor(here, dtype=torch.float64)).item())  # over the whole global batch
     if graded == 0:
         return StepResult(0.0, 0.0, 0, stop=False, commit=False, failed=False)
-    total = torch.zeros((), dtype=torch.float64, device=fabric.device)
-    for i, batch in enumerate(batches):
-        with fabric.no_backward_sync(model, enabled=i < len(batches) - 1):
-            loss = batch.loss(model, fabric.device)  # a sum
-            fabric.backward(loss * (fabric.world_size / graded))  # ranks are averaged, so undo it
-        total += loss.detach()
+    scale = fabric.world_size / graded  # ranks are averaged, so undo it
+    if len(lanes) > 1:
+        total = backward(inner(model), lanes, fabric.device, scale)
+    else:
+        total = torch.zeros((), dtype=torch.float64, device=fabric.device)
+        for i, batch in enumerate(lanes[0]):
+            with fabric.no_backward_sync(model, enabled=i < len(lanes[0]) - 1):
+                loss = batch.loss(model, fabric.device)  # a sum
+                fabric.backward(loss * scale)
+            total += loss.detach()
     norm: Any = fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False)
     loss_sum, *wishes = over_ranks(fabric, torch.tensor([total.item(), *asked()], dtype=torch.float64)).tolist()
     result = StepResult(loss_sum / graded, norm.item(), graded, *map(bool, wishes))
@@ -197,13 +203,16 @@ def evaluate(fabric: "Fabric", model: nn.Module, samples: Sequence[Sample], opti
     return (sums[0] / sums[1]).item(), int(sums[1].item())
 
 
-def share_of_window(fabric: "Fabric", model: Any, window: Sequence[Sample], options: TrainOptions) -> list[Batch]:
-    """This rank's micro-batches of `window`. A rank without a sample computes one that grades nothing, so that all take part."""
+def share_of_window(fabric: "Fabric", model: Any, window: Sequence[Sample], options: TrainOptions) -> list[list[Batch]]:
+    """This rank's micro-batches of `window`, in lanes. A rank without a sample computes one that grades nothing, so that all take part."""
     mine = share_of_rank(window, fabric.global_rank, fabric.world_size)
     if not mine:
         idle = min(window, key=lambda sample: len(sample.tokens))
         mine = [replace(idle, targets=np.full_like(idle.targets, IGNORE))]
-    return pack(mine, micro_batch_tokens(options, fabric.device), options.packing, options.share_prefix and inner(model).can_share)
+    share, room = options.share_prefix and inner(model).can_share, micro_batch_tokens(options, fabric.device)
+    alone = fabric.world_size == 1  # ranks are lanes already
+    lanes = lanes_of(fabric.device) if alone and learns_in_lanes(inner(model)) else 1
+    return in_lanes(mine, room, options.packing, share, lanes)
 
 
 def micro_batch_tokens(options: TrainOptions, device: torch.device) -> int:

@@ -37,6 +37,7 @@ from litlora.precision import choose_dtype
 from litlora.prompts import Prompts
 from litlora.train.allocator import keep_freed_memory
 from litlora.train.estimate import Load, Memory, largest, memory_of, seconds_of_step
+from litlora.train.lanes import lanes_of
 from litlora.train.loop import Run, fit, micro_batch_tokens
 from litlora.train.metrics import Metrics, peak_memory_mb
 from litlora.train.optimizer import build_optimizer
@@ -70,7 +71,7 @@ class Job:
     lr_ratio: float = 1.0  # LoRA+
     config: Config  # of the base, or of the model that is made
     tuning: Tuning  # what learns in it
-    from_nothing: bool = True  # whether the model is a new one, all in fp32
+    stored: int = 0  # bytes of the base's weights on the disk
     lineage: Sequence[dict[str, Any]] = ()  # of the step that training goes on from
     origin: str | None = None  # without a base: the fingerprint of the model that training begins with
     watched: Mapping[str, str] = field(default_factory=dict)  # metrics by group: column -> how its parameters' names begin
@@ -384,7 +385,7 @@ def load_of(job: Job, device: torch.device) -> Load:
     return Load(
         config=job.config,
         tuning=job.tuning,
-        dtype=torch.float32 if job.from_nothing else choose_dtype(options.precision, device),
+        dtype=torch.float32 if job.stored == 0 else choose_dtype(options.precision, device),
         quantize=job.base.quantize if job.base else "none",
         device=device,
         micro_batch=largest(lengths, micro_batch_tokens(options.train, device)),
@@ -392,6 +393,7 @@ def load_of(job: Job, device: torch.device) -> Load:
         length=job.data.tokens / len(lengths),
         graded=job.data.graded / max(job.data.tokens, 1),
         program=int(peak_memory_mb() * 2**20) if device.type == "cpu" else 0,
+        lanes=lanes_of(device) if options.devices * options.num_nodes == 1 else 1,
     )
 
 

@@ -100,13 +100,12 @@ def losses(checkpoints: Sequence[Checkpoint], samples: "Sequence[Sample]") -> li
     import torch
 
     from litlora.checkpoint.weights import load_model
-    from litlora.data.batches import pack
-    from litlora.train.loss import summed_loss
+    from litlora.train.loss import loss_of_samples
 
     found = []
     for checkpoint in checkpoints:
         model = load_model(checkpoint, dtype=torch.float32)
-        total, graded = summed_loss(model, pack(samples, BATCH_TOKENS, share=model.can_share), torch.device("cpu"))
+        total, graded = loss_of_samples(model, samples, BATCH_TOKENS)
         found.append(total / graded)
     return found
 
