@@ -286,6 +286,17 @@ def test_without_the_package_the_message_says_how_to_install_it(tmp_path: Path, 
     assert "litlora[gguf]" in refused.value.hint
 
 
+def test_without_the_package_nothing_is_said_of_a_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Caught: the lines `source` and `result` first, and only then the refusal."""
+    base = make_talker(tmp_path / "base")
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    assert main(["convert", str(base), "--to", "gguf", "--out_dir", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: GGUF files need the gguf package") and "litlora[gguf]" in said.err
+
+
 def test_the_file_says_what_it_was_made_from(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base", "llama")
     path = to_gguf(base, tmp_path / "out")

@@ -17,12 +17,15 @@ def convert(options: Convert) -> None:
     """Convert what `options` names; the result's path goes to standard output. UserError, WorkError: nothing was written."""
     from litlora.convert import Adapter, check, open_source
     from litlora.convert import convert as write
+    from litlora.convert.gguf_file import open_package
 
     to = options.to
     if to is None:
         raise UserError("into which format?", where="--to", hint="--to hf, peft, litlora or gguf")
     if options.out_dir is None:
         raise UserError("where is the result to go?", where="--out_dir", hint="--out_dir a directory that does not exist yet")
+    if to == "gguf":
+        open_package()  # refuses before anything is read or said
     out_dir = Path(options.out_dir)
     source = open_source(options.checkpoint_dir, to=to, base_dir=options.base_dir)
     check(source, to, out_dir, options.dtype)
