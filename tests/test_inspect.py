@@ -234,6 +234,24 @@ def test_what_a_model_was_converted_or_expanded_from_is_told(tmp_path: Path, cap
         assert found["kind"] == kind and [(one["how"], one["path"]) for one in found["lineage"]] == [(how, str(base))]
 
 
+def test_no_step_is_spoken_of_where_none_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An adapter that others trained and `convert` made a step of: neither in inspect, of it or what comes of it, nor in its README, in
+    diff, nor in the README of a merge."""
+    base, step = make_talker(tmp_path / "base"), tmp_path / "taken"
+    adapter = make_adapter(tmp_path / "adapter", str(base))
+    assert main(["convert", str(adapter), "--to", "litlora", "--out_dir", str(step)]) == 0
+    assert main(["merge_lora", str(step)]) == 0
+    found = inspected(step, capsys)
+    assert [found["training"][name] for name in ("step", "epoch", "tokens")] == [None, None, None]
+    assert inspected(step / names.MERGED, capsys)["lineage"][0]["step"] is None
+    pages = [(path / names.README).read_text() for path in (step, step / names.MERGED)]
+    for words in (["inspect", str(step)], ["inspect", str(step / names.MERGED)], ["diff", str(adapter), str(step)]):
+        assert main(words) == 0
+        pages.append(capsys.readouterr().out)
+    for page in pages:
+        assert "step 0" not in page and "step-0" not in page and "0 steps" not in page and "epoch" not in page and "0 tokens" not in page
+
+
 @pytest.mark.parametrize("lost", ["vocab.json", "merges.txt"])
 def test_a_vocabulary_in_two_files_is_a_tokenizer(tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Both of them: one alone is none."""

@@ -47,6 +47,8 @@ def _what(manifest: Manifest, here: str) -> str:
     lines = [f"# {names.step_name(manifest.step)}", "", ", ".join(facts) + "."]
     if manifest.lineage and manifest.lineage[-1]["event"] == "combined":
         lines = [f"# {Path(here).name}", "", *_parents(manifest.lineage[-1])]
+    elif not manifest.step:
+        lines = [f"# {Path(here).name}", "", "Converted by `litlora convert`, which knows nothing of its training."]
     if manifest.base is not None:
         lines += ["", f"{_kind(manifest)}. It holds no base weights; its base is `{manifest.base.path}` ({manifest.base.model_type}),"]
         lines += [f"fingerprint `{manifest.base.fingerprint}`."]

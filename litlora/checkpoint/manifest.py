@@ -47,7 +47,7 @@ class Manifest:
 
     method: str  # lora, full
     options: dict[str, Any]  # of the method: r, alpha, target_modules ...
-    step: int  # optimizer steps done
+    step: int  # optimizer steps done; 0 where nobody knows, as of a converted adapter
     epoch: float  # passes over the training rows done
     tokens: int  # tokens computed so far
     train_loss: float | None = None

@@ -105,7 +105,7 @@ def chat_template(plan: Plan) -> Any:
 def model_card(plan: Plan) -> str:
     """README.md: where this model comes from, and commands that work with it."""
     base, manifest = plan.model.base, plan.checkpoint.manifest
-    trained = f" after {manifest.step} steps of training" if manifest else ""
+    trained = f" after {manifest.step} steps of training" if manifest and manifest.step else ""
     return f"""{front_matter(plan.model, [method_word(plan), "merged"])}
 # {base.path.name} with {what_was_trained(plan.tuning)} merged in
 

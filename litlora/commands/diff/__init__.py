@@ -136,7 +136,7 @@ def maps(difference: Difference) -> Iterator[str]:
 
 def kind(checkpoint: Checkpoint) -> str:
     if checkpoint.manifest is not None:
-        return f"{checkpoint.method}, step {checkpoint.manifest.step}"
+        return checkpoint.method + (f", step {checkpoint.manifest.step}" if checkpoint.manifest.step else "")
     if checkpoint.kind == "adapter":
         return f"a PEFT adapter ({checkpoint.method})"
     return "a merged model" if (checkpoint.path / names.MERGE_REPORT).exists() else "a whole model"

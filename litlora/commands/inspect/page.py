@@ -95,10 +95,11 @@ def training_lines(training: Mapping[str, Any]) -> Iterator[str]:
         for name, key in (("training", "train_loss"), ("validation", "val_loss"))
         if training[key] is not None
     ]
-    yield line(
-        "training",
-        ", ".join([f"step {training['step']}", f"epoch {training['epoch']:.2f}", f"{count(training['tokens'])} tokens", *losses]),
-    )
+    facts = []
+    if training["step"]:
+        facts = [f"step {training['step']}", f"epoch {training['epoch']:.2f}", f"{count(training['tokens'])} tokens"]
+    if facts or losses:
+        yield line("training", ", ".join([*facts, *losses]))
     if training["settings"]:
         yield line("settings", options_text({name.removeprefix("train."): value for name, value in training["settings"].items()}))
     if training["versions"]:
@@ -139,7 +140,8 @@ def lineage_lines(found: Report) -> Iterator[str]:
     texts = []
     for one in found.lineage:
         losses = f", validation loss {one['val_loss']:.4f}" if one.get("val_loss") is not None else ""
-        known = f" (step {one['step']} of {one['method']}{losses})" if "step" in one else "" if one["exists"] else " (not there any more)"
+        step = f"step {one['step']} of " if one.get("step") else ""
+        known = f" ({step}{one['method']}{losses})" if "step" in one else "" if one["exists"] else " (not there any more)"
         texts.append(f"{one['how']} {one['path']}{known}")
     texts += map(happened, found.events)
     yield from block("lineage", texts)

@@ -221,9 +221,9 @@ def training_of(manifest: Manifest, path: Path, *, resumable: bool, hashed: bool
         except UserError:  # is among the faults already
             settings = None
     return {
-        "step": manifest.step,
-        "epoch": manifest.epoch,
-        "tokens": manifest.tokens,
+        "step": manifest.step or None,  # of a converted adapter nobody knows it
+        "epoch": manifest.epoch if manifest.step else None,
+        "tokens": manifest.tokens if manifest.step else None,
         "train_loss": manifest.train_loss,
         "val_loss": manifest.val_loss,
         "settings": settings if isinstance(settings, dict) else None,
@@ -251,7 +251,7 @@ def lineage(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         line.append(ancestor)
         try:
             record = read_manifest(Path(place))
-            ancestor |= {"method": record.method, "step": record.step, "train_loss": record.train_loss, "val_loss": record.val_loss}
+            ancestor |= {"method": record.method, "step": record.step or None, "train_loss": record.train_loss, "val_loss": record.val_loss}
         except (UserError, OSError, ValueError):  # a base, or not there any more, or no path
             pass
         here = Path(place)
