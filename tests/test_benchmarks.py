@@ -40,11 +40,12 @@ def benchmark(module: str, tmp_path: Path, *words: str) -> tuple[subprocess.Comp
 
 def test_the_training_benchmark_starts_and_its_gate_passes(tmp_path: Path) -> None:
     """C1. litlora's losses and trained parameters equal PEFT's where that is installed; a peer that is absent is named."""
-    done, results = benchmark("train_c1", tmp_path, "--lines", "litgpt-mb4", "peft", "litlora")
+    lines = ("litgpt-mb4", "peft", "trl", "trl-packed", "llamafactory", "litlora")
+    done, results = benchmark("train_c1", tmp_path, "--lines", *lines)
     assert done.returncode == 0, done.stdout + done.stderr
     result = results["C1"]
     ran = {each["line"] for each in result["runs"]}
-    assert ran | set(result["absent"]) == {"litgpt-mb4", "peft", "litlora"}
+    assert ran | set(result["absent"]) == {*lines}
     assert "litlora" in ran
     assert all("not installed" in why for why in result["absent"].values())
     assert result["gate"]["differences"]["litlora"] <= 1e-5
@@ -198,22 +199,68 @@ def test_the_checkpoint_benchmark_counts_every_byte_and_leaves_the_first_step_ou
     assert "trainer: exit code 1" in shown
 
 
-def test_the_gate_sees_a_tool_that_does_not_update(tmp_path: Path) -> None:
-    """The losses of the smoke mode's three steps depend on the updates by far more than the gate allows."""
-    command = [sys.executable, "-m", "extensions.benchmarks.artefacts", "--shape", "tiny", "--count", "6", "--longest", "40"]
+def tiny_job(tmp_path: Path, grade: str = "all") -> Job:
+    """Three steps of the smoke mode's shape, and what they need."""
+    command = [
+        sys.executable,
+        "-m",
+        "extensions.benchmarks.artefacts",
+        "--shape",
+        "tiny",
+        "--count",
+        "12",
+        "--longest",
+        "40",
+        "--grade",
+        grade,
+    ]
     assert run([*command, "--work_dir", str(tmp_path)]).code == 0
     place = tmp_path / "tiny"
     samples = str(place / "samples" / "samples.json")
-    job = Job(
+    return Job(
         base=str(place / "base"), litgpt_base="", adapter=str(place / "adapter"), samples=samples,
-        samples_per_step=2, warmup=1, timed=2, threads=1, lr=1e-2,
+        samples_per_step=4, warmup=1, timed=2, threads=1, lr=1e-2,
     )  # fmt: skip
+
+
+def test_the_gate_sees_a_tool_that_does_not_update(tmp_path: Path) -> None:
+    """The losses of the smoke mode's three steps depend on the updates by far more than the gate allows."""
+    job = tiny_job(tmp_path)
     learning, still = (train(each)["losses"] for each in (job, replace(job, lr=0.0)))
     assert learning[0] == still[0]
     assert losses_agree([a_run("peft", learning), a_run("litlora", learning)], "peft")["passed"]
     gate = losses_agree([a_run("peft", learning), a_run("litlora", still)], "peft")
     assert gate["differences"]["litlora"] > 1e-4
     assert not gate["passed"]
+
+
+def test_what_the_trainer_says_of_a_step_is_the_mean_over_its_graded_tokens(tmp_path: Path) -> None:
+    """C1's lines of tools that train with transformers' Trainer, by that Trainer alone: two micro-batches a step, of uneven lengths."""
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    from extensions.benchmarks import run_peft
+    from extensions.benchmarks.trainer import Watch, rows_of, settings
+
+    job = replace(tiny_job(tmp_path, grade="answers"), micro_batch=2)
+    watch = Watch(job)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return run_peft.padded([Sample(row["input_ids"], [label != IGNORE for label in row["labels"]]) for row in rows])
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(job.base)
+    transformers.Trainer(
+        model=peft.PeftModel.from_pretrained(base, job.adapter, is_trainable=True),
+        args=transformers.TrainingArguments(**settings(job, str(tmp_path / "out")), train_sampling_strategy="sequential"),
+        train_dataset=rows_of(job),
+        data_collator=collate,
+        callbacks=[watch],
+    ).train()
+    told, right = watch.report(), run_peft.train(job)
+    for loss, expected in zip(told["losses"], right["losses"], strict=True):
+        assert loss == pytest.approx(expected, rel=1e-6)
+    assert told["computed_positions"] == right["computed_positions"]
+    assert told["trained"] == right["trained"]
+    assert len(told["step_seconds"]) == job.timed
 
 
 def a_run(line: str, losses: list[float], **changes: Any) -> dict[str, Any]:

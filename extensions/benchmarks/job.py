@@ -22,6 +22,7 @@ class Job:
     timed: int  # steps
     threads: int
     micro_batch: int = 4  # samples computed at once, where a tool counts in samples
+    padding_free: bool = False  # trl's setting of that name: a micro-batch's samples in one row, one after the other
     share_prefix: bool = True  # litlora's --train.share_prefix
     precision: str = "fp32"  # fp32 | bf16-mixed | bf16
     lr: float = 2e-4  # constant

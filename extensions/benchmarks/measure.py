@@ -30,6 +30,7 @@ PACKAGES = (
     "peft",
     "accelerate",
     "trl",
+    "llamafactory",
     "litlora",
     "lightning-fabric",
     "tokenizers",

@@ -59,11 +59,14 @@ LINES = {
     "peft-bf16": Line(
         "run_peft", "peft", ("transformers", "peft"), "bf16 base, micro-batch 4, padded", {"precision": "bf16", "micro_batch": 4}
     ),
+    "trl": Line("run_trl", "trl", ("trl", "peft"), "fp32, micro-batch 4, padded", {"micro_batch": 4}),
+    "trl-packed": Line("run_trl", "trl", ("trl", "peft"), "fp32, micro-batch 4, padding_free", {"micro_batch": 4, "padding_free": True}),
+    "llamafactory": Line("run_llamafactory", "llamafactory", ("llamafactory",), "fp32, micro-batch 4, padded", {"micro_batch": 4}),
     "litlora": Line("run_litlora", "litlora", ("litlora",), "fp32, packed, beginnings shared", {}),
     "litlora-apart": Line("run_litlora", "litlora", ("litlora",), "fp32, packed, nothing shared", {"share_prefix": False}),
     "litlora-bf16": Line("run_litlora", "litlora", ("litlora",), "bf16 base, packed", {"precision": "bf16"}),
 }
-DEFAULT_LINES = ("litgpt-default", "litgpt-mb1", "litgpt-mb4", "peft", OURS)
+DEFAULT_LINES = ("litgpt-default", "litgpt-mb1", "litgpt-mb4", "peft", "trl", "llamafactory", OURS)
 
 
 def main() -> int:
@@ -102,7 +105,11 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="directory with the tokenizer.json of the shape (SmolLM's for 135m)")
     parser.add_argument("--rows", type=Path, help="an Alpaca JSON file")
     parser.add_argument(
-        "--python", action="append", default=[], metavar="TOOL=PATH", help="interpreter of litgpt, peft or litlora (default: this one)"
+        "--python",
+        action="append",
+        default=[],
+        metavar="TOOL=PATH",
+        help=f"interpreter of {OURS} or a peer ({', '.join(sorted({line.env for line in LINES.values()} - {OURS}))}); default: this one",
     )
     parser.add_argument("--lines", nargs="+", choices=LINES, default=list(DEFAULT_LINES), help="what to run, in this order")
     parser.add_argument(
