@@ -68,6 +68,27 @@ def test_templates_in_a_folder_of_their_own_are_those_of_transformers(saved: Pat
     assert caught.value.where.endswith("rag.v2.jinja")
 
 
+def test_of_two_defaults_the_one_in_the_folder_is_that_of_transformers(saved: Path, tmp_path: Path) -> None:
+    """additional_chat_templates/default.jinja before chat_template.jinja, also in what is made of the model; but a link to nothing is
+    passed over. Caught: chat_template.jinja before it; a link to nothing in place of it, and refused."""
+    other = saved / names.ADDITIONAL_TEMPLATES / "default.jinja"
+    other.write_text("{{ 'other' }}" + TURN)
+    same_as_transformers(saved, {None: None, "default": "default"})
+    assert Prompts(Tokenizer(saved)).template == other.read_text()
+    flat = tmp_path / "flat"
+    shutil.copytree(saved, flat, ignore=shutil.ignore_patterns("*.jinja", names.ADDITIONAL_TEMPLATES))
+    for name, data in tokenizer_files(saved).items():
+        (flat / name).write_bytes(data)
+    same_as_transformers(flat, {None: None, "default": "default"})
+    assert Prompts(Tokenizer(flat)).template == other.read_text()
+    other.unlink()
+    other.symlink_to("nowhere")
+    same_as_transformers(saved, {None: None, "default": "default"})
+    assert Prompts(Tokenizer(saved)).template == TURN
+    listed = json.loads(tokenizer_files(saved)[names.TOKENIZER_CONFIG])["chat_template"]
+    assert {entry["name"]: entry["template"] for entry in listed} == NAMED
+
+
 def test_templates_in_the_cache_of_the_hub_are_links_that_are_followed(saved: Path, tmp_path: Path) -> None:
     """S04: models--org--name/snapshots/HASH/additional_chat_templates/file -> ../../../blobs/HASH, and no link beyond that. Caught: the
     folder taken for a directory of its own, of which each template is a link out of it."""

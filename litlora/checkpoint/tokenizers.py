@@ -19,11 +19,11 @@ def template_files(directory: Path) -> dict[str, bytes]:
     """Those of tokenizer_config.json and chat_template.jinja that there are.
 
     Templates of additional_chat_templates/ become a list in tokenizer_config.json, as earlier versions of transformers wrote it; the
-    later ones read it where there is no chat_template.jinja, so the one in there is listed too.
+    later ones read it where there is no chat_template.jinja, so the one in there is listed too. Links to nothing are passed over.
     """
     found = {name: read_bytes(file_in(directory, name)) for name in WITH_TEMPLATES if (directory / name).exists()}
     folder = directory / names.ADDITIONAL_TEMPLATES
-    files = list(folder.glob(f"*{names.TEMPLATE}"))
+    files = [path for path in folder.glob(f"*{names.TEMPLATE}") if path.exists()]
     if not files:
         return found
     from litlora.tokenizer import templates  # with the tokenizers package, which few need here

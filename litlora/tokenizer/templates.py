@@ -16,10 +16,10 @@ DEFAULT = "default"
 
 
 def template_files(directory: Path) -> dict[str, str]:
-    """Those that are files. UserError where one is not UTF-8."""
-    paths = {DEFAULT: directory / FILE} | {path.stem: path for path in sorted((directory / FOLDER).glob("*.jinja"))}
+    """Those that are files; of two `default` the one in the folder, as in transformers. UserError where one is not UTF-8."""
+    paths = [(DEFAULT, directory / FILE), *((path.stem, path) for path in sorted((directory / FOLDER).glob("*.jinja")))]
     found = {}
-    for name, path in paths.items():
+    for name, path in paths:
         if path.is_file():
             try:
                 found[name] = path.read_text(encoding="utf-8")
