@@ -1,6 +1,7 @@
 """Several chat templates of one tokenizer: as transformers writes and reads them, and in what is made of a model."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -87,6 +88,23 @@ def test_of_two_defaults_the_one_in_the_folder_is_that_of_transformers(saved: Pa
     assert Prompts(Tokenizer(saved)).template == TURN
     listed = json.loads(tokenizer_files(saved)[names.TOKENIZER_CONFIG])["chat_template"]
     assert {entry["name"]: entry["template"] for entry in listed} == NAMED
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/rag.jinja", "--chat_template"])
+def test_a_template_behind_a_link_is_no_longer_than_other_small_files(name: str, tmp_path: Path) -> None:
+    """64 MiB. Caught: a file of any size read into memory, wherever the link leads."""
+    large = tmp_path / "large"
+    large.touch()
+    os.truncate(large, 64 * 2**20 + 1)
+    model = byte_level(tmp_path / "model")
+    path = large if name.startswith("--") else model / name
+    if path != large:
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.symlink_to(large)
+    with pytest.raises(UserError, match="has 67,108,865 bytes; at most 67,108,864 are read") as caught:
+        Prompts.chosen(Tokenizer(model), str(large) if path == large else None)
+    assert caught.value.where == (f"{name} {large}" if path == large else str(path))
 
 
 def test_templates_in_the_cache_of_the_hub_are_links_that_are_followed(saved: Path, tmp_path: Path) -> None:

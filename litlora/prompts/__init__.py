@@ -13,6 +13,7 @@ from typing import Any
 from litlora.errors import UserError
 from litlora.prompts.sandbox import compile_template, render
 from litlora.tokenizer import Tokenizer
+from litlora.tokenizer.templates import read_template
 
 # role, content, and weight: 0 where an answer is not to be graded; tool_calls. One with the role `tools` lists what may be called.
 Message = Mapping[str, Any]
@@ -325,9 +326,9 @@ def chosen_template(choice: str, named: Mapping[str, str]) -> tuple[str | None, 
         return None, f"{BUILT_IN} (built in)"
     known = ", ".join(dict.fromkeys([*named, BUILT_IN]))
     try:
-        text = Path(choice).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError("is not UTF-8 text", where=f"--chat_template {choice}") from error
+        text = read_template(Path(choice), "utf-8-sig")
+    except UserError as error:
+        raise UserError(error.what, where=f"--chat_template {choice}") from error
     except (OSError, ValueError) as error:  # ValueError: a zero byte in it
         why = (isinstance(error, OSError) and error.strerror) or str(error)
         hint = f"give a .jinja file, or one of {known}"
