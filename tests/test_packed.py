@@ -2,6 +2,7 @@
 
 import inspect
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from conftest import gradients, random_tokens, relative, tiny_gpt
 from torch import Tensor
 
+from litlora import gpu
 from litlora.gpu import packed
 from litlora.gpu.packed import Packed
 from litlora.model import GPT, IGNORE
@@ -98,6 +100,25 @@ def test_where_a_row_begins_and_ends_is_made_once_for_all_blocks(reference: Refe
 def test_a_cpu_keeps_to_the_loop() -> None:
     """It has no such kernel: `varlen_attn` fails there. Caught: one for every device."""
     assert Packed.of(0, SEGMENTS, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "taken"), [((7, 5), None, False), ((8, 0), None, True), ((9, 0), None, True), ((9, 4), "6.4", False)]
+)
+def test_kernels_are_for_gpus_from_ampere_on(
+    capability: tuple[int, int], hip: str | None, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older GPU, or one of another maker's, computes with torch's own operations, and no kernel is tried on it: one that compiles there
+    may fail later, in an answer's graph. Caught: Triton's kernels for every GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    asked: list[torch.device] = []
+    monkeypatch.setattr(gpu, "tried", lambda device: asked.append(device) or "kernels")
+    monkeypatch.setattr(packed, "works", lambda device: not asked.append(device))
+    monkeypatch.setattr(gpu, "working", gpu.working.__wrapped__)  # remembers nothing
+    x: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"))
+    assert (gpu.triton_for(x) == "kernels", packed.has_kernel.__wrapped__(x.device)) == (taken, taken)
+    assert asked == [x.device] * (2 if taken else 0)
 
 
 @pytest.mark.parametrize(

@@ -269,11 +269,10 @@ def test_where_triton_fails_torch_computes_and_says_so(error: type[Exception], m
     def failing(*args: Tensor) -> Tensor:
         raise error("Failed to find C compiler.")
 
-    tried = gpu.working.__wrapped__
-    assert tried(DEVICE) is triton_kernels
+    assert gpu.tried(DEVICE) is triton_kernels
     monkeypatch.setattr(triton_kernels, "gated", failing)
     with pytest.warns(UserWarning, match="Triton does not work here .Failed to find C compiler"):
-        assert tried(DEVICE) is None
+        assert gpu.tried(DEVICE) is None
 
 
 def test_a_cpu_has_no_use_for_them() -> None:

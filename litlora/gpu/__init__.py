@@ -18,13 +18,23 @@ SERVED = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def triton_for(x: Tensor) -> Any:
-    """`triton_kernels`, where they serve x; None elsewhere: on a CPU, in fp64, without Triton or what it needs to compile."""
+    """`triton_kernels`, where they serve x; None elsewhere: on a CPU or an older GPU, in fp64, without Triton or what it needs."""
     return working(x.device) if x.is_cuda and x.dtype in SERVED else None
+
+
+def from_ampere(device: torch.device) -> bool:
+    """Whether it is a GPU of NVIDIA's of compute capability 8.0 or more, which all kernels here are for."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
 def working(device: torch.device) -> Any:
-    """`triton_kernels`, tried once on a device; None, and a warning, where it fails."""
+    """`triton_kernels` for a device, tried once; None for one that they are not for."""
+    return tried(device) if from_ampere(device) else None
+
+
+def tried(device: torch.device) -> Any:
+    """`triton_kernels`; None, and a warning, where one of them fails."""
     try:
         from litlora.gpu import triton_kernels
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from litlora.gpu import from_ampere
+
 
 class Packed:
     """Where the samples of a row begin and end, as the kernel wants it. Made once for a row, used by every block.
@@ -58,7 +60,7 @@ def ends(lengths: Sequence[int], device: torch.device) -> Tensor:
 @functools.cache
 def has_kernel(device: torch.device) -> bool:
     """FlashAttention (Dao 2023, arXiv:2307.08691), which comes with torch for NVIDIA's GPUs from Ampere on."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0) and works(device)
+    return from_ampere(device) and works(device)
 
 
 def works(device: torch.device) -> bool:
