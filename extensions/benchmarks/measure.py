@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,24 @@ class StepClock:
 
 
 def gemm_gflops(dtype: str = "float32", size: int = GEMM_SIZE, times: int = 20) -> float:
-    """What square matrix products reach now, in GFLOP/s, on the threads torch has been given: the mean, for others' work counts too."""
+    """What square matrix products reach now on the threads that torch has, in GFLOP/s: all threads at one product, or each at its own,
+    whichever is more. The mean, for others' work counts too."""
+    import torch
+
+    threads = torch.get_num_threads()
+    together = products_per_second(dtype, size, times)
+
+    def alone(_: int) -> float:
+        torch.set_num_threads(1)
+        return products_per_second(dtype, size, max(1, times // threads))
+
+    with ThreadPoolExecutor(threads) as pool:
+        apart = sum(pool.map(alone, range(threads)))
+    torch.set_num_threads(threads)
+    return max(together, apart) * 2 * size**3 / 1e9
+
+
+def products_per_second(dtype: str, size: int, times: int) -> float:
     import torch
 
     a, b = (torch.ones(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
@@ -92,7 +110,7 @@ def gemm_gflops(dtype: str = "float32", size: int = GEMM_SIZE, times: int = 20) 
     start = time.perf_counter()
     for _ in range(times):
         torch.mm(a, b)
-    return times * 2 * size**3 / (time.perf_counter() - start) / 1e9
+    return times / (time.perf_counter() - start)
 
 
 def bandwidth(megabytes: int = 256, times: int = 5) -> float:

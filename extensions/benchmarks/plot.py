@@ -29,12 +29,13 @@ class Bars:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("result", type=Path, help="a JSON file of extensions/benchmarks/results")
+    parser.add_argument("--id", help="what of it to draw (default: what the result is of; C2 is the memory of a C1)")
     parser.add_argument("--out", type=Path, required=True, help="the picture: .svg, .png or .pdf")
     arguments = parser.parse_args()
     result = json.loads(arguments.result.read_text())
-    read = READERS.get(str(result.get("id")).upper())
+    read = READERS.get((arguments.id or str(result.get("id"))).upper())
     if read is None:
-        raise SystemExit(f"{arguments.result}: no bars are drawn of {result.get('id')!r}, only of {', '.join(READERS)}")
+        raise SystemExit(f"{arguments.result}: no bars are drawn of {arguments.id or result.get('id')!r}, only of {', '.join(READERS)}")
     draw(read(result), caption(arguments.result, result), arguments.out)
     print(arguments.out)
 
@@ -54,6 +55,27 @@ def training(result: Mapping[str, Any]) -> Bars:
     )
 
 
+def memory(result: Mapping[str, Any]) -> Bars:
+    """C2, of a result of C1."""
+    values = {name: line["peak_mb"] / 1000 for name, line in result["summary"].items()}
+    return Bars(f"Memory of LoRA fine-tuning on a CPU, {result['options']['shape']} shape", "GB at the peak", False, values, None, "")
+
+
+def decoding(result: Mapping[str, Any]) -> Bars:
+    """C3, after the shortest prompt. The limit is that of our plain line: every weight is read once a token."""
+    summary = result["summary"]
+    values = {name: line["prompts"][0]["tokens_per_second"] for name, line in summary.items()}
+    options = result["options"]
+    return Bars(
+        f"Decoding on a CPU, {options['shape']} shape, {options['precision']}, one answer at a time",
+        "tokens a second",
+        True,
+        values,
+        summary["litlora"]["limit_tokens_per_second"],
+        f"{options['precision']} weights read once a token",
+    )
+
+
 def merging(result: Mapping[str, Any]) -> Bars:
     """C4."""
     values = {name: statistics.median(tool["wall_s"]) for name, tool in result["tools"].items()}
@@ -69,14 +91,21 @@ def merging(result: Mapping[str, Any]) -> Bars:
 
 
 def starting(result: Mapping[str, Any]) -> Bars:
-    """C5 and C6."""
+    """C5, C6 and C7: the tools beside what each of them cannot do without."""
+    what, floor = FLOORS[str(result["id"]).upper()]
     values = {name: statistics.median(seconds) for name, seconds in result["seconds"].items()}
-    floor = "import torch" if "import torch" in values else "python -c pass"
-    what = "Process start to the first token" if floor == "import torch" else "Help texts"
-    return Bars(what, "seconds", False, {name: value for name, value in values.items() if name != floor}, values[floor], floor)
+    tools = {name: value for name, value in values.items() if not name.startswith(("import ", "python "))}
+    return Bars(what, "seconds", False, tools, values[floor], floor)
 
 
-READERS: dict[str, Callable[[Mapping[str, Any]], Bars]] = {"C1": training, "C4": merging, "C5": starting, "C6": starting}
+FLOORS = {
+    "C5": ("Help texts", "python -c pass"),
+    "C6": ("Process start to the first token", "import torch"),
+    "C7": ("Process start to the first step of a fine-tuning", "import Fabric"),
+}
+READERS: dict[str, Callable[[Mapping[str, Any]], Bars]] = {
+    "C1": training, "C2": memory, "C3": decoding, "C4": merging, "C5": starting, "C6": starting, "C7": starting,
+}  # fmt: skip
 
 
 def caption(path: Path, result: Mapping[str, Any]) -> str:
