@@ -20,13 +20,13 @@ def in_lanes(
     One lane where they would not fit beside each other, or one would work while the others wait: all cores then work at one thing.
     """
     if lanes > 1:
+        lengths = [len(sample.tokens) for sample in samples]
         kinds = kinds_of(samples) if share and packing else [(list(range(len(samples))), 0)]
-        spread = Spread([len(sample.tokens) for sample in samples], kinds, lanes)
-        shares = [[samples[index] for index in sorted(lane)] for lane in spread.lanes if lane]
-        longest = [max(len(sample.tokens) for sample in own) for own in shares]
-        spare = micro_batch_tokens - sum(longest)
-        if spare >= 0 and spread.largest * lanes * TOGETHER <= spread.alone:
-            rooms = (own + spare // len(shares) for own in longest)
+        found, (alone,) = spread(lengths, kinds, lanes), spread(lengths, kinds, 1)
+        spare = micro_batch_tokens - sum(max(lengths[index] for index in lane.members) for lane in found)
+        if spare >= 0 and max(lane.load for lane in found) * lanes * TOGETHER <= alone.load:
+            shares = [[samples[index] for index in sorted(lane.members)] for lane in found]
+            rooms = [max(len(sample.tokens) for sample in own) + spare // len(shares) for own in shares]
             return [pack(own, room, packing, share) for own, room in zip(shares, rooms, strict=True)]
     return [pack(samples, micro_batch_tokens, packing, share)]
 
@@ -47,39 +47,57 @@ def kinds_of(samples: Sequence[Sample]) -> list[tuple[list[int], int]]:
     return [*kinds, (others, shared if shared >= LEAST else 0)]
 
 
-class Spread:
-    """Samples over lanes: the longest first, each to where it is done first; then exchanged as long as the last lane ends sooner."""
+class Lane:
+    """Samples by their numbers, and how many tokens are computed of them."""
 
-    def __init__(self, lengths: Sequence[int], kinds: Sequence[tuple[list[int], int]], lanes: int) -> None:
-        self.lengths = lengths
+    def __init__(self, lengths: Sequence[int], kinds: Sequence[tuple[list[int], int]]) -> None:
+        self.lengths, self.members, self.load = lengths, list[int](), 0
         self.kind_of = {index: kind for kind, (members, _) in enumerate(kinds) for index in members}
-        self.shared = [shared for _, shared in kinds]
-        self.alone = self.load(list(range(len(lengths))))  # of all of them in one lane
-        self.lanes: list[list[int]] = [[] for _ in range(lanes)]
-        for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-            min(self.lanes, key=lambda lane: self.load([*lane, index])).append(index)
-        while len(lengths) <= SEARCHED and self.improve():
-            pass
+        self.shared, self.held = [shared for _, shared in kinds], [0] * len(kinds)
 
-    @property
-    def largest(self) -> int:
-        return max(map(self.load, self.lanes))
+    def put(self, index: int) -> None:
+        self.load += self.cost(index)
+        self.held[self.kind_of[index]] += 1
+        self.members.append(index)
 
-    def load(self, lane: Sequence[int]) -> int:
-        """Tokens that are computed in a lane."""
-        kinds = [self.kind_of[index] for index in lane]
-        return sum(self.lengths[index] for index in lane) - sum((kinds.count(kind) - 1) * self.shared[kind] for kind in set(kinds))
+    def take(self, index: int) -> None:
+        self.members.remove(index)
+        self.held[self.kind_of[index]] -= 1
+        self.load -= self.cost(index)
 
-    def improve(self) -> bool:
-        """Give a sample of the lane with most to do to another, or exchange it for one there, where both then have less to do than that."""
-        loads = list(map(self.load, self.lanes))
-        most = max(range(len(loads)), key=loads.__getitem__)
-        for other in (lane for lane in range(len(loads)) if lane != most):
-            for given in self.lanes[most]:
-                for taken in ([], *([index] for index in self.lanes[other])):
-                    mine = [index for index in self.lanes[most] if index != given] + taken
-                    theirs = [index for index in self.lanes[other] if index not in taken] + [given]
-                    if max(self.load(mine), self.load(theirs)) < loads[most]:
-                        self.lanes[most], self.lanes[other] = mine, theirs
-                        return True
-        return False
+    def cost(self, index: int) -> int:
+        """Tokens more with a sample that is not in it."""
+        kind = self.kind_of[index]
+        return self.lengths[index] - (self.shared[kind] if self.held[kind] else 0)
+
+
+def spread(lengths: Sequence[int], kinds: Sequence[tuple[list[int], int]], number: int) -> list[Lane]:
+    """Samples over lanes: the longest first, each to where it is done first; then exchanged as long as the last lane ends sooner."""
+    lanes = [Lane(lengths, kinds) for _ in range(number)]
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        min(lanes, key=lambda lane: lane.load + lane.cost(index)).put(index)
+    while len(lengths) <= SEARCHED and improve(lanes):
+        pass
+    return [lane for lane in lanes if lane.members]
+
+
+def improve(lanes: Sequence[Lane]) -> bool:
+    """Give a sample of the lane with most to do to another, or exchange it for one there, where both then have less to do than that."""
+    most = max(lanes, key=lambda lane: lane.load)
+    before = most.load
+    for other in (lane for lane in lanes if lane is not most):
+        for given in list(most.members):
+            most.take(given)
+            other.put(given)
+            for taken in (None, *other.members[:-1]):
+                if taken is not None:
+                    other.take(taken)
+                    most.put(taken)
+                if max(most.load, other.load) < before:
+                    return True
+                if taken is not None:
+                    most.take(taken)
+                    other.put(taken)
+            other.take(given)
+            most.put(given)
+    return False
