@@ -1,21 +1,30 @@
 """The door: `litlora COMMAND ...` -> the command's options -> its function. Imports nothing that the command does not need."""
 
-import importlib
+import atexit
 import os
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 from litlora.commands import COMMANDS, Command, Commands
 from litlora.console import drop_output, put, say
 from litlora.errors import Interrupted, Refusal, UserError, did_you_mean
+from litlora.importing import import_whole
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; the process's exit code (errors.py says what each means)."""
+    """Run one command; the process's exit code (errors.py says what each means). Without `words`: the process's own; it may end here."""
+    code = code_of(list(sys.argv[1:] if words is None else words))
+    if words is None:
+        end_at_once(code)
+    return code
+
+
+def code_of(rest: list[str]) -> int:
+    """Run one command whatever happens."""
     open_what_is_closed()
-    rest = list(sys.argv[1:] if words is None else words)
     debug = "--debug" in rest
     if debug:
         rest.remove("--debug")
@@ -38,6 +47,22 @@ def open_what_is_closed() -> None:
         sys.stdout = os.fdopen(1, "w")
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w")
+
+
+def end_at_once(code: int) -> None:
+    """End the process. All is on the disk and said by now, and Python would take a second more to take torch apart, object by object.
+
+    It is left to Python where that is quick, and where another thread or whoever watches (a debugger, coverage) has something to end.
+    """
+    if "torch" not in sys.modules or threading.active_count() > 1 or sys.gettrace() or sys.getprofile():
+        return
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # Python has its own word for it
+        return
+    os._exit(code)
 
 
 def run(words: list[str]) -> int:
@@ -64,7 +89,7 @@ def run(words: list[str]) -> int:
     from litlora import options
 
     parsed = parsed_options(getattr(options, table.options), words, " ".join(taken))
-    getattr(importlib.import_module(table.module), table.function)(parsed)
+    getattr(import_whole(table.module), table.function)(parsed)
     return 0
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "litlora"
 
 FLOORS = [
-    {"errors", "config", "options"},
+    {"errors", "config", "options", "importing"},
     {"gpu", "console"},
     {"kernels", "quantized"},
     {"parsing", "precision", "model", "families", "peft", "safetensors_file", "tokenizer"},
@@ -33,6 +33,7 @@ METHODS = ("lora", "adapter", "pro", "freeze", "full")
 
 TORCH_FREE = [
     "litlora", "litlora.__main__", "litlora.errors", "litlora.config", "litlora.options", "litlora.parsing", "litlora.console",
+    "litlora.importing",
     "litlora.families", "litlora.peft", "litlora.peft.targets", "litlora.safetensors_file", "litlora.tokenizer", "litlora.prompts",
     "litlora.methods", "litlora.methods.tuning", "litlora.checkpoint", "litlora.checkpoint.names", "litlora.checkpoint.commit",
     "litlora.checkpoint.manifest", "litlora.checkpoint.resolve", "litlora.checkpoint.fingerprint", "litlora.checkpoint.checkpoint",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gc
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from litlora import console, options
 from litlora.__main__ import main
 from litlora.commands import COMMANDS, Command, Commands
 from litlora.errors import printable
+from litlora.importing import import_whole
 
 NASTY = "r\x9b31m\x7f\u202e\U000e0041é好\u2028"  # a terminal's command, delete, right to left, a tag, letters, a line's end
 JSON = {  # every command with --json
@@ -135,6 +137,34 @@ def test_a_process_whose_output_is_full_says_it_once(unbuffered: str) -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, check=False)
     assert done.returncode == 1
     assert done.stderr.decode().startswith("error: standard output: cannot be written") and done.stderr.count(b"\n") == 2
+
+
+@pytest.mark.parametrize(("command", "code"), [("--version", 0), ("fine_tune", 2)])
+def test_a_process_that_ends_at_once_has_said_and_done_everything(command: str, code: int) -> None:
+    """C7: torch is not taken apart at the end; what is still in a buffer, or left for the end, is not lost by it.
+
+    Caught: no flush; no call of what is registered; 0 whatever happened.
+    """
+    script = f"""
+import atexit, sys
+atexit.register(sys.stdout.write, "the last word")  # first registered, last called: who comes between may flush
+import torch
+from litlora.__main__ import main
+sys.stdout.write("the first word, ")
+sys.argv = ["litlora", "{command}"]
+sys.exit(main())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.startswith("the first word, ") and done.stdout.endswith("the last word")
+
+
+def test_garbage_is_collected_again_after_an_import_that_fails() -> None:
+    """C7: nothing is collected while torch is imported, and everything is afterwards. Caught: enabled only where the import succeeds."""
+    with pytest.raises(ModuleNotFoundError):
+        import_whole("no_such_module")
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize(("terminal", "shown"), [(True, "a�]0;x�\n\té🙂\u200d�"), (False, "a\x1b]0;x\x07\n\té🙂\u200d\x9b")])

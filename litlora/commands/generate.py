@@ -15,6 +15,7 @@ from litlora.checkpoint.files import open_prompts
 from litlora.checkpoint.resolve import resolve
 from litlora.console import put, put_json, put_words, say, style
 from litlora.errors import UserError
+from litlora.importing import import_whole
 from litlora.options import ComputeOptions, Generate, SamplingOptions
 from litlora.parsing import check_ranges
 from litlora.prompts import Prompts
@@ -226,6 +227,7 @@ def open_model(
     on = [*([] if checkpoint.is_model else [(checkpoint, 1.0)]), *added]
     prompts = prompts_for(checkpoint, on, chat_template)
 
+    import_whole("torch")
     import torch
 
     from litlora.checkpoint.weights import load_model, quantize_meant

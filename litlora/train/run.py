@@ -28,6 +28,7 @@ from litlora.config import Config
 from litlora.data.samples import DataSet, Sample, load_data, marked, warn_of_placeholders
 from litlora.errors import Interrupted, UserError, WorkError
 from litlora.families import config_to_hf
+from litlora.importing import import_whole
 from litlora.methods.attach import trainable
 from litlora.methods.tuning import Tuning
 from litlora.model import GPT
@@ -441,6 +442,7 @@ def is_first_process() -> bool:
 
 def launch(options: FitOptions) -> Any:
     """Fabric on the devices that were asked for, its processes started. Imported here: only training needs it."""
+    import_whole("lightning_fabric")
     from lightning_fabric import Fabric
 
     keep_freed_memory()
