@@ -4,16 +4,16 @@ Nothing is guessed from a table of models: the model is made without its numbers
 sent a micro-batch; what autograd would keep for the backward pass is counted as it is kept. So it holds for every family and method.
 """
 
-import itertools
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from litlora.checkpoint.weights import NothingDrawn
@@ -145,13 +145,29 @@ def kept_bytes(model: GPT, load: Load) -> list[int]:
     def size() -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
-    sizes = [0]
-    for block in model.model.layers:
-        block.register_forward_hook(lambda *_: sizes.append(size()))
+    sizes: dict[Any, int] = {}  # of each kind of block: most models have one or two
+    outcome: dict[Any, Tensor] = {}
+    kept = []
     with torch.device("meta"), WithoutNumbers(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         tokens = torch.zeros(1, load.micro_batch, dtype=torch.int64)
-        model.model(tokens, Context.of(tokens, load.config, segments, 0, None))
-    return [after - before for before, after in itertools.pairwise(sizes)]
+        context, x = Context.of(tokens, load.config, segments, 0, None), model.model.embed_tokens(tokens).to(load.dtype)
+        for block in model.model.layers:
+            kind = (x.requires_grad, *kind_of(block))
+            if kind not in sizes:
+                before = size()
+                outcome[kind] = block(x, context)
+                sizes[kind] = size() - before
+            x = outcome[kind]
+            kept.append(sizes[kind])
+    return kept
+
+
+def kind_of(block: nn.Module) -> Iterator[Any]:
+    """What tells whether two blocks keep the same: their modules with what they are set to, and which of their tensors learn."""
+    for name, module in block.named_modules():
+        yield name, type(module)
+        yield tuple((key, value) for key, value in sorted(vars(module).items()) if isinstance(value, bool | int | float | str))
+        yield tuple((key, p.shape, p.requires_grad) for key, p in module.named_parameters(recurse=False))
 
 
 # ---- time --------------------------------------------------------------------------------------------------------------
