@@ -45,8 +45,8 @@ def load(
 ) -> "GPT":
     """The model at `path`: a Hugging Face directory, a step, a run (None: the run in `out`, else the demo base).
 
-    `adapters` maps more adapters to the weights with which they are added. `dtype` None keeps the weights' own. `quantize`: int8, nf4,
-    nf4-dq or none; auto is what the step was trained on.
+    `adapters` maps more adapters to the weights with which they are added. `dtype` None keeps the weights' own. `quantize`: bf16, int8,
+    nf4, nf4-dq or none; auto is what the step was trained on.
     UserError where a path is none of these, or anything in it does not fit.
     """
     from litlora.checkpoint.resolve import resolve

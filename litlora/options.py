@@ -222,8 +222,8 @@ class ComputeOptions:
 class QuantizeOptions:
     """Of commands that use a base without changing it."""
 
-    quantize: Literal["auto", "none", "int8", "nf4", "nf4-dq"] = option(
-        "auto", "bits of the frozen weights in memory: int8; nf4 (4, QLoRA's); nf4-dq (its scales in 8); auto: what a step was trained on"
+    quantize: Literal["auto", "none", "bf16", "int8", "nf4", "nf4-dq"] = option(
+        "auto", "how the frozen weights are held: bf16; int8; nf4 (4 bits, QLoRA's); nf4-dq (its scales in 8); auto: as a step was trained"
     )
 
 

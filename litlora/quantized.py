@@ -1,5 +1,6 @@
-"""Weights in 8 or 4 bits: what a Linear of a frozen base may hold instead of its `weight`.
+"""Weights in 16, 8 or 4 bits: what a Linear of a frozen base may hold instead of its `weight`.
 
+    bf16     as they are stored, where they are stored in bf16: nothing is lost, and they stay in the map of their file
     int8     a whole number from -127 to 127 each, and one fp32 scale for each output row: 8 bits and a little more
     nf4      4 bits each, and one fp32 scale for every 64: 4.5 bits (QLoRA: Dettmers et al. 2023, arXiv:2305.14314, section 3)
     nf4-dq   the same with the scales in 8 bits, as there in "double quantization": 4.13 bits
@@ -43,7 +44,8 @@ class Quantized(nn.Module):
     """A weight (out, in) in few bits. Its tensors are frozen Parameters, so that they move with the model."""
 
     kind = ""
-    scales: nn.Parameter  # fp32
+    codes: nn.Parameter
+    scales: nn.Parameter  # fp32; bf16 has none
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -110,6 +112,23 @@ class Product(torch.autograd.Function):
 
 def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+class Bf16(Quantized):
+    """W rounded to bf16."""
+
+    kind = "bf16"
+
+    def __init__(self, weight: Tensor) -> None:  # (out, in), of any dtype
+        super().__init__(*weight.shape)
+        self.codes = frozen(weight.to(torch.bfloat16))  # (out, in); the same memory where it is bf16
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return self.codes[start:stop].to(dtype)
+
+    def answering(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        """A few rows are rounded as the weight is: to widen it for them would take longer than the product."""
+        return self.product(x) if x.numel() > FEW * self.in_features else nn.functional.linear(x.bfloat16(), self.codes).to(x.dtype)
 
 
 class Int8(Quantized):
@@ -213,23 +232,23 @@ class FourBitTwice(FourBit):
         return wide[first - block * SCALES_BLOCK :][: last - first] + self.mean
 
 
-KINDS: dict[str, type[Int8] | type[FourBit]] = {made.kind: made for made in (Int8, FourBit, FourBitTwice)}
+KINDS: dict[str, type[Bf16] | type[Int8] | type[FourBit]] = {made.kind: made for made in (Bf16, Int8, FourBit, FourBitTwice)}
 
 
 def bytes_of(kind: str, out_features: int, in_features: int) -> int:
     """What such a weight takes, before there is one."""
     count = out_features * in_features
     scales = -(-count // BLOCK)
-    if kind == "int8":
-        return count + 4 * out_features
+    if kind in ("bf16", "int8"):
+        return 2 * count if kind == "bf16" else count + 4 * out_features
     return -(-count // 2) + (4 * scales if kind == "nf4" else scales + 4 * -(-scales // SCALES_BLOCK) + 4)
 
 
 @torch.no_grad()
 def quantized(kind: str, weight: Tensor, where: str = "") -> Quantized:
-    """`weight` (out, in) in few bits, on its device. UserError, naming `where`, of one with numbers that are none."""
+    """`weight` (out, in) in few bits, on its device. UserError, naming `where`, where a number that is none would spoil others' scale."""
     made = KINDS[kind](weight)
-    if not torch.isfinite(made.scales).all():
+    if not isinstance(made, Bf16) and not torch.isfinite(made.scales).all():
         raise UserError("holds numbers that are not finite", where=where, hint="load it wide to look at it: --quantize none")
     return made
 

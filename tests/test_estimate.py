@@ -106,7 +106,7 @@ def test_the_parts_of_memory_are_those_of_the_model(method: str) -> None:
     assert memory_of(replace(load, dtype=torch.bfloat16)).weights == kept.weights // 2, "the file's pages leave where that is another dtype"
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4", "nf4-dq"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "nf4", "nf4-dq"])
 @pytest.mark.parametrize("method", [name for name in TUNINGS if name != "full"])
 def test_few_bits_are_counted_as_what_they_take(method: str, kind: str) -> None:
     """Of weights that stand still in the blocks, and of no others. (Mutation: those that learn counted as well.)"""

@@ -24,6 +24,7 @@ class Job:
     micro_batch: int = 4  # samples computed at once, where a tool counts in samples
     padding_free: bool = False  # trl's setting of that name: a micro-batch's samples in one row, one after the other
     share_prefix: bool = True  # litlora's --train.share_prefix
+    quantize: str = "none"  # litlora's --quantize
     precision: str = "fp32"  # fp32 | bf16-mixed | bf16
     lr: float = 2e-4  # constant
     beta1: float = 0.9

@@ -29,7 +29,7 @@ def train(job: Job) -> dict[str, Any]:
         share_prefix=job.share_prefix,
     )  # fmt: skip
     assert job.eps == 1e-8, "litlora's AdamW keeps torch's eps"
-    model = GPT.from_pretrained(job.base, dtype=dtype)
+    model = GPT.from_pretrained(job.base, dtype=dtype, quantize=job.quantize)
     attach(model, tuning_of(LoRAOptions(r=job.r, alpha=job.alpha), model.config), seed=1)
     learnt = trainable(model)
     load_adapter(learnt, Path(job.adapter))

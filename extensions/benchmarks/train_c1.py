@@ -64,6 +64,9 @@ LINES = {
     "llamafactory": Line("run_llamafactory", "llamafactory", ("llamafactory",), "fp32, micro-batch 4, padded", {"micro_batch": 4}),
     "litlora": Line("run_litlora", "litlora", ("litlora",), "fp32, packed, beginnings shared", {}),
     "litlora-apart": Line("run_litlora", "litlora", ("litlora",), "fp32, packed, nothing shared", {"share_prefix": False}),
+    "litlora-held": Line(
+        "run_litlora", "litlora", ("litlora",), "fp32, packed, beginnings shared, the base held in bf16", {"quantize": "bf16"}
+    ),
     "litlora-bf16": Line("run_litlora", "litlora", ("litlora",), "bf16 base, packed", {"precision": "bf16"}),
 }
 DEFAULT_LINES = ("litgpt-default", "litgpt-mb1", "litgpt-mb4", "peft", "trl", "llamafactory", OURS)

@@ -83,7 +83,7 @@ def load_base(
 ) -> GPT:
     """A whole model, every parameter of it from the files, requiring gradients as a new one does.
 
-    `quantize` int8, nf4 or nf4-dq: the Linears of the blocks hold their weights in few bits, which do not learn, all but those named
+    `quantize` bf16, int8, nf4 or nf4-dq: the Linears of the blocks hold their weights in few bits, which do not learn, all but those named
     in `wide`. It is done tensor by tensor, and none is kept wide. UserError where a weight holds numbers that are not finite.
     """
     config = base.config()
