@@ -109,6 +109,22 @@ def test_another_base_under_the_same_name_is_found(place: Path, capsys: pytest.C
     assert "its base is not there" in faults(place / "out" / "step-1", capsys)
 
 
+def test_a_base_that_moved_is_said_once_and_where_to_name_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once for a step, whatever else could be looked at with its base. Caught: the tensors looked at without it; the hint dropped."""
+    (place / "base").rename(place / "moved")
+    step = place / "out" / "step-1"
+    capsys.readouterr()
+    assert main(["verify", str(step), "--data", str(place / "rows.json")]) == 1
+    said = capsys.readouterr()
+    assert said.out.count("FAILED") == said.out.count("its base is not there") == 1
+    assert "1 of 3 checks failed" in said.err and "hint: if the base moved, give its directory as --base_dir" in said.err
+    code, found = verified(step, capsys)
+    assert code == 1 and [finding["hint"] for finding in found if finding["faults"]] == [
+        "if the base moved, give its directory as --base_dir"
+    ]
+    assert main(["verify", str(step), "--base_dir", str(place / "moved")]) == 0
+
+
 def test_a_merged_model_that_was_altered_is_found(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     merged = place / "out" / "step-2" / names.MERGED
     flip(merged / names.WEIGHTS)

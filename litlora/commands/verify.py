@@ -28,6 +28,7 @@ class Finding:
     warnings: tuple[str, ...] = ()  # what could not be looked at, and why: no failure
     figures: dict[str, Any] = field(default_factory=dict)  # what was measured
     told: tuple[str, ...] = ()  # the same in words
+    hint: str = ""  # what helps against its faults
 
     def __str__(self) -> str:
         head = f"{'FAILED' if self.faults else 'note' if self.warnings else 'ok':<8}{self.path}: {self.what}"
@@ -46,7 +47,8 @@ def verify(options: Verify) -> None:
         put_json([as_json(finding) for finding in found], indent=2)
     failed = [finding for finding in found if finding.faults]
     if failed:
-        raise WorkError(f"{len(failed)} of {len(found)} checks failed", where=path, context=[failed[0].faults[0]])
+        hint = next((finding.hint for finding in failed if finding.hint), "")
+        raise WorkError(f"{len(failed)} of {len(found)} checks failed", where=path, context=[failed[0].faults[0]], hint=hint)
 
 
 def run_or_demo() -> str:
@@ -86,35 +88,36 @@ def findings(path: Path, options: Verify) -> Iterator[Finding]:
     if (path / names.MERGE_REPORT).exists():
         yield from of_merged(checkpoint, options)
         return
-    if checkpoint.is_model:
-        yield from of_model(checkpoint, options.level)
-    else:
-        yield from of_adapter(checkpoint)
+    yield from (of_model if checkpoint.is_model else of_adapter)(checkpoint, options)
     yield from of_lineage(checkpoint)
-    yield from of_loss([checkpoint], options)
 
 
 # ---- what is no merge ------------------------------------------------------------------------------------------------
 
 
-def of_adapter(adapter: Checkpoint) -> Iterator[Finding]:
+def of_adapter(adapter: Checkpoint, options: Verify) -> Iterator[Finding]:
     from litlora.verify.files import adapter_faults, base_faults
 
     unproven = () if adapter.manifest else ("a PEFT adapter does not say which weights it was trained on, so nobody can tell",)
-    yield checked(adapter, "its base is there, every byte as recorded", base_faults, unproven)
+    of_base = checked(adapter, "its base is there, every byte as recorded", base_faults, unproven)
+    yield of_base
+    if of_base.faults:
+        return  # the shapes of its tensors are its base's, and so is the loss
     yield checked(adapter, "its tensors are those of its method, all numbers finite", adapter_faults)
+    yield from of_loss([adapter], options)
 
 
-def of_model(model: Checkpoint, level: str) -> Iterator[Finding]:
+def of_model(model: Checkpoint, options: Verify) -> Iterator[Finding]:
     from litlora.verify.files import model_faults
 
     yield checked(model, f"its tensors are those of its {names.CONFIG}, all numbers finite", model_faults)
     if (model.path / names.EXTEND_REPORT).exists():
         yield from of_extended(model)
     if (model.path / names.EXPAND_REPORT).exists():
-        yield from of_expanded(model, level)
+        yield from of_expanded(model, options.level)
     elif model.config().llama_pro_layers:
         yield inserted_blocks(model)
+    yield from of_loss([model], options)
 
 
 def inserted_blocks(model: Checkpoint) -> Finding:
@@ -206,7 +209,7 @@ def of_merged(merged: Checkpoint, options: Verify) -> Iterator[Finding]:
     try:
         adapter = adapter_of(merged, report, options.base_dir)
     except Refusal as error:
-        yield Finding(str(merged.path), "its adapter", (str(error), *error.context))
+        yield Finding(str(merged.path), "its adapter", (str(error), *error.context), hint=error.hint)
         return
     if adapter is None:
         why = f"its adapter {report['adapter']['path']} is not there any more"
@@ -319,4 +322,4 @@ def checked(checkpoint: Checkpoint, what: str, look: Callable[[Checkpoint], list
     try:
         return Finding(str(checkpoint.path), what, tuple(look(checkpoint)), warnings)
     except Refusal as error:
-        return Finding(str(checkpoint.path), what, (str(error), *error.context))
+        return Finding(str(checkpoint.path), what, (str(error), *error.context), hint=error.hint)
