@@ -102,7 +102,12 @@ def parsed_options(kind: type, words: Sequence[str], command: str) -> Any:
     given: Any = parsing.parse(kind, [word for word in words if word.partition("=")[0] != "--print_config"], command=command)
     if given.resume:
         first = 1 if words and not words[0].startswith("-") else 0  # a first bare word is the checkpoint
-        words = [*words[:first], *options_of_run(given.out_dir, command), *words[first:]]
+        again = options_of_run(given.out_dir, command)
+        if not again and not any(word.partition("=")[0] == "--config" for word in words):
+            from litlora.checkpoint.run import refuse_lost_options
+
+            refuse_lost_options(given.out_dir)  # else it would be taken up with those of the demo
+        words = [*words[:first], *again, *words[first:]]
     return parsing.parse(kind, words, command=command)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -248,8 +247,28 @@ def test_a_run_that_moved_is_resumed_where_it_is_and_shown_so(
     with pytest.raises(SystemExit):
         resumed(tmp_path, "--resume", "--print_config")
     assert "  r: 3\n" in capsys.readouterr().out
-    shutil.rmtree(tmp_path / "out")
-    assert door.parsed_options(FinetuneLoRA, ["--resume"], "finetune lora") == finetune("--resume")
+
+
+def test_what_has_no_options_of_a_run_is_not_resumed_with_those_of_the_demo(tmp_path: Path) -> None:
+    """Refused at once, unless a file gives them. Caught: the demo's taken, which its checkpoints then refuse one by one."""
+    out = tmp_path / "out"
+    for make, what, hint in (
+        (lambda: None, "holds no run to go on with", "leave --resume out to begin one"),
+        (lambda: out.mkdir(), "holds no run to go on with", "leave --resume out to begin one"),
+        (
+            lambda: (out / "step-9").mkdir(),
+            "holds checkpoints, and no run.yaml that says how they were trained",
+            f"put its run.yaml back, or begin a new run from its weights: --checkpoint_dir {out}/last --out_dir another",
+        ),
+    ):
+        make()
+        with pytest.raises(UserError) as refused:
+            door.parsed_options(FinetuneLoRA, ["--resume", "--out_dir", str(out), "--lora.r", "4"], "finetune lora")
+        assert (refused.value.what, refused.value.where, refused.value.hint) == (what, str(out), hint)
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(to_yaml(finetune("--lora.r=3")))
+    words = ["--config", str(kept), "--resume", "--out_dir", str(out)]
+    assert door.parsed_options(FinetuneLoRA, words, "finetune lora").lora.r == 3
 
 
 # ---- the door --------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def prepare_run_directory(
             "holds a run already", where=path, hint="--resume goes on with it, --overwrite deletes it; or choose another --out_dir"
         )
     if resume and not _holds_run(path):
-        raise UserError("holds no run to go on with", where=path, hint="leave --resume out to begin one")
+        raise _no_run(path)
     if overwrite:
         _ours(path)  # refuses
     check_free_space(path, needed_bytes)
@@ -100,7 +100,21 @@ def prepare_run_directory(
     return run
 
 
+def refuse_lost_options(out_dir: str | Path) -> None:
+    """UserError: a directory without a run.yaml is not gone on with, for nothing else says what all the options were."""
+    path = Path(out_dir)
+    _check_place(path)
+    if not list_step_paths(path):
+        raise _no_run(path)
+    hint = f"put its {names.RUN_YAML} back, or begin a new run from its weights: --checkpoint_dir {path / names.LAST} --out_dir another"
+    raise UserError(f"holds checkpoints, and no {names.RUN_YAML} that says how they were trained", where=path, hint=hint)
+
+
 # ---- what is there ---------------------------------------------------------------------------------------------------
+
+
+def _no_run(path: Path) -> UserError:
+    return UserError("holds no run to go on with", where=path, hint="leave --resume out to begin one")
 
 
 def _check_place(path: Path) -> None:
