@@ -233,6 +233,27 @@ def test_a_path_that_is_nothing_says_what_is_there_what_is_missing_and_what_is_n
         assert "there is no such directory" in refusal(odd) or "cannot be looked at" in refusal(odd)
 
 
+def test_a_path_that_is_not_there_always_says_what_could_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caught: nothing said where nothing is near; a run's step, the models' folder and the demo not thought of; a hub's name sent to
+    whatever run lies here."""
+    monkeypatch.chdir(tmp_path)
+    needed = "hint: give the directory of a model, a run or a step, or demo; litlora download ORG/NAME fetches a model"
+    for path in ("nowhere", "a/b/nowhere", str(tmp_path / "nowhere")):
+        assert refusal(path).endswith(needed)
+    assert refusal("out").endswith("hint: litlora finetune lora begins a run there")
+    assert refusal("nowhere/step-3").endswith("hint: litlora list RUN names the steps of a run")
+    assert refusal("demi").endswith("hint: did you mean demo?")
+    make_base(tmp_path / "models" / "llama-small")
+    for path in ("llama-small", "lama-smal"):
+        assert refusal(path).endswith("hint: did you mean models/llama-small?")
+    add_step(Path("out"), 100)
+    for path in ("step-100", "nowhere/step-100"):
+        assert refusal(path).endswith("hint: did you mean out/step-100?")
+    assert refusal("nowhere").endswith("hint: the nearest checkpoint is out")
+    assert refusal("org/name").endswith("litlora download org/name")
+    assert refusal("org/demo").endswith("litlora download org/demo")
+
+
 def test_a_model_and_an_adapter_in_one_directory_are_refused(tmp_path: Path) -> None:
     """transformers would ignore the one or apply the other: it cannot be told what is meant."""
     base = make_base(tmp_path / "base")

@@ -251,12 +251,12 @@ def _no_directory(path: Path) -> UserError:
             return UserError(f"is {known.what}: {known.why}", where=path, hint=known.hint)
         hint = f"give its directory: {parent}" if there else "give a directory"
         return UserError("is a file, and a checkpoint is a directory", where=path, hint=hint)
-    nearest = _nearest(path)
-    parts = path.parts
-    remote = len(parts) == 2 and not path.is_absolute() and not nearest and not Path(parts[0]).exists()
+    nearest, parts = _nearest(path), path.parts
+    remote = len(parts) == 2 and not path.is_absolute() and not nearest.startswith(MEANT) and not Path(parts[0]).exists()
     remote = remote and names.step_number(path) is None
-    author = "ORG" if parts[0] == "models" else parts[0]  # models/NAME is where `litlora download ORG/NAME` puts it
-    hint = f"if this is a model on a hub, download it first: litlora download {author}/{path.name}" if remote else nearest
+    author = "ORG" if parts[0] == names.MODELS else parts[0]  # models/NAME is where `litlora download ORG/NAME` puts it
+    download = f"if this is a model on a hub, download it first: litlora download {author}/{path.name}" if remote else ""
+    hint = download or nearest or _needed(path)
     return UserError("there is no such directory", where=path, hint=hint)
 
 
@@ -289,25 +289,42 @@ def _missing_part(found: set[str]) -> str:
 # ---- what was perhaps meant ------------------------------------------------------------------------------------------
 
 
+MEANT = "did you mean"
+
+
+def _needed(path: Path) -> str:
+    """What could stand in place of a path that is nothing, where nothing is near it."""
+    if str(path) == names.RUN:
+        return "litlora finetune lora begins a run there"
+    if names.step_number(path) is not None:
+        return "litlora list RUN names the steps of a run"
+    return f"give the directory of a model, a run or a step, or {names.DEMO}; litlora download ORG/NAME fetches a model"
+
+
 def _nearest(path: Path) -> str:
     """`did you mean out/step-200?`: a valid checkpoint below, beside or above `path`, or nothing."""
     if path.is_dir():
         inside = next(_valid_below(path), None)
         if inside:
-            return f"did you mean {inside}?"
+            return f"{MEANT} {inside}?"
     parent, word = path.parent, path.name
     while not parent.is_dir() and parent != parent.parent:
         parent, word = parent.parent, parent.name
-    choices = {entry.name: entry for entry in _valid_below(parent) if entry != path}
+    beside = [entry for entry in _valid_below(parent) if entry != path]
     number = names.step_number(path)
-    steps = [entry for entry in choices.values() if names.step_number(entry) is not None]
+    steps = [entry for entry in beside if names.step_number(entry) is not None]
     if number is not None and steps:
         best = min(steps, key=lambda entry: abs((names.step_number(entry) or 0) - number))
-        return f"did you mean {best}?"
+        return f"{MEANT} {best}?"
+    of_runs = [entry / path.name for entry in beside if number is not None and (entry / path.name).is_dir()]
+    if of_runs:
+        return f"{MEANT} {of_runs[0]}?"
+    choices = {entry.name: entry for entry in (*_valid_below(parent / names.MODELS), *beside)}
+    choices |= {names.DEMO: Path(names.DEMO)} if path == Path(path.name) and not path.exists() else {}
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if close:
-        return f"did you mean {choices[close[0]]}?"
-    return f"the nearest checkpoint is {next(iter(choices.values()))}" if choices and parent != Path(parent.anchor) else ""
+        return f"{MEANT} {choices[close[0]]}?"
+    return f"the nearest checkpoint is {beside[0]}" if beside and parent != Path("/") else ""
 
 
 def _valid_below(directory: Path) -> Iterator[Path]:
