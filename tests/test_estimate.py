@@ -1,6 +1,7 @@
 """What a run needs, said before it begins; and activations that are computed again instead of being kept."""
 
 import itertools
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config, tiny_gpt
+from talkers import make_talker
 from test_train import TUNINGS, WITH_DROPOUT, adapted, fabric, optimizer_of, samples
 from torch import Tensor
 
 from litlora.__main__ import main
+from litlora.checkpoint import checkpoint as checkpoint_file
+from litlora.checkpoint import names
 from litlora.data.lanes import in_lanes
 from litlora.methods import tuning_of
 from litlora.methods.attach import attach, linears, trainable
@@ -210,6 +214,33 @@ def test_estimate_prints_both_ways_and_writes_nothing(
     said = capsys.readouterr().out
     assert "memory at the peak" in said and "40 steps" in said and "free on cpu" in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_estimate_needs_no_weights(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """config.json and the tokenizer are enough, which is said in one line; with weights not one of them is read. The same memory.
+    Caught: dtypes of a whole model, and the record of a base, read from its weights."""
+    monkeypatch.setattr(estimate_file, "product_rate", lambda load: 1e9)
+    monkeypatch.setattr(checkpoint_file.fingerprint, "fingerprint", lambda shards: pytest.fail("weights were read"))
+    base, rows = make_talker(tmp_path / "base"), tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"Name {n}.", "output": "blue"}) + "\n" for n in range(8)))
+
+    def said() -> tuple[str, str]:
+        assert main(["estimate", method, "--checkpoint_dir", str(base), "--data", str(rows), "--train.epochs", "1"]) == 0
+        both = capsys.readouterr()
+        return "\n".join(line for line in both.out.splitlines() if "weights" in line or "learns" in line or "activations" in line), both.err
+
+    with_weights, err = said()
+    assert "alone" not in err
+    (base / names.WEIGHTS).unlink()
+    without, err = said()
+    assert without == with_weights and err.count("estimated from config.json alone: ") == 1
+    (base / names.WEIGHTS_INDEX).write_text("{}")  # of a download that was broken off
+    assert said()[0] == with_weights
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "rows.jsonl"]
+    assert main(["finetune", method, "--checkpoint_dir", str(base), "--data", str(rows)]) == 2
 
 
 def test_attention_is_counted_once_for_each_layer() -> None:

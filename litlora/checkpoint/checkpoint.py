@@ -6,7 +6,7 @@ adapter   a PEFT adapter without our manifest
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,7 @@ class Checkpoint:
     why: str = ""  # how it was chosen, for the user; empty where the path itself was given
     manifest: Manifest | None = None  # of a step
     base_dir: Path | None = None  # where the user says that the base is now
-    looks_only: bool = False  # described and never computed with: its base is not read to compare fingerprints
+    looks_only: bool = False  # described and never computed with: its weights, or its base's, are not read for a fingerprint
 
     @property
     def is_model(self) -> bool:
@@ -125,7 +125,7 @@ class Checkpoint:
         """What the manifests of `run` say about this model when it is their base."""
         step = run.resolve() / names.step_name(0)
         relative = "" if self.is_demo else os.path.relpath(self.path.resolve(), step)
-        model_type, fingerprint = self.config().model_type, self.fingerprint()
+        model_type, fingerprint = self.config().model_type, "" if self.looks_only else self.fingerprint()
         return BaseRecord(path=self.recorded_path, model_type=model_type, fingerprint=fingerprint, relative=relative, quantize=quantize)
 
     @cached_property
@@ -145,4 +145,4 @@ class Checkpoint:
     def _base(self) -> "Checkpoint":
         from litlora.checkpoint.base import find_base  # it resolves paths, and so makes Checkpoints
 
-        return find_base(self)
+        return replace(find_base(self), looks_only=self.looks_only)

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +32,15 @@ def resolve(path: str | Path | None = None, *, base_dir: str | Path | None = Non
     if found.why:
         say(f"{found.path}: {found.why}")
     return found
+
+
+def resolve_shapes(path: str | Path, *, base_dir: str | Path | None = None) -> Checkpoint:
+    """As `resolve`, for a look alone: a directory with a config.json is a model, whether its weights are there or not."""
+    place = Path(path)
+    with looked_at(path):
+        if (place / names.CONFIG).is_file() and not (place / names.ADAPTER_CONFIG).exists() and kind_of(place) in ("base", ""):
+            return Checkpoint(place, "base", looks_only=True)
+    return replace(resolve(path, base_dir=base_dir), looks_only=True)
 
 
 @contextmanager

@@ -1,9 +1,15 @@
-"""`litlora estimate METHOD`: the memory and the time that `litlora finetune METHOD` with the same options would take. Writes nothing."""
+"""`litlora estimate METHOD`: the memory and the time that `litlora finetune METHOD` with the same options would take.
+
+Writes nothing, and needs no weights: of a base its config.json and its tokenizer are enough.
+"""
 
 from dataclasses import replace
 
+from litlora.checkpoint import names
+from litlora.checkpoint.resolve import demo_base, resolve_shapes
 from litlora.commands.finetune import planned
-from litlora.console import duration, print_table, put
+from litlora.console import duration, print_table, put, say
+from litlora.errors import UserError
 from litlora.options import Finetune
 from litlora.train.estimate import FABRIC, memory_of, seconds_of_step
 from litlora.train.run import device_of, free_bytes, gigabytes, load_of, plan_of
@@ -11,7 +17,12 @@ from litlora.train.run import device_of, free_bytes, gigabytes, load_of, plan_of
 
 def estimate(options: Finetune) -> None:
     """Print what is needed at the peak, with every block's activations kept and with them computed again, and the time of each."""
-    _, job = planned(options, writes=False)
+    path = options.checkpoint_dir
+    work, job = planned(options, resolve_shapes(path, base_dir=options.base_dir) if path else replace(demo_base(), looks_only=True))
+    try:
+        work.base.shards()
+    except UserError as error:
+        say(f"estimated from {names.CONFIG} alone: {error}")
     device = device_of(options)
     load = load_of(job, device)
     load = replace(load, program=load.program + FABRIC)

@@ -38,7 +38,7 @@ from litlora.train.signals import Signals
 def finetune(options: Finetune) -> None:
     """Fine-tune, committing a step now and then; print the last one's path."""
     with Signals() as signals:
-        work, job = planned(options)
+        work, job = planned(options, resolve(options.checkpoint_dir, base_dir=options.base_dir) if options.checkpoint_dir else demo_base())
         if options.dry_run:
             show_samples(job)
             return
@@ -51,19 +51,20 @@ def finetune(options: Finetune) -> None:
             say_what_next(last, options, work)
 
 
-def planned(options: Finetune, *, writes: bool = True) -> tuple["Work", Job]:
-    """What is trained, and how: everything that can be refused is, and nothing is written yet (`writes`: nor will be)."""
-    start = resolve(options.checkpoint_dir, base_dir=options.base_dir) if options.checkpoint_dir else demo_base()
+def planned(options: Finetune, start: Checkpoint) -> tuple["Work", Job]:
+    """What is trained, and how: everything that can be refused is, and nothing is written yet. Where `start` is only looked at, nothing
+    ever will be, and no weight is needed."""
     base = start.base()
     options = with_rate(options, options.method, base)
     quantize = quantize_meant(options.quantize, [] if start is base else [start])
     work = Work(options, options.method, getattr(options, options.method), start, base, quantize)
     refuse_nothing_frozen(work)
-    base.shards()  # whatever is wrong with the model is said before anything is written
+    if not base.looks_only:
+        base.shards()  # whatever is wrong with the model is said before anything is written
     if start is not base:
         refuse_another_method(start, work)
     prompts = open_prompts(start, options.chat_template)
-    if writes:
+    if not base.looks_only:
         check_run(options, [start.path, base.path])
     data = load_rows(options, prompts, context=work.config.max_position_embeddings)
     return work, job_of(work, f"finetune {options.method}", prompts, data)
@@ -112,8 +113,8 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
     """The Job of training `work` on rows."""
     options, base, start, config, tuning = work.options, work.base, work.start, work.config, work.tuning
     stored = stored_tuning(work.wanted, config)
-    dtypes = {name: tensor.dtype for name, tensor in base_tensors(base).items()} if work.is_full else {}
-    dtypes |= {HEAD: dtypes[EMBEDDING]} if work.is_full and tuning.untied else {}
+    dtypes = {name: tensor.dtype for name, tensor in base_tensors(base).items()} if work.is_full and not base.looks_only else {}
+    dtypes |= {HEAD: dtypes[EMBEDDING]} if dtypes and tuning.untied else {}
     if work.is_full and work.wanted.dtype == "float32":
         dtypes = {name: torch.float32 if learns(name) else dtype for name, dtype in dtypes.items()}
 
@@ -170,9 +171,9 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
         card=card,
         config=config,
         tuning=tuning,
-        stored=sum(path.stat().st_size for path in {*base.shards().values()}),
+        from_nothing=False,
         lineage=start.manifest.lineage if start.manifest else (),
-        origin=start.fingerprint() if work.is_full else None,
+        origin=start.fingerprint() if work.is_full and not base.looks_only else None,
         lr_ratio=work.wanted.lr_ratio if isinstance(work.wanted, LoRAOptions) else 1.0,
         watched=new_layers(tuning, config) if work.method == "pro" else {},
     )

@@ -72,7 +72,7 @@ class Job:
     lr_ratio: float = 1.0  # LoRA+
     config: Config  # of the base, or of the model that is made
     tuning: Tuning  # what learns in it
-    stored: int = 0  # bytes of the base's weights on the disk
+    from_nothing: bool = True  # whether the model is a new one, all in fp32
     lineage: Sequence[dict[str, Any]] = ()  # of the step that training goes on from
     origin: str | None = None  # without a base: the fingerprint of the model that training begins with
     watched: Mapping[str, str] = field(default_factory=dict)  # metrics by group: column -> how its parameters' names begin
@@ -386,7 +386,7 @@ def load_of(job: Job, device: torch.device) -> Load:
     return Load(
         config=job.config,
         tuning=job.tuning,
-        dtype=torch.float32 if job.stored == 0 else choose_dtype(options.precision, device),
+        dtype=torch.float32 if job.from_nothing else choose_dtype(options.precision, device),
         quantize=job.base.quantize if job.base else "none",
         device=device,
         micro_batch=largest(lengths, micro_batch_tokens(options.train, device)),
