@@ -54,7 +54,7 @@ def end_at_once(code: int) -> None:
 
     It is left to Python where that is quick, and where another thread or whoever watches (a debugger, coverage) has something to end.
     """
-    if "torch" not in sys.modules or threading.active_count() > 1 or sys.gettrace() or sys.getprofile():
+    if "torch" not in sys.modules or threading.active_count() > 1 or is_watched() or sys.flags.interactive:
         return
     atexit._run_exitfuncs()
     try:
@@ -63,6 +63,12 @@ def end_at_once(code: int) -> None:
     except OSError:  # Python has its own word for it
         return
     os._exit(code)
+
+
+def is_watched() -> bool:
+    """By a debugger, a profiler or a measure of coverage."""
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on, with six places for tools
+    return bool(sys.gettrace() or sys.getprofile() or (monitoring and any(map(monitoring.get_tool, range(6)))))
 
 
 def run(words: list[str]) -> int:

@@ -14,6 +14,20 @@ from torch.autograd.function import once_differentiable
 
 from litlora import gpu
 
+FEW = 16  # rows of x: an answer's token, or the guesses for some
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., in) times weight (out, in) transposed, plus bias (out,). In fp32 torch leaves the product of a few rows to one thread of a
+    CPU, which alone reads half of what the memory gives: here each thread has rows of the weight. The same sums."""
+    threads = 1 if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu" else torch.get_num_threads()
+    if threads == 1 or not 0 < x.numel() <= FEW * x.size(-1) or weight.size(0) % threads or not weight.is_contiguous():
+        return F.linear(x, weight, bias)
+    rows = x.reshape(1, -1, x.size(-1)).expand(threads, -1, -1)
+    y = torch.bmm(rows, weight.view(threads, -1, x.size(-1)).transpose(1, 2))  # (threads, n, out / threads)
+    y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of x (..., C) with gains (C,), which may be of a wider dtype; in x's."""

@@ -36,7 +36,7 @@ from litlora import gpu
 from litlora.config import Config, Rope, rotary_steps
 from litlora.errors import UserError
 from litlora.gpu.packed import Packed
-from litlora.kernels import Rotated, SummedLoss, rms_norm, swiglu, turned
+from litlora.kernels import Rotated, SummedLoss, linear, rms_norm, swiglu, turned
 from litlora.quantized import Quantized, beside, hold
 
 IGNORE = -100  # a target that is not graded
@@ -549,7 +549,7 @@ class Linear(nn.Linear):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., in) -> (..., out)
         weight, bias = self.weight, None if bias is None else bias.to(x.dtype)
         if weight is not None:
-            return F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), bias)
+            return linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), bias)
         y: Tensor = self.quantized(x)
         return y if bias is None else y + bias
 

@@ -29,6 +29,7 @@ from litlora.errors import UserError
 BLOCK = 64  # numbers of a weight that share a scale in nf4
 SCALES_BLOCK = 256  # scales that share one of theirs in nf4-dq
 FEW = 16  # rows of x for which torch's own int8 product is the faster one on a CPU: the tokens of an answer, one at a time
+FEW_IN_BF16 = 2  # the same for torch's product in bf16
 FEW_ON_GPU = 4  # rows for which reading the codes once for each costs less than a weight that is written wide and read again
 AT_ONCE = 2**20  # numbers that are wide at once on a CPU: 4 MB in fp32, which stay in its cache; a GPU takes a whole weight
 
@@ -127,8 +128,10 @@ class Bf16(Quantized):
         return self.codes[start:stop].to(dtype)
 
     def answering(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        """A few rows are rounded as the weight is: to widen it for them would take longer than the product."""
-        return self.product(x) if x.numel() > FEW * self.in_features else nn.functional.linear(x.bfloat16(), self.codes).to(x.dtype)
+        """Two rows at most are rounded as the weight is: to widen it for them would take longer than the product."""
+        if x.device.type != "cpu" or x.numel() > FEW_IN_BF16 * self.in_features:
+            return self.product(x)
+        return nn.functional.linear(x.bfloat16(), self.codes).to(x.dtype)
 
 
 class Int8(Quantized):

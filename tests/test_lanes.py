@@ -3,9 +3,11 @@
 (That the update does not depend on the number of lanes is promised of every method in test_train.py.)
 """
 
+import os
+import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch import Tensor
 from litlora.data.batches import Batch, pack
 from litlora.data.lanes import in_lanes
 from litlora.data.samples import Sample
+from litlora.kernels import linear
 from litlora.methods.attach import trainable
 from litlora.options import AdapterOptions, FullOptions, LoRAOptions, ProOptions, TrainOptions
 from litlora.train.lanes import lanes_of, learns_in_lanes, side_by_side
@@ -94,9 +97,9 @@ def test_lanes_are_computed_at_the_same_time_each_with_its_share_of_the_threads(
     """Caught: one after another (the barrier breaks); every lane with all threads."""
     barrier = threading.Barrier(3, timeout=60)
 
-    def compute(batches: Sequence[Batch]) -> tuple[int, int]:
+    def compute(batches: Iterable[Batch]) -> tuple[int, int]:
         barrier.wait()
-        return batches[0].tokens.numel(), torch.get_num_threads()
+        return sum(batch.tokens.numel() for batch in batches), torch.get_num_threads()
 
     assert side_by_side(batches_of(3), compute) == [(1, 1), (2, 1), (3, 1)]
 
@@ -104,21 +107,31 @@ def test_lanes_are_computed_at_the_same_time_each_with_its_share_of_the_threads(
 @pytest.mark.usefixtures("three_threads")
 def test_afterwards_there_are_as_many_threads_as_before() -> None:
     """Here and in threads that begin later, as that which writes a commit. Caught: not set back."""
-    side_by_side(batches_of(3), len)
+    side_by_side(batches_of(3), list)
     assert torch.get_num_threads() == 3
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(torch.get_num_threads).result() == 3
 
 
 @pytest.mark.usefixtures("three_threads")
-def test_what_fails_in_a_lane_fails_the_step() -> None:
-    def compute(batches: Sequence[Batch]) -> None:
-        if batches[0].tokens.numel() == 2:
-            raise MemoryError("lane 2")
+@pytest.mark.parametrize("how", ["an error", "Ctrl-C"])
+def test_what_fails_in_a_lane_or_is_interrupted_ends_all_lanes_after_their_batch(how: str) -> None:
+    """And the step, or the evaluation, with it. Caught: lanes that compute all that is left to them first."""
+    lanes = [batches * 1000 for batches in batches_of(3)]
+    computed: list[int] = []
 
-    with pytest.raises(MemoryError, match="lane 2"):
-        side_by_side(batches_of(3), compute)
-    assert torch.get_num_threads() == 3
+    def compute(batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            computed.append(batch.tokens.numel())
+            time.sleep(0.005)
+            if computed[-1] == 2 and len(computed) > 10 and how == "an error":
+                raise MemoryError("lane 2")
+            if len(computed) == 10 and how == "Ctrl-C":
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises((MemoryError, KeyboardInterrupt)):
+        side_by_side(lanes, compute)
+    assert len(computed) < 1000 and torch.get_num_threads() == 3
 
 
 def slowed(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
@@ -170,9 +183,38 @@ def test_only_few_parameters_without_random_numbers_learn_in_lanes() -> None:
     assert learns_in_lanes(learn["dropout"].eval())
     assert (lanes_of(torch.device("cpu")), lanes_of(torch.device("cuda"))) == (3, 1)
     options, one = TrainOptions(), fabric()
+    assert len(share_of_window(one, learn["full"], samples(12), options, learning=False)) == 3, "a validation needs no gradients"
     for name, model in learn.items():
         lanes = share_of_window(one, model.train(), samples(12), options)
         assert len(lanes) == (3 if name in ("lora", "adapter") else 1), name
+
+
+def test_as_many_cores_work_as_can() -> None:
+    """By threads: 5 are better used by 4 lanes, 6 by 3 of 2, 7 by one. Caught: as many lanes as may be."""
+    assert [lanes_of(torch.device("cpu"), threads) for threads in range(1, 13)] == [1, 2, 3, 4, 4, 3, 1, 4, 3, 2, 1, 4]
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_gradient_is_nobody_elses_and_lies_as_its_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused optimizer reads it in the parameter's order. Caught: what autograd gave, as it lies."""
+    honest = torch.autograd.grad
+
+    def transposed(*given: Any, **named: Any) -> Any:
+        return tuple(None if one is None else one.t().contiguous().t() for one in honest(*given, **named))
+
+    results = []
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(torch.autograd, "grad", transposed)
+        model = adapted(options=FEW)
+        one = fabric()
+        wrapped, optimizer = one.setup(model, optimizer_of(model, TrainOptions(lr=1e-3), FEW))
+        train_step(one, wrapped, optimizer, in_lanes(samples(9), 1000, lanes=3), max_norm=0.5)
+        for parameter in trainable(model).values():
+            assert parameter.grad is not None and parameter.grad.stride() == parameter.stride()
+            assert parameter.grad.untyped_storage().nbytes() == parameter.grad.nbytes
+        results.append([parameter.detach().clone() for parameter in trainable(model).values()])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -205,3 +247,24 @@ def test_a_run_in_lanes_is_the_same_twice(tmp_path: Path) -> None:
 
 def test_a_sample_alone_has_all_cores() -> None:
     assert len(in_lanes([Sample(*(samples(1)[0].tokens,) * 2, "")], 1000, lanes=4)) == 1
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_few_rows_are_multiplied_by_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C3: the same numbers, of one token or of several rows, with and without a bias. Caught: another part's rows; the bias left out."""
+    honest, split = torch.bmm, []
+    monkeypatch.setattr(torch, "bmm", lambda *given: split.append(1) or honest(*given))
+    for out, rows in ((96, 1), (96, 5), (96, 16), (96, 17), (97, 1)):
+        weight, bias, x = torch.randn(out, 40), torch.randn(out), torch.randn(rows, 40)
+        for into in (x, x[None], x[:, None]):
+            for added in (None, bias):
+                before = len(split)
+                with torch.no_grad():
+                    ours = linear(into, weight, added)
+                torch.testing.assert_close(ours, torch.nn.functional.linear(into, weight, added), atol=1e-5, rtol=1e-5)
+                assert (len(split) > before) == (out == 96 and rows <= 16)
+    with torch.no_grad():
+        assert linear(torch.randn(0, 40), torch.randn(96, 40), None).shape == (0, 96)
+    before = len(split)
+    linear(x[:1].requires_grad_(), torch.randn(96, 40), None).sum().backward()
+    assert len(split) == before, "while training nothing is split"

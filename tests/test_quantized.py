@@ -265,8 +265,8 @@ def test_a_base_in_bf16_is_held_as_it_is_stored() -> None:
     with torch.no_grad():
         wanted = x @ weight.float().t()
         assert relative(made(x), wanted) <= 1e-6
-        assert 0 < relative(made(x[:4]), wanted[:4]) <= 4e-3
-    assert relative(made(x[:4].requires_grad_()), wanted[:4]) <= 1e-6  # while training
+        assert 0 < relative(made(x[:2]), wanted[:2]) <= 4e-3
+    assert relative(made(x[:2].requires_grad_()), wanted[:2]) <= 1e-6  # while training
 
 
 def test_scales_of_rows_are_not_rounded_where_few_rows_are_computed() -> None:

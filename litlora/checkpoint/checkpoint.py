@@ -145,4 +145,5 @@ class Checkpoint:
     def _base(self) -> "Checkpoint":
         from litlora.checkpoint.base import find_base  # it resolves paths, and so makes Checkpoints
 
-        return replace(find_base(self), looks_only=self.looks_only)
+        base = find_base(self)
+        return replace(base, looks_only=True) if self.looks_only else base

@@ -84,7 +84,8 @@ def load_base(
     """A whole model, every parameter of it from the files, requiring gradients as a new one does.
 
     `quantize` bf16, int8, nf4 or nf4-dq: the Linears of the blocks hold their weights in few bits, which do not learn, all but those named
-    in `wide`. It is done tensor by tensor, and none is kept wide. UserError where a weight holds numbers that are not finite.
+    in `wide`. It is done tensor by tensor, and none is kept wide. UserError where a weight that gets scales holds numbers that are
+    not finite.
     """
     config = base.config()
     with torch.device("meta"), NothingDrawn():

@@ -26,7 +26,7 @@ from litlora.quantized import bytes_of
 from litlora.train.lanes import learns_in_lanes, side_by_side
 
 TRAINED = 28  # bytes a trained parameter: fp32 itself, its gradient, AdamW's two moments, and a copy of all but the gradient in a commit
-GRADIENT = 4  # bytes of it that one more lane has for itself
+LANE = 8  # bytes a trained parameter, in each lane where there are several: its gradient so far, and that of a batch
 EFFICIENCY = 0.72  # of the rate of plain products that a step reaches (extensions/benchmarks, C1: 0.71 to 0.74)
 FABRIC = 150 * 2**20  # bytes that Fabric's import takes, where it has not been imported yet
 PER_BLOCK = 1.2e-3  # seconds a block takes however few its tokens are, forward and back, on a CPU
@@ -48,7 +48,7 @@ class Load:
     program: int  # bytes that are in use before the model is there
     lanes: int = 1  # as many as there may be
 
-    def lanes_of(self, model: GPT) -> int:
+    def lanes_for(self, model: GPT) -> int:
         return self.lanes if learns_in_lanes(model) else 1
 
 
@@ -74,14 +74,14 @@ def memory_of(load: Load, *, recompute: bool = False) -> Memory:
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     frozen -= saved_by_few_bits(model, load.quantize)
     kept, inputs = kept_bytes(model, load), load.micro_batch * load.config.hidden_size * load.dtype.itemsize
-    lanes = load.lanes_of(model)
+    lanes = load.lanes_for(model)
     rows = min(lanes * chunk_rows(load.config.vocab_size, load.device), max(1, round(load.micro_batch * load.graded)))
     logits = 2 * 4 * rows * load.config.vocab_size
     inside = 4 * load.micro_batch * max(load.config.intermediate_size, load.config.hidden_size) * load.dtype.itemsize
     return Memory(
         program=load.program,
         weights=frozen,
-        trained=(TRAINED + GRADIENT * (lanes - 1)) * sum(p.numel() for p in learning.values()),
+        trained=(TRAINED + LANE * lanes * (lanes > 1)) * sum(p.numel() for p in learning.values()),
         activations=max(kept) + inputs * sum(block > 0 for block in kept) if recompute else sum(kept),
         workspace=max(logits, inside),
     )
@@ -193,7 +193,7 @@ def seconds_of_step(load: Load, *, recompute: bool = False) -> float:
     batches = math.ceil(load.tokens / load.micro_batch)
     blocks = sum(isinstance(module, Attention) for module in model.modules())
     fixed = PER_BLOCK * blocks * batches if load.device.type == "cpu" else 0.0
-    lanes = load.lanes_of(model)
+    lanes = load.lanes_for(model)
     rate = sum(side_by_side([()] * lanes, lambda _: product_rate(load)))
     return operations * load.tokens / (rate * EFFICIENCY) + fixed / lanes
 

@@ -198,12 +198,14 @@ def evaluate(fabric: "Fabric", model: nn.Module, samples: Sequence[Sample], opti
 
     Leaves train mode, random numbers and gradients as they were (YARDSTICK N16).
     """
-    total, graded = summed_loss(model, share_of_window(fabric, model, samples, options), fabric.device)
+    total, graded = summed_loss(model, share_of_window(fabric, model, samples, options, learning=False), fabric.device)
     sums = over_ranks(fabric, torch.tensor([total, graded], dtype=torch.float64))
     return (sums[0] / sums[1]).item(), int(sums[1].item())
 
 
-def share_of_window(fabric: "Fabric", model: Any, window: Sequence[Sample], options: TrainOptions) -> list[list[Batch]]:
+def share_of_window(
+    fabric: "Fabric", model: Any, window: Sequence[Sample], options: TrainOptions, *, learning: bool = True
+) -> list[list[Batch]]:
     """This rank's micro-batches of `window`, in lanes. A rank without a sample computes one that grades nothing, so that all take part."""
     mine = share_of_rank(window, fabric.global_rank, fabric.world_size)
     if not mine:
@@ -211,7 +213,7 @@ def share_of_window(fabric: "Fabric", model: Any, window: Sequence[Sample], opti
         mine = [replace(idle, targets=np.full_like(idle.targets, IGNORE))]
     share, room = options.share_prefix and inner(model).can_share, micro_batch_tokens(options, fabric.device)
     alone = fabric.world_size == 1  # ranks are lanes already
-    lanes = lanes_of(fabric.device) if alone and learns_in_lanes(inner(model)) else 1
+    lanes = lanes_of(fabric.device) if alone and (learns_in_lanes(inner(model)) or not learning) else 1
     return in_lanes(mine, room, options.packing, share, lanes)
 
 

@@ -1,6 +1,6 @@
 """The loss of samples that are only looked at: validation during a run, and `litlora evaluate`. Needs no Fabric."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ def summed_loss(model: nn.Module, lanes: Sequence[Sequence[Batch]], device: torc
     model.eval()
 
     @torch.no_grad()
-    def compute(batches: Sequence[Batch]) -> float:
+    def compute(batches: Iterable[Batch]) -> float:
         return sum(batch.loss(model, device).item() for batch in batches)
 
     total = sum(side_by_side(lanes, compute))

@@ -254,7 +254,10 @@ def may_change(options: FitOptions) -> dict[str, Any]:
     """What a resumed run may set anew; kept beside the state, so that the lineage shows what was changed when."""
     length, rate = ("max_steps", "epochs", "patience"), ("lr", "lr_schedule", "lr_warmup_steps")
     kept = (*length, *rate, "weight_decay", "beta1", "beta2", "max_norm", "save_interval")
-    return {**{f"train.{name}": getattr(options.train, name) for name in kept}, "eval.interval": options.eval.interval}
+    changeable = {f"train.{name}": getattr(options.train, name) for name in kept} | {"eval.interval": options.eval.interval}
+    if device_of(options).type == "cpu":  # where they decide on last digits
+        changeable["threads"] = options.threads or torch.get_num_threads()
+    return changeable
 
 
 def lineage_of(resumed: Checkpoint, options: FitOptions) -> tuple[dict[str, Any], ...]:
@@ -394,7 +397,7 @@ def load_of(job: Job, device: torch.device) -> Load:
         length=job.data.tokens / len(lengths),
         graded=job.data.graded / max(job.data.tokens, 1),
         program=int(peak_memory_mb() * 2**20) if device.type == "cpu" else 0,
-        lanes=lanes_of(device) if options.devices * options.num_nodes == 1 else 1,
+        lanes=lanes_of(device, options.threads) if options.devices * options.num_nodes == 1 else 1,
     )
 
 
