@@ -49,6 +49,7 @@ def train(job: Job) -> dict[str, Any]:
     optimizer: Any = fabric.setup_optimizers(
         torch.optim.AdamW(model.parameters(), lr=job.lr, betas=betas, eps=job.eps, weight_decay=job.weight_decay)
     )
+    # as litgpt's own fine-tuning loads it: the file has no LoRA; the gate's losses would tell of a weight that was not loaded
     load_checkpoint(fabric, model, Path(job.litgpt_base) / "lit_model.pth", strict=False)
     load_adapter(model, Path(job.adapter))
     clock = fit(job, fabric, model, optimizer)
