@@ -73,11 +73,15 @@ class GPT(nn.Module):
         return model
 
     @property
+    def drops(self) -> bool:
+        """Whether it has dropout and is in training: a pass draws random numbers."""
+        return self.training and any(getattr(module, "dropout", 0) for module in self.modules())
+
+    @property
     def can_share(self) -> bool:
         """Whether what samples begin with alike is alike in each: not with dropout, nor with a rope that depends on a text's length."""
         ropes = (self.config.rope_of(layer) for layer in range(self.config.num_hidden_layers))
-        dropout = self.training and any(getattr(module, "dropout", 0) for module in self.modules())
-        return not dropout and not any(rope.depends_on_length for rope in ropes if rope)
+        return not self.drops and not any(rope.depends_on_length for rope in ropes if rope)
 
     def tie(self) -> None:
         """Make the head the embedding's own Parameter, where the config says so. Call it after assigning weights."""

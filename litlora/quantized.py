@@ -242,8 +242,10 @@ def bytes_of(kind: str, out_features: int, in_features: int) -> int:
     """What such a weight takes, before there is one."""
     count = out_features * in_features
     scales = -(-count // BLOCK)
-    if kind in ("bf16", "int8"):
-        return 2 * count if kind == "bf16" else count + 4 * out_features
+    if kind == "bf16":
+        return 2 * count
+    if kind == "int8":
+        return count + 4 * out_features
     return -(-count // 2) + (4 * scales if kind == "nf4" else scales + 4 * -(-scales // SCALES_BLOCK) + 4)
 
 

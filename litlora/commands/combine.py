@@ -155,10 +155,9 @@ def held_out(parents: Sequence[Parent], prompts: Any, context: int) -> "Sequence
 def loss_of(options: Combine, path: Path, samples: "Sequence[Sample]") -> float:
     """Nats per graded token."""
     opened = open_model(options, str(path), options.base_dir, [])
-    from litlora.commands.evaluate import BATCH_TOKENS
     from litlora.train.loss import loss_of_samples
 
-    total, graded = loss_of_samples(opened.model, samples, BATCH_TOKENS)
+    total, graded = loss_of_samples(opened.model, samples)
     return total / graded
 
 

@@ -18,8 +18,6 @@ from litlora.prompts import Prompts
 if TYPE_CHECKING:
     from litlora.generation import Answer
 
-BATCH_TOKENS = 2048  # computed at once for the loss
-
 
 def evaluate(options: Evaluate) -> None:
     """Print one line of figures for the checkpoint, and one for its base alone with `--compare_base`."""
@@ -86,7 +84,7 @@ def figures(opened: Opened, samples: Sequence[Sample], options: Evaluate, what: 
     exact_match: the share of answers equal to the row's, end token included."""
     from litlora.train.loss import loss_of_samples
 
-    total, graded = loss_of_samples(opened.model, samples, BATCH_TOKENS)
+    total, graded = loss_of_samples(opened.model, samples)
     loss = total / graded
     found: dict[str, float | int] = {
         "samples": len(samples),

@@ -100,15 +100,21 @@ def alike(samples: Sequence[Sample]) -> int:
     return shared
 
 
+def by_next(samples: Sequence[Sample], shared: int) -> list[list[int]]:
+    """The numbers of samples that begin alike, apart by what comes after that."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for index, sample in enumerate(samples):
+        found.setdefault((int(sample.tokens[shared]), int(sample.targets[shared])), []).append(index)
+    return list(found.values())
+
+
 def groups_alike(samples: Sequence[Sample], room: int) -> list[list[Sample]]:
     """Groups for streams, made so that few tokens are computed: samples that have more in common go together where that pays."""
     together, shared = first_fit(samples, room, shared=common(samples)), alike(samples)
-    kinds: dict[tuple[int, int], list[Sample]] = {}
-    for sample in samples:  # by what comes after the common beginning
-        kinds.setdefault((int(sample.tokens[shared]), int(sample.targets[shared])), []).append(sample)
+    kinds = [[samples[index] for index in members] for members in by_next(samples, shared)]
     others: list[Sample] = []
     apart: list[list[Sample]] = []
-    for kind in kinds.values():
+    for kind in kinds:
         if 1 < len(kind) < len(samples) and (len(kind) - 1) * (common(kind) - shared) > A_BATCH:
             apart += groups_alike(kind, room)
         else:

@@ -5,7 +5,7 @@ What a lane costs are its tokens; what samples of a lane begin with alike is com
 
 from collections.abc import Sequence
 
-from litlora.data.batches import LEAST, Batch, alike, pack
+from litlora.data.batches import LEAST, Batch, alike, by_next, pack
 from litlora.data.samples import Sample
 
 TOGETHER = 0.75  # how fast n cores are at one thing, of n times one core (135M shape, two cores: 0.70 to 0.78)
@@ -34,11 +34,8 @@ def in_lanes(
 def kinds_of(samples: Sequence[Sample]) -> list[tuple[list[int], int]]:
     """Samples by what they begin with: the numbers of those of a kind, and the tokens that all of these have in common."""
     shared = alike(samples)
-    by_next: dict[tuple[int, int], list[int]] = {}
-    for index, sample in enumerate(samples):
-        by_next.setdefault((int(sample.tokens[shared]), int(sample.targets[shared])), []).append(index)
     kinds, others = [], []
-    for members in by_next.values():
+    for members in by_next(samples, shared):
         of_kind = alike([samples[index] for index in members]) if len(members) > 1 else 0
         if of_kind >= shared + LEAST:
             kinds.append((members, of_kind))

@@ -39,8 +39,7 @@ def lanes_of(device: torch.device, threads: int | None = None) -> int:
 def learns_in_lanes(model: GPT) -> bool:
     """Whether lanes can learn: not with random numbers, which are drawn in turn, nor where gradients of their own would be large."""
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    random = model.training and any(getattr(module, "dropout", 0) for module in model.modules())
-    return learning <= FEW * numbers_in(model) and not random
+    return learning <= FEW * numbers_in(model) and not model.drops
 
 
 def side_by_side(lanes: Sequence[Sequence[Batch]], compute: Callable[[Iterable[Batch]], Found]) -> list[Found]:

@@ -11,11 +11,13 @@ from litlora.data.samples import Sample
 from litlora.model import GPT
 from litlora.train.lanes import lanes_of, side_by_side
 
+AT_ONCE = 2048  # tokens of samples that are only looked at
 
-def loss_of_samples(model: GPT, samples: Sequence[Sample], tokens_at_once: int) -> tuple[float, int]:
+
+def loss_of_samples(model: GPT, samples: Sequence[Sample]) -> tuple[float, int]:
     """`summed_loss` of a model alone."""
     device = model.lm_head.weight.device
-    return summed_loss(model, in_lanes(samples, tokens_at_once, share=model.can_share, lanes=lanes_of(device)), device)
+    return summed_loss(model, in_lanes(samples, AT_ONCE, share=model.can_share, lanes=lanes_of(device)), device)
 
 
 def summed_loss(model: nn.Module, lanes: Sequence[Sequence[Batch]], device: torch.device) -> tuple[float, int]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 # The first column is what random models of a few layers keep with room to spare; KL grows with depth, so it has more of it.
 BOUNDS = {"F32": (1e-5, 1e-8), "F16": (5e-3, 1e-4), "BF16": (4e-2, 1e-3)}
 LOSS_BOUNDS = {"F32": 1e-5, "F16": 1e-3, "BF16": 1e-2}  # of the mean loss, times max(1, loss): what rounding moves cancels over tokens
-BATCH_TOKENS = 2048  # computed at once for the loss
 
 PROBES = (  # texts of several kinds; the ids that come of them are cut to the model's context
     "Once upon a time there was a small house at the edge of the forest.",
@@ -105,7 +104,7 @@ def losses(checkpoints: Sequence[Checkpoint], samples: "Sequence[Sample]") -> li
     found = []
     for checkpoint in checkpoints:
         model = load_model(checkpoint, dtype=torch.float32)
-        total, graded = loss_of_samples(model, samples, BATCH_TOKENS)
+        total, graded = loss_of_samples(model, samples)
         found.append(total / graded)
     return found
 
