@@ -4,7 +4,9 @@ where each is used.
 Letters for shapes are those of `model.py`.
 """
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -36,9 +38,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return y
     wide = x.to(weight.dtype)
     if x.is_cuda or not torch.is_grad_enabled():  # torch's own is fused on CUDA; elsewhere its backward pass is slow
-        return F.rms_norm(wide, weight.shape, weight, eps).to(x.dtype)
+        return plainly_normed(wide, weight, eps, x.dtype)
     y = Normed.apply(wide, weight, eps)
-    return y.to(x.dtype)
+    return noted(y.to(x.dtype), plainly_normed, wide, weight, eps, x.dtype)
+
+
+def plainly_normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps).to(dtype)
 
 
 class Normed(torch.autograd.Function):
@@ -69,9 +75,13 @@ class Normed(torch.autograd.Function):
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, both (..., F). Where no gradient is recorded the gate is lost."""
     if torch.is_grad_enabled() or gpu.triton_for(gate):
-        y: Tensor = Gated.apply(gate, up)
-        return y
+        return noted(Gated.apply(gate, up), plainly_gated, gate, up)
     return F.silu(gate, inplace=True).mul_(up)
+
+
+def plainly_gated(gate: Tensor, up: Tensor) -> Tensor:
+    fused = gpu.triton_for(gate)
+    return fused.gated(gate, up) if fused else F.silu(gate).mul_(up)
 
 
 class Gated(torch.autograd.Function):
@@ -80,8 +90,7 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        fused = gpu.triton_for(gate)
-        return fused.gated(gate, up) if fused else F.silu(gate).mul_(up)
+        return plainly_gated(gate, up)
 
     @staticmethod
     @once_differentiable
@@ -172,3 +181,78 @@ def softmax_loss(logits: Tensor, targets: Tensor, counts: Tensor | None) -> tupl
 def chunk_rows(V: int, device: torch.device) -> int:
     """How many rows of logits exist at once: 64 MiB of fp32 on a CPU, 512 MiB on a GPU."""
     return max(1, (2**24 if device.type == "cpu" else 2**27) // V)
+
+
+# ---- kept as what it is made of --------------------------------------------------------------------------------------
+# A product whose weight or adapter learns keeps what went into it. Where that is cheap to make of what others keep anyway (a norm of x;
+# silu(gate) * up of gate and up), the backward pass is left this instead, and makes it once more: the same operations, the same bits.
+
+
+def cheap(make: Callable[..., Tensor], *of: Any) -> Tensor:
+    """make(*of), a new tensor: inside `keeping_less` the backward pass keeps `of` instead of it."""
+    return noted(make(*of), make, *of)
+
+
+def noted(y: Tensor, make: Callable[..., Tensor], *of: Any) -> Tensor:
+    """y, which make(*of) makes once more."""
+    if torch.is_grad_enabled():
+        setattr(y.untyped_storage(), RECIPE, Recipe(y, make, of))  # as long as its numbers are there
+    return y
+
+
+def keeping_less(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, autograd keeps cheap tensors as what they are made of. On CPUs: there a pass over memory costs little beside a product."""
+    return torch.autograd.graph.saved_tensors_hooks(packed, unpacked) if device.type == "cpu" else nullcontext()
+
+
+RECIPE = "recipe"  # attribute of a storage
+
+
+class Recipe:
+    """How a cheap tensor is made, of what. What several need (q, k and v of one norm) is made for the first and is gone after the last:
+    autograd lets go of what it kept for a product when the product's gradient is there."""
+
+    def __init__(self, y: Tensor, make: Callable[..., Tensor], of: tuple[Any, ...]) -> None:
+        self.make, self.version = make, y._version
+        self.of: list[Any] = [each.detach() if isinstance(each, Tensor) else each for each in of]
+        self.made: Tensor | None = None
+
+    def keep(self) -> None:
+        """It is needed; what it is made of may be cheap too."""
+        self.of = [packed(each) if isinstance(each, Tensor) else each for each in self.of]
+
+    @torch.no_grad()
+    def again(self) -> Tensor:
+        if self.made is None:
+            self.made = self.make(*map(unpacked, self.of))
+        return self.made
+
+
+class Kept(NamedTuple):
+    """A view of a tensor that is made once more."""
+
+    recipe: Recipe
+    size: Sequence[int]
+    stride: Sequence[int]
+    offset: int
+
+
+def packed(tensor: Tensor) -> "Tensor | Kept":
+    recipe: Recipe | None = getattr(tensor.untyped_storage(), RECIPE, None)
+    if recipe is None or recipe.version != tensor._version:  # nobody has written over it since
+        return tensor
+    recipe.keep()
+    return Kept(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+
+def unpacked(kept: Any) -> Any:
+    return kept.recipe.again().as_strided(kept.size, kept.stride, kept.offset) if isinstance(kept, Kept) else kept
+
+
+def really_kept(kept: Any) -> Iterator[Tensor]:
+    """The tensors that live on in what `packed` gave."""
+    if isinstance(kept, Tensor):
+        yield kept
+    elif isinstance(kept, Kept):
+        for each in kept.recipe.of:
+            yield from really_kept(each)

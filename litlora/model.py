@@ -36,7 +36,7 @@ from litlora import gpu
 from litlora.config import Config, Rope, rotary_steps
 from litlora.errors import UserError
 from litlora.gpu.packed import Packed
-from litlora.kernels import Rotated, SummedLoss, linear, rms_norm, swiglu, turned
+from litlora.kernels import Rotated, SummedLoss, cheap, keeping_less, linear, rms_norm, swiglu, turned
 from litlora.quantized import Quantized, beside, hold
 
 IGNORE = -100  # a target that is not graded
@@ -139,9 +139,10 @@ class Trunk(nn.Module):
         x: Tensor = self.embed_tokens(tokens).to(self.dtype)
         if self.scale != 1:
             x = x * float(torch.tensor(self.scale, dtype=x.dtype, device="cpu"))  # as it was trained: rounded
-        for block in self.layers:
-            again = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, x, context, use_reentrant=False) if again else block(x, context)
+        again = self.recompute and torch.is_grad_enabled()
+        with keeping_less(x.device):
+            for block in self.layers:
+                x = checkpoint(block, x, context, use_reentrant=False) if again else block(x, context)
         return x
 
 
@@ -313,8 +314,8 @@ class Attention(nn.Module):
         samples = list(zip(*(x.split(parts, 2) for x in (q, k, v)), strict=True))
         if context.prefix:
             (_, first_k, first_v), own = samples[0], samples[1:]
-            samples[1:] = [(q, torch.cat((first_k, k), 2), torch.cat((first_v, v), 2)) for q, k, v in own]
-        return torch.cat([attend(q, k, v, self.window, context, self.product).transpose(1, 2) for q, k, v in samples], 1)
+            samples[1:] = [(q, cheap(joined, 2, first_k, k), cheap(joined, 2, first_v, v)) for q, k, v in own]
+        return cheap(joined, 1, *(attend(q, k, v, self.window, context, self.product).transpose(1, 2) for q, k, v in samples))
 
 
 class LatentAttention(Attention):
@@ -349,6 +350,10 @@ class LatentAttention(Attention):
 
 
 LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says of the others
+
+
+def joined(dim: int, *parts: Tensor) -> Tensor:
+    return torch.cat(parts, dim)
 
 
 Product = Callable[..., Tensor]  # as F.scaled_dot_product_attention: of q, k, v and a mask, or is_causal
@@ -422,9 +427,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
         if self.kind == "plain":
-            return adapted(self, x, self.down_proj(self.act(self.up_proj(x))))
+            return adapted(self, x, self.down_proj(cheap(self.act, self.up_proj(x))))
         gate, up = self.gate_up_proj(x).chunk(2, -1) if self.kind == "fused" else (self.gate_proj(x), self.up_proj(x))
-        gated = swiglu(gate, up) if self.act is F.silu else self.act(gate) * up  # (..., inner)
+        gated = swiglu(gate, up) if self.act is F.silu else cheap(torch.mul, cheap(self.act, gate), up)  # (..., inner)
         return adapted(self, x, self.down_proj(gated))
 
 
@@ -459,7 +464,7 @@ class Experts(nn.Module):
         for expert, count, end in zip(self.experts, counts, ends, strict=True):
             if count or torch.is_grad_enabled():  # whoever learns has a gradient, if of zeros: ranks wait for each other's
                 own = rows[end - count : end]
-                y.index_add_(0, own, expert(tokens.index_select(0, own)) * weights[end - count : end])
+                y.index_add_(0, own, expert(cheap(torch.index_select, tokens, 0, own)) * weights[end - count : end])
         y = y.to(x.dtype).view_as(x)
         return adapted(self, x, y if self.shared_experts is None else y + self.shared_experts(x))
 
@@ -605,7 +610,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (None if side is None else side.to(x.dtype) for side in (self.weight, self.bias))
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return cheap(F.layer_norm, x, self.normalized_shape, weight, bias, self.eps)
 
 
 class HeadNorm(nn.Module):

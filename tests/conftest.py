@@ -5,12 +5,16 @@ Import it by name: `from conftest import tiny_gpt`.
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from litlora import kernels
 from litlora.config import Config
 from litlora.families import SUPPORTED, config_from_hf, stored_name, tensor_name
 from litlora.model import GPT, Experts
@@ -266,6 +270,25 @@ def tiny_config(family: str = "llama3", **changes: Any) -> Config:
 def tiny_gpt(family: str = "llama3", seed: int = 0, **changes: Any) -> GPT:
     """A tiny GPT in eval mode, every tensor random: gains of 1 and biases of 0 would hide mistakes."""
     return randomise(GPT(tiny_config(family, **changes)), seed).eval()
+
+
+@contextmanager
+def kept_for_backward() -> Iterator[list[Tensor]]:
+    """The tensors that blocks have autograd keep inside, each storage once; of a cheap one what it is made of."""
+    held: dict[int, Tensor] = {}
+    found: list[Tensor] = []
+    honest = kernels.packed
+
+    def pack(tensor: Tensor) -> Any:
+        kept = honest(tensor)
+        for one in kernels.really_kept(kept):
+            if one.untyped_storage().data_ptr() not in held:
+                found.append(held.setdefault(one.untyped_storage().data_ptr(), one))
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "packed", pack)
+        yield found
 
 
 @torch.no_grad()

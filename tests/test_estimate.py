@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_gpt
+from conftest import kept_for_backward, tiny_config, tiny_gpt
 from talkers import make_talker
 from test_train import TUNINGS, WITH_DROPOUT, adapted, fabric, optimizer_of, samples
-from torch import Tensor
 
 from litlora.__main__ import main
 from litlora.checkpoint import checkpoint as checkpoint_file
@@ -20,7 +19,7 @@ from litlora.checkpoint import names
 from litlora.data.lanes import in_lanes
 from litlora.methods import tuning_of
 from litlora.methods.attach import attach, linears, trainable
-from litlora.model import GPT, Attention
+from litlora.model import GPT, Attention, Context
 from litlora.options import FinetuneLoRA, LoRAOptions, TrainOptions
 from litlora.quantized import quantized
 from litlora.train import estimate as estimate_file
@@ -67,20 +66,15 @@ def test_what_a_micro_batch_keeps_is_known_without_computing_it(family: str, met
 
 def really_kept(model: GPT, tokens: int, segments: list[int]) -> list[int]:
     """Bytes that autograd holds after a forward pass of the trunk, block by block."""
-    from litlora.model import Context
-
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: dict[int, Tensor] = {}
     sizes = [0]
+    with kept_for_backward() as held:
 
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            held.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
+        def note(*_: Any) -> None:
+            sizes.append(sum(t.untyped_storage().nbytes() for t in held if t.untyped_storage().data_ptr() not in own))
 
-    for block in model.model.layers:
-        block.register_forward_hook(lambda *_: sizes.append(sum(t.untyped_storage().nbytes() for t in held.values())))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for block in model.model.layers:
+            block.register_forward_hook(note)
         x = torch.zeros(1, tokens, dtype=torch.int64)
         model.model(x, Context.of(x, model.config, segments, 0, None))
     return [after - before for before, after in itertools.pairwise(sizes)]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, random_tokens, relative, tiny_gpt
+from conftest import FAMILIES, kept_for_backward, random_tokens, relative, tiny_gpt
 from talkers import make_talker
 from test_merge import exact, half_unit, read
 from test_promises import CASES, learnt
@@ -223,16 +223,11 @@ def test_no_wide_copy_outlives_its_product(kind: str) -> None:
     model, _ = in_few_bits(tiny_gpt("llama"), kind)
     attach(model, tuning_of(CASES["lora"].options, model.config), seed=1)
     shapes = {shape for host in linears(model).values() if host.quantized for shape in ((host.out_features, host.in_features),)}
-    kept: list[tuple[int, ...]] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tuple(tensor.shape))
-        return tensor
-
     tokens = random_tokens(2, 19)
     before = {id(tensor) for tensor in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_for_backward() as held:
         model(tokens[:, :-1], tokens[:, 1:]).backward()
+    kept = [tuple(tensor.shape) for tensor in held]
     assert kept and not [shape for shape in kept if shape in shapes or shape[::-1] in shapes]
     assert {id(tensor) for tensor in model.parameters()} == before and not list(model.buffers())
 

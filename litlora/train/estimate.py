@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from litlora.checkpoint.weights import NothingDrawn
 from litlora.config import Config
-from litlora.kernels import chunk_rows
+from litlora.kernels import chunk_rows, packed, really_kept
 from litlora.methods.attach import attach, linears, trainable
 from litlora.methods.tuning import Tuning
 from litlora.model import GPT, Attention, Context, Linear
@@ -137,9 +137,9 @@ def kept_bytes(model: GPT, load: Load) -> list[int]:
     held: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in own:
-            held.setdefault(storage, tensor)
+        for one in really_kept(packed(tensor) if load.device.type == "cpu" else tensor):  # as `keeping_less`
+            if (storage := one.untyped_storage()._cdata) not in own:
+                held.setdefault(storage, one)
         return tensor
 
     def size() -> int:
@@ -147,12 +147,12 @@ def kept_bytes(model: GPT, load: Load) -> list[int]:
 
     sizes: dict[Any, int] = {}  # of each kind of block: most models have one or two
     outcome: dict[Any, Tensor] = {}
-    kept = []
+    kept: list[int] = []
     with torch.device("meta"), WithoutNumbers(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         tokens = torch.zeros(1, load.micro_batch, dtype=torch.int64)
         context, x = Context.of(tokens, load.config, segments, 0, None), model.model.embed_tokens(tokens).to(load.dtype)
         for block in model.model.layers:
-            kind = (x.requires_grad, *kind_of(block))
+            kind = (not kept, x.requires_grad, *kind_of(block))  # the first one's keep what all share: the rotary table
             if kind not in sizes:
                 before = size()
                 outcome[kind] = block(x, context)
