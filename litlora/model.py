@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from litlora import gpu
+from litlora import cpu, gpu
 from litlora.config import Config, Rope, rotary_steps
 from litlora.errors import UserError
 from litlora.gpu.packed import Packed
@@ -184,11 +184,14 @@ class Context:
         return Context(cast("dict[Rope | None, Turn]", turns), segments, prefix, cache, ragged, Packed.of(prefix, segments, device))
 
     def kernel(self, q: Tensor, v: Tensor) -> "Callable[..., Tensor] | None":
-        """What computes plain attention of q, k, v, window and scale on a GPU where samples, or rows, differ in length."""
+        """What computes plain attention of q, k, v, window and scale: on a GPU where samples or rows differ in length, on a CPU for few
+        queries."""
         if self.packed is not None and self.packed.serves(q, v):
             return self.packed
         if self.ragged is not None and q.size(2) == 1 and (fused := gpu.triton_for(q)):
             return functools.partial(fused.attention_of_one, self.ragged)
+        if self.cache is not None and (native := cpu.native_for(q)) and native.attends(q, v):
+            return functools.partial(native.attention_of_few, self.ragged)
         return None
 
     def mask(self, q: Tensor, S: int, window: int | None) -> Tensor:
@@ -678,7 +681,8 @@ def rotate(x: Tensor, turn: Turn) -> Tensor:  # (B, n, T, D) -> same
         first, rest = x.tensor_split((turn.cos.size(-1),), -1)
         return torch.cat((rotate(first, turn), rest), -1)
     if not torch.is_grad_enabled():
-        return turned(x, *turn, 1)
+        native = cpu.native_for(x)
+        return native.turned(x, *turn) if native and native.turns(x) else turned(x, *turn, 1)
     y: Tensor = Rotated.apply(x, *turn)
     return y
 
@@ -734,11 +738,12 @@ class KVCache:
         keys, values = self.held[attention]
         start, end = self.lengths[0], self.end(T)
         if ragged is None:
-            keys[:, :, start:end], values[:, :, start:end] = k, v
+            for side, more in ((keys, k), (values, v)):
+                side.narrow(2, start, T).copy_(more)
         else:
             rows = torch.arange(B, device=k.device)[:, None]
             keys[rows, :, ragged], values[rows, :, ragged] = k.transpose(1, 2), v.transpose(1, 2)
-        return keys[:, :, :end], values[:, :, :end]
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------

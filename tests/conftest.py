@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from litlora import kernels
+from litlora import cpu, kernels
 from litlora.config import Config
 from litlora.families import SUPPORTED, config_from_hf, stored_name, tensor_name
 from litlora.model import GPT, Experts
@@ -376,3 +376,9 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     ours, theirs = ours.detach().double(), theirs.detach().double()
     difference = torch.linalg.vector_norm(ours - theirs)
     return 0.0 if difference == 0 else float(difference / torch.linalg.vector_norm(theirs))
+
+
+@pytest.fixture
+def without_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where litlora was installed without a C compiler: torch computes an answer's tokens too."""
+    monkeypatch.setattr(cpu, "working", lambda: None)

@@ -14,7 +14,7 @@ SOURCE = ROOT / "litlora"
 
 FLOORS = [
     {"errors", "config", "options", "importing"},
-    {"gpu", "console"},
+    {"cpu", "gpu", "console"},
     {"kernels", "quantized"},
     {"parsing", "precision", "model", "families", "peft", "safetensors_file", "tokenizer"},
     {"methods", "prompts", "replay"},

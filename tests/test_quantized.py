@@ -232,7 +232,7 @@ def test_no_wide_copy_outlives_its_product(kind: str) -> None:
     assert {id(tensor) for tensor in model.parameters()} == before and not list(model.buffers())
 
 
-def test_few_rows_in_int8_are_as_near_as_bf16_and_many_are_exact() -> None:
+def test_few_rows_in_int8_are_as_near_as_bf16_and_many_are_exact(without_kernels_of_ours: None) -> None:
     """C3: torch's own product for the tokens of an answer rounds what goes in and what comes out to bf16: 2^-8 of the sum of what is added.
     Caught: the rounded product while training; torch's product for rows of every length."""
     weight = weight_of(300, 256)
@@ -250,7 +250,7 @@ def test_few_rows_in_int8_are_as_near_as_bf16_and_many_are_exact() -> None:
     assert relative(made(x[:4].requires_grad_()), wanted[:4]) <= 1e-6  # while training
 
 
-def test_a_base_in_bf16_is_held_as_it_is_stored() -> None:
+def test_a_base_in_bf16_is_held_as_it_is_stored(without_kernels_of_ours: None) -> None:
     """C2: without a copy, and exactly. Many rows, and those of a training, are computed in fp32, few are rounded to bf16. Caught: a copy;
     rows of a training rounded."""
     weight = weight_of(300, 256, torch.bfloat16)
@@ -264,7 +264,7 @@ def test_a_base_in_bf16_is_held_as_it_is_stored() -> None:
     assert relative(made(x[:2].requires_grad_()), wanted[:2]) <= 1e-6  # while training
 
 
-def test_scales_of_rows_are_not_rounded_where_few_rows_are_computed() -> None:
+def test_scales_of_rows_are_not_rounded_where_few_rows_are_computed(without_kernels_of_ours: None) -> None:
     """A scale rounded to bf16 would be off by up to 0.4%, the same way for every token. Caught: scales rounded."""
     made = quantized("int8", weight_of(64, 64))
     ones = torch.ones(1, 64)

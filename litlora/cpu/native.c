@@ -1,0 +1,225 @@
+/* What an answer's tokens, a few at a time, need of a CPU: every weight once, as it lies in memory. For x86-64 with AVX2 and FMA.
+
+   Letters for shapes are those of model.py. All numbers that go in and come out are fp32. Each sum is taken in the same order however many
+   rows there are, so that several tokens at once give the same bits as one by one.
+
+   native.py calls these with pointers and checks what they rely on: sizes, dtypes, that rows are contiguous. */
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum kind { FP32, BF16, INT8, NF4 };
+enum { BLOCK = 64, ROWS = 4 };  /* numbers of NF4 that share a scale; rows of W, or of x, in registers at once */
+
+int usable(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+INLINE float sum(__m256 v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+
+/* ---- x W^T ---- */
+
+/* Eight numbers of a row of W from the i-th on, without their scale. NF4: its 16 values in two halves, two codes a byte, the first one high. */
+INLINE __m256 eight(enum kind kind, const char *row, long i, __m256 low, __m256 high) {
+    if (kind == FP32)
+        return _mm256_loadu_ps((const float *)row + i);
+    if (kind == BF16)
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(row + 2 * i))), 16));
+    if (kind == INT8)
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(row + i))));
+    int four;
+    __builtin_memcpy(&four, row + i / 2, 4);
+    __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(four), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
+    __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));  /* the sign bit: which half; a permutation reads the three below */
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), upper);
+}
+
+/* y[t][r] for `rows` rows of W and `tokens` rows of x, one of the two being 1. */
+INLINE void tile(enum kind kind, int rows, int tokens, const char *W, long row_bytes, const float *scales, const float *values,
+                 const float *x, float *y, long in, long out) {
+    __m256 even[ROWS], odd[ROWS], low = _mm256_setzero_ps(), high = low;
+    if (kind == NF4)
+        low = _mm256_loadu_ps(values), high = _mm256_loadu_ps(values + 8);
+    for (int k = 0; k < rows * tokens; k++)
+        even[k] = odd[k] = _mm256_setzero_ps();
+    for (long start = 0; start < in; start += BLOCK) {
+        long end = start + BLOCK < in ? start + BLOCK : in;
+        __m256 one[ROWS], two[ROWS];
+        for (int k = 0; k < rows * tokens; k++)
+            one[k] = kind == NF4 ? _mm256_setzero_ps() : even[k], two[k] = kind == NF4 ? _mm256_setzero_ps() : odd[k];
+        for (long i = start; i < end; i += 16)
+            for (int r = 0; r < rows; r++) {
+                __m256 left = eight(kind, W + r * row_bytes, i, low, high), right = eight(kind, W + r * row_bytes, i + 8, low, high);
+                for (int t = 0; t < tokens; t++) {
+                    one[r + t] = _mm256_fmadd_ps(left, _mm256_loadu_ps(x + t * in + i), one[r + t]);
+                    two[r + t] = _mm256_fmadd_ps(right, _mm256_loadu_ps(x + t * in + i + 8), two[r + t]);
+                }
+            }
+        for (int k = 0; k < rows * tokens; k++) {
+            __m256 scale = kind == NF4 ? _mm256_set1_ps(scales[((tokens == 1 ? k : 0) * in + start) / BLOCK]) : low;
+            even[k] = kind == NF4 ? _mm256_fmadd_ps(one[k], scale, even[k]) : one[k];
+            odd[k] = kind == NF4 ? _mm256_fmadd_ps(two[k], scale, odd[k]) : two[k];
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++)
+            y[t * out + r] = sum(_mm256_add_ps(even[r + t], odd[r + t])) * (kind == INT8 ? scales[r] : 1);
+}
+
+/* The rows of W from `first` to `last`. */
+INLINE void rows_of(enum kind kind, const char *W, const float *scales, const float *values, const float *x, float *y, long n, long in,
+                    long out, long first, long last) {
+    long row_bytes = kind == FP32 ? 4 * in : kind == BF16 ? 2 * in : kind == INT8 ? in : in / 2;
+    long per_row = kind == INT8 ? 1 : kind == NF4 ? in / BLOCK : 0;  /* scales */
+    for (; n == 1 && first + ROWS <= last; first += ROWS)
+        tile(kind, ROWS, 1, W + first * row_bytes, row_bytes, scales + first * per_row, values, x, y + first, in, out);
+    for (; first < last; first++) {
+        const char *row = W + first * row_bytes;
+        const float *own = scales + first * per_row;
+        long t = 0;
+        for (; t + ROWS <= n; t += ROWS)
+            tile(kind, 1, ROWS, row, row_bytes, own, values, x + t * in, y + t * out + first, in, out);
+        for (; t < n; t++)
+            tile(kind, 1, 1, row, row_bytes, own, values, x + t * in, y + t * out + first, in, out);
+    }
+}
+
+static void product_part(int kind, const char *W, const float *scales, const float *values, const float *x, float *y, long n, long in,
+                         long out, int part, int threads) {
+    long first = part * out / threads / ROWS * ROWS, last = part + 1 == threads ? out : (part + 1) * out / threads / ROWS * ROWS;
+    switch (kind) {
+        case FP32: rows_of(FP32, W, scales, values, x, y, n, in, out, first, last); return;
+        case BF16: rows_of(BF16, W, scales, values, x, y, n, in, out, first, last); return;
+        case INT8: rows_of(INT8, W, scales, values, x, y, n, in, out, first, last); return;
+        case NF4: rows_of(NF4, W, scales, values, x, y, n, in, out, first, last); return;
+    }
+}
+
+/* y (n, out) = x (n, in) times W (out, in) transposed; in a multiple of 16, of 64 for NF4. INT8: a scale (out,) for each row; NF4: one for
+   each 64 numbers, and its 16 `values`. One thread does not ask OpenMP, which alone would take longer than a small product. */
+void product(int kind, const char *W, const float *scales, const float *values, const float *x, float *y, long n, long in, long out,
+             int threads) {
+    if (threads == 1) {
+        product_part(kind, W, scales, values, x, y, n, in, out, 0, 1);
+        return;
+    }
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (int part = 0; part < threads; part++)
+        product_part(kind, W, scales, values, x, y, n, in, out, part, threads);
+}
+
+/* ---- around it ---- */
+
+/* e^x, to two units in the last place for x from -87 to 88; below, no smaller than e^-87: 2^n e^r with r at most ln(2) / 2 (Taylor to r^6). */
+INLINE __m256 exponential(__m256 x) {
+    x = _mm256_min_ps(_mm256_set1_ps(88.0f), _mm256_max_ps(_mm256_set1_ps(-87.0f), x));  /* in this order what is no number stays none */
+    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);  /* ln(2) in two parts, of which the first has few digits */
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+    static const float over_factorials[] = {1 / 720.f, 1 / 120.f, 1 / 24.f, 1 / 6.f, 0.5f, 1.f, 1.f};
+    __m256 y = _mm256_set1_ps(over_factorials[0]);
+    for (int k = 1; k < 7; k++)
+        y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(over_factorials[k]));
+    return _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)));
+}
+
+/* y (n, C) = x / sqrt(mean(x^2) + eps) * gains (C,); C a multiple of 8. */
+void rms_norm(const float *x, const float *gains, float *y, long n, long C, float eps) {
+    for (; n > 0; n--, x += C, y += C) {
+        __m256 squares = _mm256_setzero_ps();
+        for (long i = 0; i < C; i += 8) {
+            __m256 v = _mm256_loadu_ps(x + i);
+            squares = _mm256_fmadd_ps(v, v, squares);
+        }
+        __m256 inverse = _mm256_div_ps(_mm256_set1_ps(1), _mm256_sqrt_ps(_mm256_set1_ps(sum(squares) / C + eps)));
+        for (long i = 0; i < C; i += 8)
+            _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i), inverse), _mm256_loadu_ps(gains + i)));
+    }
+}
+
+/* gate = silu(gate) * up, `count` numbers of each; a multiple of 8. */
+void swiglu(float *gate, const float *up, long count) {
+    __m256 one = _mm256_set1_ps(1), zero = _mm256_setzero_ps();
+    for (long i = 0; i < count; i += 8) {
+        __m256 g = _mm256_loadu_ps(gate + i);
+        __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, exponential(_mm256_sub_ps(zero, g))));
+        _mm256_storeu_ps(gate + i, _mm256_mul_ps(silu, _mm256_loadu_ps(up + i)));
+    }
+}
+
+/* y (n, T, R), of x (n, T, R) with strides; cos and sin (T, R) as a Turn has them. */
+void turned(const float *x, long stride_n, long stride_T, const float *cos, const float *sin, float *y, long n, long T, long R,
+            int interleaved) {
+    for (long a = 0; a < n; a++)
+        for (long t = 0; t < T; t++, y += R) {
+            const float *from = x + a * stride_n + t * stride_T, *c = cos + t * R, *s = sin + t * R;
+            for (long i = 0; i < R; i++)
+                y[i] = from[i] * c[i] + from[interleaved ? i ^ 1 : i < R / 2 ? i + R / 2 : i - R / 2] * s[i];
+        }
+}
+
+/* y = share * sum of weights[s] values[s], 8 * `parts` numbers of each. */
+INLINE void weighted(const float *values, const float *weights, float *y, long S, long Dv, float share, int parts) {
+    __m256 total[8];
+    for (int k = 0; k < parts; k++)
+        total[k] = _mm256_setzero_ps();
+    for (long s = 0; s < S; s++)
+        for (int k = 0; k < parts; k++)
+            total[k] = _mm256_fmadd_ps(_mm256_set1_ps(weights[s]), _mm256_loadu_ps(values + s * Dv + 8 * k), total[k]);
+    for (int k = 0; k < parts; k++)
+        _mm256_storeu_ps(y + 8 * k, _mm256_mul_ps(total[k], _mm256_set1_ps(share)));
+}
+
+/* One query of a head over keys (S, D) and values (S, Dv): y (Dv,). `scores` (S + 7,) is written over. Sums as in a product. */
+INLINE void attend(const float *q, const float *keys, const float *values, float *y, float *scores, long S, long D, long Dv, float scale) {
+    float most = -__builtin_inff();
+    for (long s = 0; s < S; s++) {
+        __m256 total = _mm256_setzero_ps();
+        for (long i = 0; i < D; i += 8)
+            total = _mm256_fmadd_ps(_mm256_loadu_ps(q + i), _mm256_loadu_ps(keys + s * D + i), total);
+        scores[s] = sum(total) * scale;
+        most = scores[s] > most ? scores[s] : most;
+    }
+    for (long s = S; s % 8; s++)
+        scores[s] = -__builtin_inff();
+    double weights = 0;
+    for (long s = 0; s < S; s += 8)
+        _mm256_storeu_ps(scores + s, exponential(_mm256_sub_ps(_mm256_loadu_ps(scores + s), _mm256_set1_ps(most))));
+    for (long s = 0; s < S; s++)
+        weights += scores[s];
+    float share = (float)(1 / weights);
+    long i = 0;
+    for (; i + 64 <= Dv; i += 64)
+        weighted(values + i, scores, y + i, S, Dv, share, 8);
+    for (; i < Dv; i += 8)
+        weighted(values + i, scores, y + i, S, Dv, share, 1);
+}
+
+static void attention_part(const float *q, const float *keys, const float *values, float *y, float *scores, const int64_t *positions,
+                           long last, long B, long H, long K, long T, long size, long D, long Dv, long window, float scale, int part,
+                           int threads) {
+    for (long query = part * B * H * T / threads; query < (part + 1) * B * H * T / threads; query++) {
+        long t = query % T, head = query / T % H, b = query / T / H, k = head / (H / K);
+        long end = (positions ? positions[b] : last) + 1 - (T - 1 - t), start = window && end > window ? end - window : 0;
+        long from = (b * K + k) * size + start;
+        attend(q + query * D, keys + from * D, values + from * Dv, y + ((b * T + t) * H + head) * Dv, scores + part * (size + 7),
+               end - start, D, Dv, scale);
+    }
+}
+
+/* y (B, T, H, Dv): of queries q (B, H, T, D) over keys and values (B, K, size, D or Dv). The last query of a row is at `positions` (B,) or,
+   where that is NULL, at `last`; each sees itself and what comes before it, of these the `window` last (0: all). `scores`: (threads, size + 7). */
+void attention_of_few(const float *q, const float *keys, const float *values, float *y, float *scores, const int64_t *positions, long last,
+                      long B, long H, long K, long T, long size, long D, long Dv, long window, float scale, int threads) {
+    if (threads == 1) {
+        attention_part(q, keys, values, y, scores, positions, last, B, H, K, T, size, D, Dv, window, scale, 0, 1);
+        return;
+    }
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (int part = 0; part < threads; part++)
+        attention_part(q, keys, values, y, scores, positions, last, B, H, K, T, size, D, Dv, window, scale, part, threads);
+}

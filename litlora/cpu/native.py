@@ -1,0 +1,119 @@
+"""`native.c` as functions of tensors in fp32 on a CPU. Letters for shapes are those of `model.py`."""
+
+import ctypes
+import functools
+import importlib.machinery
+from ctypes import c_float, c_int, c_long, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from litlora.cpu import FEW
+
+KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "nf4": 3}  # as in native.c
+WIDTH = {"fp32": 16, "bf16": 16, "int8": 16, "nf4": 64}  # of which `in` is a multiple
+EIGHT = 8  # numbers in a register
+PARALLEL = 2**15  # multiplications from which on more than one thread is worth waking
+SMALL = 2**17  # numbers up to which one thread does with them what torch would wake several for
+
+SIGNATURES = {
+    "product": [c_int, *[c_void_p] * 5, *[c_long] * 3, c_int],
+    "rms_norm": [*[c_void_p] * 3, c_long, c_long, c_float],
+    "swiglu": [c_void_p, c_void_p, c_long],
+    "turned": [c_void_p, c_long, c_long, *[c_void_p] * 3, *[c_long] * 3, c_int],
+    "attention_of_few": [*[c_void_p] * 6, *[c_long] * 9, c_float, c_int],
+}
+
+
+@functools.cache
+def compiled() -> Path | None:
+    """Where the compiler put it when litlora was installed."""
+    paths = (Path(__file__).with_name(f"_native{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Its OpenMP is torch's own, which is loaded already: threads that wait for one would be in the way of another's. OSError: none is."""
+    path = compiled()
+    assert path is not None
+    loaded = ctypes.CDLL(str(path))
+    for name, arguments in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def is_usable() -> bool:
+    return compiled() is not None and bool(library().usable())
+
+
+def multiplies(x: Tensor, kind: str) -> bool:
+    """Whether `product` serves x (..., in): few rows, of whole registers."""
+    return 0 < x.numel() <= FEW * x.size(-1) and not x.size(-1) % WIDTH[kind]
+
+
+def product(x: Tensor, kind: str, codes: Tensor, out: int, scales: Tensor | None = None, values: Tensor | None = None) -> Tensor:
+    """x (..., in) times a weight (out, in) transposed, (..., out). `codes`, `scales` (fp32) and `values` as in quantized.py, contiguous."""
+    x, width = x.contiguous(), x.size(-1)
+    y = x.new_empty((*x.shape[:-1], out))
+    library().product(
+        KINDS[kind], codes.data_ptr(), scales if scales is None else scales.data_ptr(), values if values is None else values.data_ptr(),
+        x.data_ptr(), y.data_ptr(), x.numel() // width, width, out, torch.get_num_threads() if out * width > PARALLEL else 1,
+    )  # fmt: skip
+    return y
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether `rms_norm` and `swiglu` serve x (..., C): little, of whole registers."""
+    return x.numel() <= SMALL and not x.size(-1) % EIGHT and x.is_contiguous()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `kernels.rms_norm`, of an x (..., C) that is small; gains (C,) of fp32."""
+    C = x.size(-1)
+    y = torch.empty_like(x)
+    library().rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // C, C, eps)
+    return y
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, both small, in place of the gate."""
+    library().swiglu(gate.data_ptr(), up.data_ptr(), gate.numel())
+    return gate
+
+
+def turns(x: Tensor) -> bool:
+    """Whether `turned` serves x (B, n, T, R): little, one row, whose heads lie whole."""
+    return x.numel() <= SMALL and x.size(0) == 1 and x.stride(3) == 1
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """As `kernels.turned`, forwards."""
+    _, n, T, R = x.shape
+    y = x.new_empty(x.shape)
+    library().turned(x.data_ptr(), x.stride(1), x.stride(2), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), n, T, R, interleaved)
+    return y
+
+
+def attends(q: Tensor, v: Tensor) -> bool:
+    """Whether `attention_of_few` serves q (B, H, T, D) and v (B, K, S, Dv)."""
+    return q.size(2) <= FEW and not q.size(3) % EIGHT and not v.size(3) % EIGHT
+
+
+def attention_of_few(positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    """Plain attention of q (B, H, T, D) over k (B, K, S, D) and v (B, K, S, Dv), which are a cache's; (B, T, H, Dv).
+
+    A row's last query stands at its last `positions` (B, T) int64, or, None, at S - 1. Each sees so many as `window` says, itself the last.
+    """
+    q = q.contiguous()
+    (B, H, T, D), (K, S), Dv, size = q.shape, k.shape[1:3], v.size(3), k.stride(1) // k.size(3)
+    threads = torch.get_num_threads() if B * H * T * S * D > PARALLEL else 1
+    y, scores = q.new_empty(B, T, H, Dv), q.new_empty(threads, size + EIGHT - 1)
+    last = None if positions is None else positions[:, -1].contiguous()
+    library().attention_of_few(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr(), scores.data_ptr(), None if last is None else last.data_ptr(), S - 1,
+        B, H, K, T, size, D, Dv, window or 0, scale, threads,
+    )  # fmt: skip
+    return y
