@@ -57,9 +57,9 @@ def letters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
-def make_talker(path: Path, seed: int = 0, *, template: str | None = TEMPLATE, context: int = 256, ends: bool = True) -> Path:
+def make_talker(path: Path, seed: int = 0, *, template: str | None = TEMPLATE, context: int = 256, ends: bool = True, **sizes: int) -> Path:
     """A base whose every command works. What it says is noise, and the same each time; with `ends` False it never stops."""
-    changes: dict[str, Any] = {"vocab_size": 288, "max_position_embeddings": context}
+    changes: dict[str, Any] = {"vocab_size": 288, "max_position_embeddings": context, **sizes}
     tensors = dict(base_tensors(seed, **changes))
     dtype, shape, head = tensors["lm_head.weight"]
     head = np.array(head)

@@ -20,8 +20,10 @@ import torch
 from checkpoint_samples import make_adapter
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from talkers import make_step, make_talker
 
+from litlora import cpu
 from litlora.__main__ import main
 from litlora.checkpoint import names
 from litlora.commands.chat.session import Session
@@ -31,6 +33,7 @@ from litlora.data.formats import to_messages
 from litlora.data.rows import read_rows
 from litlora.errors import UserError, WorkError
 from litlora.generation import Conversation
+from litlora.methods.attach import linears
 from litlora.options import Chat, SamplingOptions
 from litlora.prompts import Prompts
 from litlora.tokenizer import Tokenizer
@@ -422,6 +425,41 @@ def test_an_adapter_that_cannot_go_on_leaves_the_old_one_on(base: Path, step: Pa
             session.handle(f"/adapter {path}")
     session.handle("hello")
     assert session.messages[-1]["content"] == said_by(step, "hello")[0]
+
+
+@pytest.fixture(scope="module")
+def stored_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with its weights in bf16, as most are published, and one in fp32 among them; a width of an MLP that no kernel reads."""
+    path = make_talker(tmp_path_factory.mktemp("bf16") / "base", ends=False, hidden_size=48, intermediate_size=40)
+    tensors = load_file(path / names.WEIGHTS)
+    narrow = {name: tensor if "layers.0.self_attn.q_proj" in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(narrow, path / names.WEIGHTS, {"format": "pt"})
+    return path
+
+
+@pytest.mark.skipif(cpu.working() is None, reason="no kernels for this CPU: no C compiler at installation, or no AVX2")
+def test_weights_stay_as_they_are_stored_and_give_way_to_what_was_trained_whole(stored_in_bf16: Path, tmp_path: Path) -> None:
+    """C2, where kernels of ours read bf16: those in bf16 stay in their file's map, one in fp32 stays exact, answers are those of wide
+    weights, and an adapter may replace a weight. Caught: every weight rounded to bf16; a weight that is not made wide, and refused."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"say {n}", "output": f"it is {n}"}) + "\n" for n in range(40)))
+    run = tmp_path / "out"
+    typed = ["finetune", "freeze", "--checkpoint_dir", str(stored_in_bf16), "--data", str(rows), "--out_dir", str(run), "--train.max_steps"]
+    assert main([*typed, "2", "--freeze.layers", "last:1", "--train.lr", "0.1"]) == 0
+    chosen = Chat(max_new_tokens=12, temperature=0.0)
+    session = Session(open_model(chosen, str(stored_in_bf16), None, [], None, "auto"), chosen, interactive=True)
+    held = {name: host.quantized for name, host in linears(session.opened.model).items()}
+    narrow = {f"model.layers.{layer}.{of}" for layer in (0, 1) for of in ("mlp.down_proj", "self_attn.o_proj")}
+    assert {name for name, few in held.items() if few is None} == {"lm_head", "model.layers.0.self_attn.q_proj", *narrow}
+    replies = {}
+    for words in ("off", f"{run / 'step-2'}", f"{run / 'nowhere'}", "off"):
+        with contextlib.suppress(UserError):
+            session.handle(f"/adapter {words}")
+        session.handle("/clear")
+        session.handle("hello")
+        replies.setdefault(words, session.messages[-1]["content"])
+    assert session.messages[-1]["content"] == replies["off"] == said_by(stored_in_bf16, "hello")[0]
+    assert replies[f"{run / 'step-2'}"] == replies[f"{run / 'nowhere'}"] == said_by(run / "step-2", "hello")[0] != replies["off"]
 
 
 def test_stats_can_be_turned_off_and_on(session: Session, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,7 @@ def test_a_product_of_few_rows_is_exact_and_each_row_has_the_bits_that_it_has_al
     made = None if kind == "fp32" else quantized(kind, weight)
     exact = x.double() @ (weight if made is None else made.wide()).double().t()
     size = x.double().abs() @ (weight if made is None else made.wide()).double().abs().t()
-    serves = width % native.WIDTH["nf4" if kind.startswith("nf4") else kind] == 0
+    serves = width % cpu.WIDTH["nf4" if kind.startswith("nf4") else kind] == 0
     monkeypatch.setattr(native, "PARALLEL", 0)
     alone: list[Tensor] = []
     for threads in (1, 2, 3):

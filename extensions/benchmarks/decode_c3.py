@@ -110,7 +110,7 @@ def read_arguments() -> argparse.Namespace:
         "--reference", choices=LINES, default="transformers", help="whose tokens are the right ones (absent: the first fp32 line)"
     )
     parser.add_argument("--shape", choices=SHAPES, default="135m")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of what is not in fewer bits (default: the shape's)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="that the peers compute in (default: the shape's)")
     parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5, help="turns")
@@ -179,11 +179,12 @@ def job_of(args: argparse.Namespace, line: Line, place: Path, prompts: list[list
     }
 
 
-def weight_bytes(config: Mapping[str, Any], precision: str, quantize: str) -> float:
-    """What a token must read: the blocks' matrices and the head, which stays as wide as `precision`."""
+def weight_bytes(config: Mapping[str, Any], precision: str, line: Line) -> float:
+    """What a token must read: the blocks' matrices, ours as they are stored unless in few bits, and the head, which is ours in fp32."""
     blocks = sum(inner * outer for _, inner, outer in linears(dict(config)))
-    wide = BITS[precision] / 8
-    return blocks * (wide if quantize == "none" else BITS[quantize] / 8) + config["vocab_size"] * config["hidden_size"] * wide
+    stored = {"float32": "fp32", "bfloat16": "bf16"}[config["torch_dtype"]] if line.tool == OURS else precision
+    bits, head = BITS[stored if line.quantize == "none" else line.quantize], BITS["fp32" if line.tool == OURS else precision]
+    return (blocks * bits + config["vocab_size"] * config["hidden_size"] * head) / 8
 
 
 # ---- after -----------------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def tokens_agree(runs: Sequence[Mapping[str, Any]], reference: str, precision: s
     """The correctness gate: every answer of every run in fp32 must be the reference's. Of the others (bf16, few bits) it is only told
     how much of an answer is equal from its beginning on: after one other token an answer is another one."""
     good = [each for each in runs if "failed" not in each]
-    exact = [each for each in good if precision == "fp32" and LINES[each["line"]].quantize == "none"]
+    exact = [each for each in good if LINES[each["line"]].quantize == "none" and (precision == "fp32" or LINES[each["line"]].tool == OURS)]
     truth = next((each for each in exact or good if each["line"] == reference), (exact or good or [None])[0])
     if truth is None:
         return {"passed": False, "reason": "nothing ran", "shares": {}}
@@ -224,7 +225,7 @@ def summarise(args: argparse.Namespace, runs: Sequence[Mapping[str, Any]]) -> di
     summary: dict[str, Any] = {}
     for line in dict.fromkeys(each["line"] for each in good):
         mine = [each for each in good if each["line"] == line]
-        size = weight_bytes(SHAPES[args.shape], args.precision, LINES[line].quantize)
+        size = weight_bytes(SHAPES[args.shape], args.precision, LINES[line])
         rate = median([max(each["bandwidth"]) for each in mine])  # a limit: the best of what was seen
         prompts = []
         for place, length in enumerate(args.prompt_tokens):

@@ -64,12 +64,16 @@ def dtype_of(job: dict[str, Any]) -> torch.dtype:
 
 
 def litlora(job: dict[str, Any]) -> tuple[Decode, Logits]:
+    from litlora.checkpoint.resolve import resolve
+    from litlora.checkpoint.weights import for_answers, load_model
     from litlora.generation import Conversation
-    from litlora.model import GPT
     from litlora.options import SamplingOptions
+    from litlora.precision import choose_dtype
     from litlora.tokenizer import Tokenizer
 
-    model = GPT.from_pretrained(job["base"], dtype=dtype_of(job), quantize=job["quantize"]).eval()
+    dtype = choose_dtype("auto", "cpu")  # as `litlora generate` does: the peers' precision is not ours
+    held = for_answers("auto" if job["quantize"] == "none" else job["quantize"], job["quantize"], dtype, "cpu")
+    model = load_model(resolve(job["base"]), dtype=dtype, quantize=held).eval()
     tokenizer = Tokenizer(Path(job["base"]))
 
     def decode(prompt: list[int], new_tokens: int, seen: Seen) -> None:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from litlora import cpu
 from litlora.checkpoint import names
 from litlora.checkpoint.base import check_fingerprint
 from litlora.checkpoint.checkpoint import Checkpoint
@@ -40,6 +41,7 @@ STORED = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # torch's dtype: the file's
+AS_STORED = "as stored"  # no word of --quantize: what `for_answers` makes of auto
 
 
 def load_model(
@@ -85,7 +87,7 @@ def load_base(
 
     `quantize` bf16, int8, nf4 or nf4-dq: the Linears of the blocks hold their weights in few bits, which do not learn, all but those named
     in `wide`. It is done tensor by tensor, and none is kept wide. UserError where a weight that gets scales holds numbers that are
-    not finite.
+    not finite. AS_STORED: those that their file has in bf16 stay so, in its map; nothing is rounded.
     """
     config = base.config()
     with torch.device("meta"), NothingDrawn():
@@ -95,8 +97,9 @@ def load_base(
         for name, tensor in tensors.items():
             module, _, attribute = name.rpartition(".")
             host = model.get_submodule(module)
-            if quantize != "none" and isinstance(host, Linear) and attribute == "weight" and module != "lm_head" and name not in wide:
-                hold(host, quantized(quantize, tensor.to(device), f"{base.path}: {name}"))
+            kind = quantize if quantize != AS_STORED else "bf16" if is_read_as_stored(tensor) else "none"
+            if kind != "none" and isinstance(host, Linear) and attribute == "weight" and module != "lm_head" and name not in wide:
+                hold(host, quantized(kind, tensor.to(device), f"{base.path}: {name}"))
                 forget(tensor)
                 continue
             value = tensor.to(device=device, dtype=dtype if learns(name) else None)
@@ -107,6 +110,17 @@ def load_base(
     unset = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     assert not unset, f"no file fills {unset}"
     return model
+
+
+def is_read_as_stored(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16 and tensor.size(-1) % cpu.WIDTH["bf16"] == 0
+
+
+def for_answers(word: str, quantize: str, dtype: torch.dtype, device: str) -> str:
+    """How a model is loaded that is to answer, where --quantize said `word`, which means `quantize`: unless it is told otherwise a CPU of
+    which kernels of ours read bf16 leaves the weights as they are stored. The same numbers, in half the memory and time."""
+    as_stored = word == "auto" and quantize == "none" and dtype == torch.float32 and device == "cpu" and cpu.working() is not None
+    return AS_STORED if as_stored else quantize
 
 
 def quantize_meant(word: str, on: Sequence[Checkpoint]) -> str:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def evaluate(options: Evaluate) -> None:
     """Print one line of figures for the checkpoint, and one for its base alone with `--compare_base`."""
-    opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter, options.chat_template, options.quantize)
+    names = (options.checkpoint_dir, options.base_dir, options.adapter, options.chat_template)
+    opened = open_model(options, *names, options.quantize, answers=False)
     samples, source = rows_of(opened, options)
     console.header(
         [

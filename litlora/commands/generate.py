@@ -220,8 +220,13 @@ def open_model(
     adapters: Sequence[str],
     chat_template: str | None = None,
     quantize: str = "none",
+    *,
+    answers: bool = True,
 ) -> Opened:
-    """Load what a command names. What can be refused without torch is refused before it is imported. `quantize`: as it was typed."""
+    """Load what a command names. What can be refused without torch is refused before it is imported.
+
+    `quantize`: as it was typed. `answers`: it is to say tokens a few at a time.
+    """
     checkpoint = resolve(path, base_dir=base_dir)
     added = [(open_adapter(name, checkpoint.base()), weight) for name, weight in map(split_weight, adapters)]
     on = [*([] if checkpoint.is_model else [(checkpoint, 1.0)]), *added]
@@ -230,15 +235,17 @@ def open_model(
     import_whole("torch")
     import torch
 
-    from litlora.checkpoint.weights import load_model, quantize_meant
+    from litlora.checkpoint.weights import for_answers, load_model, quantize_meant
     from litlora.precision import choose_dtype
 
-    quantize = quantize_meant(quantize, [adapter for adapter, _ in on])
+    meant = quantize_meant(quantize, [adapter for adapter, _ in on])
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(checkpoint, dtype=choose_dtype(options.precision, device), adapters=added, device=device, quantize=quantize)
-    return Opened(checkpoint, on, model.eval(), prompts, chat_template, quantize)
+    dtype = choose_dtype(options.precision, device)
+    held = for_answers(quantize, meant, dtype, device) if answers else meant
+    model = load_model(checkpoint, dtype=dtype, adapters=added, device=device, quantize=held)
+    return Opened(checkpoint, on, model.eval(), prompts, chat_template, meant)
 
 
 def split_weight(word: str) -> tuple[str, float]:
@@ -274,13 +281,14 @@ def prompts_for(checkpoint: Checkpoint, on: Sequence[tuple[Checkpoint, float]], 
 def put_on(opened: Opened, adapters: Sequence[tuple[str, float]]) -> None:
     """Take every adapter off and put these on; the base stays loaded. After a UserError all is as it was."""
     from litlora.checkpoint.weights import put_on as add
-    from litlora.methods.attach import put_back, remove, snapshot
+    from litlora.methods.attach import put_back, remove, snapshot, widen
 
     wanted = [(open_adapter(path, opened.base), weight) for path, weight in adapters]
     prompts = prompts_for(opened.base, wanted, opened.chat_template)
     before = snapshot(opened.model)
     try:
         remove(opened.model)
+        widen(opened.model, [name for adapter, _ in wanted for name in adapter.tuning().whole])
         for adapter, weight in wanted:
             add(opened.model, adapter, weight)
     except BaseException:

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from litlora.cpu import FEW
+from litlora.cpu import FEW, WIDTH
 
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "nf4": 3}  # as in native.c
-WIDTH = {"fp32": 16, "bf16": 16, "int8": 16, "nf4": 64}  # of which `in` is a multiple
 EIGHT = 8  # numbers in a register
 PARALLEL = 2**15  # multiplications from which on more than one thread is worth waking
 SMALL = 2**17  # numbers up to which one thread does with them what torch would wake several for

@@ -6,7 +6,7 @@ holds. `add` puts a trained one on, several if wanted, which does not learn. `re
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from litlora.model import (
     wider,
 )
 from litlora.peft import check_tensors, copied_base_tensor
+from litlora.quantized import hold
 
 NOT_KEPT = "this model is being trained whole, and what its weights were is not kept"
 
@@ -347,7 +348,7 @@ class Snapshot:
 def snapshot(model: GPT) -> Snapshot:
     """For `put_back`."""
     held = [(module, slot, getattr(module, slot)) for _, module, slot in slots_in(model)]
-    inside = tuple(f".{slot}." for slot in SLOTS)
+    inside = (*(f".{slot}." for slot in SLOTS), ".quantized.")  # few bits never change
     own = {name: parameter for name, parameter in model.named_parameters() if not any(part in f".{name}" for part in inside)}
     return Snapshot(model.config, model.model.dtype, held, own, cast(nn.Parameter, model.lm_head.weight))
 
@@ -367,6 +368,16 @@ def remove(model: GPT) -> None:
     refuse_lost_base(model)
     if model.plain is not None:
         put_back(model, model.plain)
+
+
+def widen(model: GPT, names: Iterable[str]) -> None:
+    """Weights of a plain model that are held in bf16, wide, so that what was trained whole can take their place."""
+    for name in names:
+        host = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(host, Linear) and host.quantized is not None and host.quantized.kind == "bf16":
+            hold(host, None)
+            host.requires_grad_(False)
+            model.plain = None  # it is another one now
 
 
 def refuse_lost_base(model: GPT) -> None:
