@@ -12,6 +12,7 @@
 
 enum kind { FP32, BF16, INT8, NF4 };
 enum { BLOCK = 64, ROWS = 4 };  /* numbers of NF4 that share a scale; rows of W, or of x, in registers at once */
+enum { SHORT = 1024 };  /* bytes of a row of INT8 up to which a CPU does not see by itself what is read next of several */
 
 int usable(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
@@ -39,7 +40,7 @@ INLINE __m256 eight(enum kind kind, const char *row, long i, __m256 low, __m256 
 }
 
 /* y[t][r] for `rows` rows of W and `tokens` rows of x, one of the two being 1. */
-INLINE void tile(enum kind kind, int rows, int tokens, const char *W, long row_bytes, const float *scales, const float *values,
+INLINE void tile(enum kind kind, int rows, int tokens, const char *W, long row_bytes, long ahead, const float *scales, const float *values,
                  const float *x, float *y, long in, long out) {
     __m256 even[ROWS], odd[ROWS], low = _mm256_setzero_ps(), high = low;
     if (kind == NF4)
@@ -48,6 +49,9 @@ INLINE void tile(enum kind kind, int rows, int tokens, const char *W, long row_b
         even[k] = odd[k] = _mm256_setzero_ps();
     for (long start = 0; start < in; start += BLOCK) {
         long end = start + BLOCK < in ? start + BLOCK : in;
+        if (ahead)
+            for (int r = 0; r < rows; r++)
+                _mm_prefetch(W + r * row_bytes + start + ahead, _MM_HINT_T0);
         __m256 one[ROWS], two[ROWS];
         for (int k = 0; k < rows * tokens; k++)
             one[k] = kind == NF4 ? _mm256_setzero_ps() : even[k], two[k] = kind == NF4 ? _mm256_setzero_ps() : odd[k];
@@ -75,16 +79,17 @@ INLINE void rows_of(enum kind kind, const char *W, const float *scales, const fl
                     long out, long first, long last) {
     long row_bytes = kind == FP32 ? 4 * in : kind == BF16 ? 2 * in : kind == INT8 ? in : in / 2;
     long per_row = kind == INT8 ? 1 : kind == NF4 ? in / BLOCK : 0;  /* scales */
+    long ahead = kind == INT8 && row_bytes <= SHORT ? 2 * ROWS * row_bytes : 0;
     for (; n == 1 && first + ROWS <= last; first += ROWS)
-        tile(kind, ROWS, 1, W + first * row_bytes, row_bytes, scales + first * per_row, values, x, y + first, in, out);
+        tile(kind, ROWS, 1, W + first * row_bytes, row_bytes, ahead, scales + first * per_row, values, x, y + first, in, out);
     for (; first < last; first++) {
         const char *row = W + first * row_bytes;
         const float *own = scales + first * per_row;
         long t = 0;
         for (; t + ROWS <= n; t += ROWS)
-            tile(kind, 1, ROWS, row, row_bytes, own, values, x + t * in, y + t * out + first, in, out);
+            tile(kind, 1, ROWS, row, row_bytes, 0, own, values, x + t * in, y + t * out + first, in, out);
         for (; t < n; t++)
-            tile(kind, 1, 1, row, row_bytes, own, values, x + t * in, y + t * out + first, in, out);
+            tile(kind, 1, 1, row, row_bytes, 0, own, values, x + t * in, y + t * out + first, in, out);
     }
 }
 
