@@ -134,6 +134,31 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, way: int) -> 
     return (x * cos).addcmul_(swapped, sin, value=way).to(x.dtype)  # in fp32, rounded once
 
 
+class Added(torch.autograd.Function):
+    """y + scale x A^T B^T, written over y (..., out); x (..., in), A (R, in), B (out, R). Keeps all but y, and x A^T."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        low = F.linear(x, a)  # (..., R)
+        y.view(-1, y.size(-1)).addmm_(low.flatten(0, -2), b.t(), alpha=scale)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, low, a, b)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, a, b = ctx.saved_tensors
+        _, for_x, for_a, for_b, _ = ctx.needs_input_grad
+        flat = grad.flatten(0, -2)
+        grad_b = (low.flatten(0, -2).t() @ flat).mul_(ctx.scale).t() if for_b else None
+        grad_low = (flat @ b).mul_(ctx.scale) if for_x or for_a else None  # (n, R)
+        grad_a = grad_low.t() @ x.flatten(0, -2) if grad_low is not None and for_a else None
+        grad_x = (grad_low @ a).view(x.shape) if grad_low is not None and for_x else None
+        return grad, grad_x, grad_a, grad_b, None
+
+
 class SummedLoss(torch.autograd.Function):
     """Gradients are computed in the forward pass, chunk by chunk, by asking autograd about the head alone.
 

@@ -36,7 +36,7 @@ from litlora import cpu, gpu
 from litlora.config import Config, Rope, rotary_steps
 from litlora.errors import UserError
 from litlora.gpu.packed import Packed
-from litlora.kernels import Rotated, SummedLoss, cheap, keeping_less, linear, rms_norm, swiglu, turned
+from litlora.kernels import Added, Rotated, SummedLoss, cheap, keeping_less, linear, rms_norm, swiglu, turned
 from litlora.quantized import Quantized, beside, hold
 
 IGNORE = -100  # a target that is not graded
@@ -771,7 +771,8 @@ SLOTS = ("adapter", "prompt", "inserted")  # the places where a module takes som
 
 
 class Adapter(nn.Module):
-    """What happens between a host's x (..., in) and y (..., out). Its parameters are fp32, cast to x's dtype where they are used."""
+    """What happens between a host's x (..., in) and y (..., out), which it may write over. Its parameters are fp32, cast to x's dtype where
+    they are used."""
 
     def forward(self, host: Any, x: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError
@@ -807,9 +808,12 @@ class LoRA(Adapter):
         return self.added(x, y, self.scale)
 
     def added(self, x: Tensor, y: Tensor, scale: float) -> Tensor:  # y + scale x A^T B^T
-        a, b = self.matrices()
-        low = F.linear(x, a.to(x.dtype)).flatten(0, -2)  # (B * T, R)
-        return torch.addmm(y.flatten(0, -2), low, b.to(x.dtype).t(), alpha=scale).view_as(y)
+        a, b = (matrix.to(x.dtype) for matrix in self.matrices())
+        if torch.is_grad_enabled():
+            y = Added.apply(y.clone() if y._is_view() else y, x, a, b, scale)  # what is written over through a view costs another copy
+            return y
+        low = F.linear(x, a).flatten(0, -2)  # (B * T, R)
+        return torch.addmm(y.flatten(0, -2), low, b.t(), alpha=scale).view_as(y)
 
     def folded(self, host: Linear) -> tuple[Tensor, Tensor | None]:
         a, b = self.matrices()
@@ -938,7 +942,7 @@ class Composed(Adapter):
     def forward(self, host: Any, x: Tensor, y: Tensor) -> Tensor:
         total = y
         for adapter, weight in zip(self.adapters, self.weights, strict=True):
-            total = torch.add(total, adapter(host, x, y) - y, alpha=weight)
+            total = torch.add(total, adapter(host, x, y.clone()) - y, alpha=weight)
         return total
 
     def folded(self, host: Linear) -> tuple[Tensor, Tensor | None]:

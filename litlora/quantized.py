@@ -15,6 +15,7 @@ Run on CPUs. On a GPU kernels of `gpu/` widen a weight in one pass and multiply 
 
 import functools
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,9 +53,13 @@ class Quantized(nn.Module):
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Those rows, wide: (stop - start, in). Rows of a cut that `cuts` made."""
+    def rows(self, start: int, stop: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Those rows, wide: (stop - start, in). Rows of a cut that `cuts` made. `out`: where they may be written."""
         raise NotImplementedError
+
+    def for_now(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """The same on a CPU in room that the next ones take."""
+        return self.rows(start, stop, dtype, None if self.codes.is_cuda else room(stop - start, self.in_features, dtype))
 
     def wide(self) -> Tensor:
         """The weight (out, in) in fp32: what these few bits stand for."""
@@ -71,17 +76,16 @@ class Quantized(nn.Module):
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        flat = x.flatten(0, -2)
-        y = flat.new_empty(len(flat), self.out_features)
+        flat, y = x.flatten(0, -2), x.new_empty(*x.shape[:-1], self.out_features)  # no view of anything: an adapter writes over it
         for start, stop in self.cuts():
-            torch.mm(flat, self.rows(start, stop, x.dtype).t(), out=y[:, start:stop])
-        return y.unflatten(0, x.shape[:-1])
+            torch.mm(flat, self.for_now(start, stop, x.dtype).t(), out=y.view(-1, self.out_features)[:, start:stop])
+        return y
 
     def back(self, grad: Tensor) -> Tensor:  # (..., out) -> (..., in)
         flat = grad.flatten(0, -2)
         grad_x = flat.new_zeros(len(flat), self.in_features)
         for start, stop in self.cuts():
-            grad_x.addmm_(flat[:, start:stop], self.rows(start, stop, grad.dtype))
+            grad_x.addmm_(flat[:, start:stop], self.for_now(start, stop, grad.dtype))
         return grad_x.unflatten(0, grad.shape[:-1])
 
     def cuts(self) -> Iterator[tuple[int, int]]:
@@ -111,6 +115,24 @@ class Product(torch.autograd.Function):
         return ctx.weight.back(grad), None
 
 
+class Room(threading.local):
+    """What is wide for the moment, in each thread always in the same place: what comes and goes between tensors that stay would leave
+    holes, which smaller ones that stay fill, and the next wide rows would take memory of their own."""
+
+    held: Tensor | None = None
+
+
+ROOM = Room()
+
+
+def room(rows: int, columns: int, dtype: torch.dtype) -> Tensor:  # (rows, columns), of any numbers
+    held, count = ROOM.held, rows * columns
+    if held is None or held.dtype != dtype or held.numel() < count:
+        with torch.inference_mode(False):
+            ROOM.held = held = torch.empty(max(count, AT_ONCE), dtype=dtype)
+    return held[:count].view(rows, columns)
+
+
 def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
@@ -124,8 +146,9 @@ class Bf16(Quantized):
         super().__init__(*weight.shape)
         self.codes = frozen(weight.to(torch.bfloat16))  # (out, in); the same memory where it is bf16
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        return self.codes[start:stop].to(dtype)
+    def rows(self, start: int, stop: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        part = self.codes[start:stop]
+        return part.to(dtype) if out is None or dtype == part.dtype else out.copy_(part)
 
     def answering(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         """Two rows at most are rounded as the weight is: to widen it for them would take longer than the product."""
@@ -151,18 +174,19 @@ class Int8(Quantized):
             self.scales[start:stop] = scales
             self.codes[start:stop] = (part / nonzero(scales)[:, None]).round_().clamp_(-127, 127)
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def rows(self, start: int, stop: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         if fused := gpu.triton_for(self.scales):
             return fused.widened_int8(self.codes[start:stop], self.scales[start:stop], dtype)
-        return (self.codes[start:stop] * self.scales[start:stop, None]).to(dtype)
+        return torch.mul(self.codes[start:stop], self.scales[start:stop, None], out=out if dtype == torch.float32 else None).to(dtype)
 
     def product(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         """The scales go to what comes out: a product with whole numbers, which are exact in bf16 as well, needs one pass less."""
-        flat = x.flatten(0, -2)
-        y = flat.new_empty(len(flat), self.out_features)
+        flat, y = x.flatten(0, -2), x.new_empty(*x.shape[:-1], self.out_features)
         for start, stop in self.cuts():
-            torch.mm(flat, self.codes[start:stop].to(x.dtype).t(), out=y[:, start:stop])
-        return y.mul_(self.scales).unflatten(0, x.shape[:-1])
+            part = self.codes[start:stop]
+            whole = part.to(x.dtype) if x.is_cuda else room(len(part), self.in_features, x.dtype).copy_(part)
+            torch.mm(flat, whole.t(), out=y.view(-1, self.out_features)[:, start:stop])
+        return y.mul_(self.scales)
 
     def answering(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         """torch's own product of bf16 with int8 for few rows, several times as fast on a CPU as to widen the weight. What goes in and what
@@ -202,13 +226,15 @@ class FourBit(Quantized):
     def scales_of(self, first: int, last: int) -> Tensor:
         return self.scales[first:last]
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def rows(self, start: int, stop: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         first, last = start * self.in_features, stop * self.in_features
         if fused := gpu.triton_for(self.scales):
             codes, scales = self.codes[first // 2 : -(-last // 2)], self.scales_of(first // BLOCK, -(-last // BLOCK))
             return fused.widened_nf4(codes, scales, table(NF4, codes.device), BLOCK, dtype, stop - start, self.in_features)
-        numbers = pairs(self.codes.device).index_select(0, self.codes[first // 2 : -(-last // 2)].int()).view(torch.float32)
-        wide = in_blocks(numbers, BLOCK).mul_(self.scales_of(first // BLOCK, -(-last // BLOCK))[:, None])
+        fits = out is not None and dtype == torch.float32 and (last - first) % BLOCK == 0
+        into = out.view(-1).view(torch.int64) if out is not None and fits else None
+        numbers = torch.index_select(pairs(self.codes.device), 0, self.codes[first // 2 : -(-last // 2)].int(), out=into)
+        wide = in_blocks(numbers.view(torch.float32), BLOCK).mul_(self.scales_of(first // BLOCK, -(-last // BLOCK))[:, None])
         return wide.flatten()[: last - first].view(-1, self.in_features).to(dtype)
 
     def answering(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)

@@ -1,5 +1,6 @@
 """What is kept for the backward pass (C2): nothing twice, and nothing that is cheap to make again of what is kept anyway."""
 
+import copy
 import gc
 import weakref
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from litlora import model as model_file
 from litlora.kernels import cheap, keeping_less, packed
 from litlora.methods import tuning_of
 from litlora.methods.attach import attach, linears, trainable
-from litlora.model import GPT
+from litlora.model import GPT, Composed, Linear, LoRA
 from litlora.options import LoRAOptions
 from litlora.quantized import hold, quantized
 
@@ -86,6 +87,31 @@ def test_what_is_made_again_has_the_same_bits(
     assert all_kept.keys() == less.keys() != set()
     for name, gradient in all_kept.items():
         assert gradient is None if less[name] is None else torch.equal(gradient, less[name]), name
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_lora_writes_over_what_its_host_gave(bias: bool) -> None:
+    """C2: no second tensor of that size beside it, except where a view (torch's product with a bias) would cost one more on the way back.
+    Composed adapters each have it as it was. Caught: y gone when it was taken away; gradients of a plain formula missed."""
+    torch.manual_seed(2)
+    host, given = Linear(6, 5, bias).double().requires_grad_(False), []
+    host.adapter = LoRA(host, 3, 4.0, 0.0)
+    torch.nn.init.normal_(host.adapter.lora_B)
+    honest = host.product
+    host.product = lambda *of: given.append(honest(*of)) or given[-1]
+    x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
+    y = host(x)
+    assert (y.data_ptr() == given[0].data_ptr()) is not bias
+    a, b = host.adapter.lora_A, host.adapter.lora_B
+    plain = torch.nn.functional.linear(x, host.weight, host.bias) + 4 / 3 * (x @ a.t() @ b.t())
+    torch.testing.assert_close(y, plain)
+    weight = torch.randn_like(y)
+    for ours, right in zip(*(torch.autograd.grad((of * weight).sum(), (x, a, b)) for of in (y, plain)), strict=True):
+        torch.testing.assert_close(ours, right)
+    host.adapter = Composed([host.adapter, copy.deepcopy(host.adapter)], [0.5, 2.0])
+    with torch.no_grad():
+        without = host(x)
+    torch.testing.assert_close(host(x), without)
 
 
 # ---- a recipe ----------------------------------------------------------------------------------------------------------

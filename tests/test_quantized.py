@@ -7,6 +7,8 @@ import copy
 import hashlib
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,42 @@ def test_no_wide_copy_outlives_its_product(kind: str) -> None:
     kept = [tuple(tensor.shape) for tensor in held]
     assert kept and not [shape for shape in kept if shape in shapes or shape[::-1] in shapes]
     assert {id(tensor) for tensor in model.parameters()} == before and not list(model.buffers())
+
+
+@kinds
+def test_wide_rows_lie_in_one_place_of_each_thread(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C2: what comes and goes beside tensors that stay leaves no holes. The gradients are right where two threads compute at once.
+    Caught: room that threads share; new memory for each product."""
+    monkeypatch.setattr(few, "AT_ONCE", 4096)
+    held, x = quantized(kind, torch.randn(96, 128)), torch.randn(40, 128)
+    places: dict[int, set[int]] = {}
+    honest = few.room
+
+    def noted(*shape: Any) -> Tensor:
+        found = honest(*shape)
+        places.setdefault(threading.get_ident(), set()).add(found.untyped_storage().data_ptr())
+        return found
+
+    monkeypatch.setattr(few, "room", noted)
+    barrier = threading.Barrier(2, timeout=60)
+
+    def learn(factor: float) -> list[Tensor]:
+        barrier.wait()
+        found = []
+        for _ in range(50):
+            into = (factor * x).requires_grad_()
+            y = held(into)
+            found += [y, *torch.autograd.grad(y.square().sum(), into)]
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(learn, (1.0, -3.0)))
+    wide = held.wide()
+    for factor, found in zip((1.0, -3.0), results, strict=True):
+        y = factor * x @ wide.t()
+        for each, right in zip(found, [y, 2 * y @ wide] * 50, strict=True):
+            torch.testing.assert_close(each.detach(), right, atol=1e-3, rtol=1e-4)
+    assert len(places) == 2 and all(len(each) == 1 for each in places.values()) and not set.intersection(*places.values())
 
 
 def test_few_rows_in_int8_are_as_near_as_bf16_and_many_are_exact(without_kernels_of_ours: None) -> None:
