@@ -152,7 +152,7 @@ class Added(torch.autograd.Function):
         x, low, a, b = ctx.saved_tensors
         _, for_x, for_a, for_b, _ = ctx.needs_input_grad
         flat = grad.flatten(0, -2)
-        grad_b = (low.flatten(0, -2).t() @ flat).mul_(ctx.scale).t() if for_b else None
+        grad_b = (flat.t() @ low.flatten(0, -2)).mul_(ctx.scale) if for_b else None
         grad_low = (flat @ b).mul_(ctx.scale) if for_x or for_a else None  # (n, R)
         grad_a = grad_low.t() @ x.flatten(0, -2) if grad_low is not None and for_a else None
         grad_x = (grad_low @ a).view(x.shape) if grad_low is not None and for_x else None
