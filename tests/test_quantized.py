@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, kept_for_backward, random_tokens, relative, tiny_gpt
+from safetensors.torch import load_file, save_file
 from talkers import make_talker
 from test_merge import exact, half_unit, read
 from test_promises import CASES, learnt
@@ -35,7 +36,7 @@ from litlora.methods import tuning_of
 from litlora.methods.attach import add, as_base, attach, blocks, linears, merge, numbers_in, trainable, tuned_state
 from litlora.methods.tuning import Tuning
 from litlora.model import GPT
-from litlora.options import FullOptions
+from litlora.options import FullOptions, LoRAOptions
 from litlora.quantized import KINDS, NF4, Int8, Quantized, hold, quantized
 
 kinds = pytest.mark.parametrize("kind", list(KINDS))
@@ -387,6 +388,40 @@ def test_loading_makes_the_same_few_bits_and_keeps_the_rest(kind: str, tmp_path:
     with pytest.raises(UserError, match="not finite") as refused:
         load_base(resolve(broken), quantize=kind)
     assert "model.layers.0.self_attn.q_proj.weight" in str(refused.value)
+
+
+@pytest.mark.parametrize("saved", [[], ["embed_tokens"]])
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_an_embedding_that_is_looked_up_stays_as_it_is_stored(saved: list[str], quantize: str, tmp_path: Path) -> None:
+    """C2: in bf16, in the map of its file, where it is no head and does not learn; all else is as wide as was asked, and loss and
+    gradients are the same to the bit. Caught: rows in bf16 that are not made wide; an embedding that learns in bf16; a tied one."""
+    path = make_talker(tmp_path / "base")
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path / names.WEIGHTS).items()}, path / names.WEIGHTS)
+    base, tokens, found = resolve(path), random_tokens(2, 19), []
+    options = LoRAOptions(r=2, modules_to_save=saved)
+    for looked_up in (True, False):
+        tuning = tuning_of(options, base.config())
+        model = load_base(base, torch.float32, quantize=quantize, wide=tuning.whole, looked_up=looked_up)
+        stored = looked_up and not saved
+        assert model.model.embed_tokens.weight.dtype == (torch.bfloat16 if stored else torch.float32)
+        assert model.lm_head.weight.dtype == model.model.norm.weight.dtype == torch.float32
+        attach(model, tuning, seed=1, stored=base_tensors(base))
+        assert all(parameter.dtype == torch.float32 for parameter in trainable(model).values())
+        model.train()
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        found.append([loss, *(parameter.grad for parameter in trainable(model).values())])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    late = load_base(base, torch.float32, looked_up=True)
+    attach(late, tuning_of(LoRAOptions(r=2, modules_to_save=["embed_tokens"]), late.config), seed=1, stored=base_tensors(base))
+    assert late(tokens).dtype == torch.float32
+    config = json.loads((path / names.CONFIG).read_text())
+    (path / names.CONFIG).write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    weights = load_file(path / names.WEIGHTS)
+    del weights["lm_head.weight"]
+    save_file(weights, path / names.WEIGHTS)
+    tied = load_base(resolve(path), torch.float32, looked_up=True)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight and tied.lm_head.weight.dtype == torch.float32
 
 
 def test_a_step_says_what_it_was_trained_on_and_is_served_on_that(

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from extensions.benchmarks.job import IGNORE, Job, read_steps, serve_job
 from extensions.benchmarks.job import Sample as Row
 from extensions.benchmarks.measure import StepClock
+from litlora.checkpoint.resolve import resolve
+from litlora.checkpoint.weights import load_base
 from litlora.data.samples import Sample
 from litlora.methods import tuning_of
 from litlora.methods.attach import attach, trainable
-from litlora.model import GPT
 from litlora.options import FinetuneLoRA, LoRAOptions, TrainOptions
 from litlora.peft import to_peft_name
 from litlora.train.loop import share_of_window, train_step
@@ -29,7 +30,7 @@ def train(job: Job) -> dict[str, Any]:
         share_prefix=job.share_prefix,
     )  # fmt: skip
     assert job.eps == 1e-8, "litlora's AdamW keeps torch's eps"
-    model = GPT.from_pretrained(job.base, dtype=dtype, quantize=job.quantize)
+    model = load_base(resolve(job.base), dtype, quantize=job.quantize, looked_up=True)
     attach(model, tuning_of(LoRAOptions(r=job.r, alpha=job.alpha), model.config), seed=1)
     learnt = trainable(model)
     load_adapter(learnt, Path(job.adapter))

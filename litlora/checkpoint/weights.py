@@ -82,14 +82,17 @@ def load_base(
     *,
     quantize: str = "none",
     wide: Collection[str] = (),
+    looked_up: bool = False,
 ) -> GPT:
     """A whole model, every parameter of it from the files, requiring gradients as a new one does.
 
     `quantize` bf16, int8, nf4 or nf4-dq: the Linears of the blocks hold their weights in few bits, which do not learn, all but those named
     in `wide`. It is done tensor by tensor, and none is kept wide. UserError where a weight that gets scales holds numbers that are
     not finite. AS_STORED: those that their file has in bf16 stay so, in its map; nothing is rounded.
+    `looked_up`: so does an embedding that is no head and not in `wide`; its rows are made `dtype` when they are looked up.
     """
     config = base.config()
+    as_it_is = {EMBEDDING} - set(wide) if looked_up and not config.tie_word_embeddings else set()
     with torch.device("meta"), NothingDrawn():
         model = GPT(config)
     tensors = base_tensors(base)
@@ -102,11 +105,13 @@ def load_base(
                 hold(host, quantized(kind, tensor.to(device), f"{base.path}: {name}"))
                 forget(tensor)
                 continue
-            value = tensor.to(device=device, dtype=dtype if learns(name) else None)
+            value = tensor.to(device=device, dtype=dtype if learns(name) and name not in as_it_is else None)
             setattr(host, attribute, nn.Parameter(value, requires_grad=learns(name)))
             if value.data_ptr() != tensor.data_ptr():
                 forget(tensor)
     model.tie()
+    if as_it_is:
+        model.model.dtype = dtype
     unset = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     assert not unset, f"no file fills {unset}"
     return model

@@ -119,7 +119,8 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
         dtypes = {name: torch.float32 if learns(name) else dtype for name, dtype in dtypes.items()}
 
     def build(device: torch.device) -> GPT:
-        model = load_base(base, choose_dtype(options.precision, device), device, quantize=work.quantize, wide=tuning.whole)
+        dtype = choose_dtype(options.precision, device)
+        model = load_base(base, dtype, device, quantize=work.quantize, wide=tuning.whole, looked_up=True)
         attach(model, tuning, seed=options.seed, stored=base_tensors(base))
         if start is not base:
             restore(model, start)
@@ -302,7 +303,7 @@ def few_bits_text(model: GPT, quantize: str) -> str:
     """What is held in few bits, and what that saves."""
     held = [host for host in linears(model).values() if host.quantized is not None]
     few = sum(host.quantized.nbytes for host in held if host.quantized is not None)
-    wide = sum(host.in_features * host.out_features for host in held) * model.model.embed_tokens.weight.element_size()
+    wide = sum(host.in_features * host.out_features for host in held) * model.lm_head.weight.element_size()
     return f"{len(held)} weights in {quantize}: {console.amount(few)} instead of {console.amount(wide)}; all others stay wide"
 
 

@@ -62,7 +62,7 @@ def attach(model: GPT, tuning: Tuning, *, seed: int | None, stored: Mapping[str,
     refuse_few_bits(model, tuning.whole)
     model.plain = NOT_KEPT if tuning.whole else snapshot(model)
     model.requires_grad_(False)
-    computed = model.model.embed_tokens.weight.dtype
+    computed = model.model.dtype or model.model.embed_tokens.weight.dtype
     if tuning.untied:
         untie(model)
     for layer in tuning.inserted:

@@ -28,6 +28,8 @@ from litlora.train.lanes import learns_in_lanes, side_by_side
 TRAINED = 28  # bytes a trained parameter: fp32 itself, its gradient, AdamW's two moments, and a copy of all but the gradient in a commit
 LANE = 8  # bytes a trained parameter, in each lane where there are several: its gradient so far, and that of a batch
 EFFICIENCY = 0.72  # of the rate of plain products that a step reaches (extensions/benchmarks, C1: 0.71 to 0.74)
+STORED_IN = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+HOLES = 0.65  # of the activations: what glibc loses between them (extensions/benchmarks/log.md: 0.6 to 1)
 FABRIC = 150 * 2**20  # bytes that Fabric's import takes, where it has not been imported yet
 PER_BLOCK = 1.2e-3  # seconds a block takes however few its tokens are, forward and back, on a CPU
 
@@ -59,7 +61,7 @@ class Memory:
     program: int  # Python, torch and the rest
     weights: int  # the base, as it is computed with
     trained: int  # what learns, its gradients, its optimizer
-    activations: int  # what the largest micro-batch keeps for the backward pass
+    activations: int  # what the largest micro-batch keeps for the backward pass, and holes between it
     workspace: int  # logits, and what a block needs while it computes
 
     @property
@@ -74,6 +76,8 @@ def memory_of(load: Load, *, recompute: bool = False) -> Memory:
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     frozen -= saved_by_few_bits(model, load.quantize)
     kept, inputs = kept_bytes(model, load), load.micro_batch * load.config.hidden_size * load.dtype.itemsize
+    activations = max(kept) + inputs * sum(block > 0 for block in kept) if recompute else sum(kept)
+    holes = round(HOLES * activations) if load.device.type == "cpu" else 0
     lanes = load.lanes_for(model)
     rows = min(lanes * chunk_rows(load.config.vocab_size, load.device), max(1, round(load.micro_batch * load.graded)))
     logits = 2 * 4 * rows * load.config.vocab_size
@@ -82,7 +86,7 @@ def memory_of(load: Load, *, recompute: bool = False) -> Memory:
         program=load.program,
         weights=frozen,
         trained=(TRAINED + LANE * lanes * (lanes > 1)) * sum(p.numel() for p in learning.values()),
-        activations=max(kept) + inputs * sum(block > 0 for block in kept) if recompute else sum(kept),
+        activations=activations + holes,
         workspace=max(logits, inside),
     )
 
@@ -99,6 +103,9 @@ def shapes_of(load: Load) -> GPT:
     """The model with everything attached, without its numbers."""
     with torch.device("meta"), NothingDrawn():
         model = GPT(load.config).to(load.dtype)
+        if not load.config.tie_word_embeddings:  # it is looked up as it is stored
+            model.model.dtype = load.dtype
+            model.model.embed_tokens.to(STORED_IN.get(load.config.torch_dtype, load.dtype))
         attach(model, load.tuning, seed=None)
     return model.train()
 
