@@ -21,9 +21,7 @@ WIDTH = {"fp32": 16, "bf16": 16, "int8": 16, "nf4": 64}  # of which the `in` of 
 
 def native_for(x: Tensor) -> Any:
     """`native`, where x is in fp32 on a CPU that it is for and no gradient is recorded; None elsewhere."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
-        return None
-    return working()
+    return working() if x.dtype is torch.float32 and x.is_cpu and not torch.is_grad_enabled() else None
 
 
 @functools.cache
