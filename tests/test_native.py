@@ -5,7 +5,11 @@ Mutations seen to fail stand in docstrings, after "Caught:".
 """
 
 import itertools
+import os
+import signal
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -83,6 +87,36 @@ def test_a_product_of_few_rows_is_exact_and_each_row_has_the_bits_that_it_has_al
             if serves:
                 assert torch.equal(y, torch.stack(alone[:n])), (threads, n)
     assert bool(called["product"]) == serves
+
+
+def test_several_at_once_and_a_forked_child_get_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Helpers belong to one product at a time, and a child process has none. Caught: a second product that takes the helpers' job; helpers
+    that still count as there in a child, for whom it waits for ever."""
+    monkeypatch.setattr(native, "PARALLEL", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    weights = [random(203, 64, seed=seed) for seed in range(4)]
+    x = random(3, 64)
+    wanted = [native.product(x, "fp32", weight, 203) for weight in weights]
+
+    def many(weight: Tensor) -> list[Tensor]:
+        return [native.product(x, "fp32", weight, 203) for _ in range(300)]
+
+    with ThreadPoolExecutor(4) as several:
+        for found, right in zip(several.map(many, weights), wanted, strict=True):
+            assert all(torch.equal(one, right) for one in found)
+    child = os.fork()
+    if not child:
+        os._exit(not torch.equal(native.product(x, "fp32", weights[0], 203), wanted[0]))
+    for _ in range(600):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits for helpers that it has not")
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 @torch.no_grad()

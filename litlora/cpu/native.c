@@ -6,6 +6,10 @@
    native.py calls these with pointers and checks what they rely on: sizes, dtypes, that rows are contiguous. */
 
 #include <immintrin.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
@@ -20,6 +24,105 @@ INLINE float sum(__m256 v) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+
+/* ---- threads ----
+
+   Helpers take parts of a job while there are some. Who has the job does what nobody has taken, and waits for nobody who has taken nothing: a
+   core that is busy with something else costs its own share, where a barrier, as OpenMP's, would wait for it at every product. */
+
+typedef void work(const void *job, long part);
+
+enum { MOST = 255, SPINS = 4000 };  /* helpers; looks for a job, about 0.1 ms in all, before one sleeps */
+
+static struct {
+    atomic_flag taken;      /* somebody has a job; who comes meanwhile does without helpers */
+    atomic_ulong open;      /* number of the job that parts may be taken of; 0: none */
+    atomic_long next;       /* the first part that nobody has taken */
+    atomic_int inside;      /* helpers that may be looking at the job */
+    atomic_int sleepers;
+    pthread_mutex_t bed;
+    pthread_cond_t wake;
+    int hired;
+    unsigned long jobs;     /* so far */
+    work *work;             /* of the job that is open: written while nobody is inside */
+    const void *job;
+    long parts, helpers;
+} pool = {.taken = ATOMIC_FLAG_INIT, .bed = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+static int is_news(unsigned long open, unsigned long done) { return open != 0 && open != done; }
+
+static void *help(void *number) {
+    unsigned long open, done = 0;
+    for (;;) {
+        int spins = 0;
+        while (!is_news(open = atomic_load(&pool.open), done) && spins++ < SPINS)
+            _mm_pause();
+        if (!is_news(open, done)) {
+            pthread_mutex_lock(&pool.bed);
+            atomic_fetch_add(&pool.sleepers, 1);
+            while (!is_news(open = atomic_load(&pool.open), done))
+                pthread_cond_wait(&pool.wake, &pool.bed);
+            atomic_fetch_sub(&pool.sleepers, 1);
+            pthread_mutex_unlock(&pool.bed);
+        }
+        atomic_fetch_add(&pool.inside, 1);
+        if (atomic_load(&pool.open) == open && (long)(intptr_t)number < pool.helpers)  /* else it was closed before this helper was seen inside */
+            for (long part; (part = atomic_fetch_add(&pool.next, 1)) < pool.parts;)
+                pool.work(pool.job, part);
+        atomic_fetch_sub(&pool.inside, 1);
+        done = open;
+    }
+    return 0;
+}
+
+static void forked(void) {  /* a child has no helpers, and what they held is held by nobody */
+    pthread_mutex_init(&pool.bed, 0);
+    pthread_cond_init(&pool.wake, 0);
+    atomic_flag_clear(&pool.taken);
+    atomic_store(&pool.open, 0);
+    atomic_store(&pool.inside, 0);
+    atomic_store(&pool.sleepers, 0);
+    pool.hired = 0;
+}
+
+static void hire(int helpers) {
+    sigset_t all, before;
+    if (!pool.jobs)
+        pthread_atfork(0, 0, forked);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);  /* signals are the others' */
+    for (pthread_t thread; pool.hired < helpers && pool.hired < MOST; pool.hired++) {
+        if (pthread_create(&thread, 0, help, (void *)(intptr_t)pool.hired))
+            break;  /* fewer do as well */
+        pthread_detach(thread);
+    }
+    pthread_sigmask(SIG_SETMASK, &before, 0);
+}
+
+/* Every part of a job, by `threads` at most. */
+static void shared(work *work, const void *job, long parts, int threads) {
+    if (threads < 2 || atomic_flag_test_and_set(&pool.taken)) {
+        for (long part = 0; part < parts; part++)
+            work(job, part);
+        return;
+    }
+    if (pool.hired < threads - 1)
+        hire(threads - 1);
+    pool.work = work, pool.job = job, pool.parts = parts, pool.helpers = threads - 1;
+    atomic_store(&pool.next, 0);
+    atomic_store(&pool.open, ++pool.jobs);
+    if (atomic_load(&pool.sleepers)) {
+        pthread_mutex_lock(&pool.bed);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.bed);
+    }
+    for (long part; (part = atomic_fetch_add(&pool.next, 1)) < parts;)
+        work(job, part);
+    atomic_store(&pool.open, 0);
+    for (int spins = 0; atomic_load(&pool.inside); spins++)
+        spins < SPINS ? _mm_pause() : (void)sched_yield();  /* its core may be ours */
+    atomic_flag_clear(&pool.taken);
 }
 
 /* ---- x W^T ---- */
@@ -93,28 +196,32 @@ INLINE void rows_of(enum kind kind, const char *W, const float *scales, const fl
     }
 }
 
-static void product_part(int kind, const char *W, const float *scales, const float *values, const float *x, float *y, long n, long in,
-                         long out, int part, int threads) {
-    long first = part * out / threads / ROWS * ROWS, last = part + 1 == threads ? out : (part + 1) * out / threads / ROWS * ROWS;
-    switch (kind) {
-        case FP32: rows_of(FP32, W, scales, values, x, y, n, in, out, first, last); return;
-        case BF16: rows_of(BF16, W, scales, values, x, y, n, in, out, first, last); return;
-        case INT8: rows_of(INT8, W, scales, values, x, y, n, in, out, first, last); return;
-        case NF4: rows_of(NF4, W, scales, values, x, y, n, in, out, first, last); return;
+struct product {
+    int kind;
+    const char *W;
+    const float *scales, *values, *x;
+    float *y;
+    long n, in, out, parts;
+};
+
+static void product_part(const void *job, long part) {
+    struct product p = *(const struct product *)job;
+    long tiles = (p.out + ROWS - 1) / ROWS, first = part * tiles / p.parts * ROWS, last = (part + 1) * tiles / p.parts * ROWS;
+    last = last < p.out ? last : p.out;
+    switch (p.kind) {
+        case FP32: rows_of(FP32, p.W, p.scales, p.values, p.x, p.y, p.n, p.in, p.out, first, last); return;
+        case BF16: rows_of(BF16, p.W, p.scales, p.values, p.x, p.y, p.n, p.in, p.out, first, last); return;
+        case INT8: rows_of(INT8, p.W, p.scales, p.values, p.x, p.y, p.n, p.in, p.out, first, last); return;
+        case NF4: rows_of(NF4, p.W, p.scales, p.values, p.x, p.y, p.n, p.in, p.out, first, last); return;
     }
 }
 
 /* y (n, out) = x (n, in) times W (out, in) transposed; in a multiple of 16, of 64 for NF4. INT8: a scale (out,) for each row; NF4: one for
-   each 64 numbers, and its 16 `values`. One thread does not ask OpenMP, which alone would take longer than a small product. */
+   each 64 numbers, and its 16 `values`. */
 void product(int kind, const char *W, const float *scales, const float *values, const float *x, float *y, long n, long in, long out,
-             int threads) {
-    if (threads == 1) {
-        product_part(kind, W, scales, values, x, y, n, in, out, 0, 1);
-        return;
-    }
-    #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int part = 0; part < threads; part++)
-        product_part(kind, W, scales, values, x, y, n, in, out, part, threads);
+             long parts, int threads) {
+    struct product job = {kind, W, scales, values, x, y, n, in, out, parts};
+    shared(product_part, &job, parts, threads);
 }
 
 /* ---- around it ---- */
@@ -204,27 +311,30 @@ INLINE void attend(const float *q, const float *keys, const float *values, float
         weighted(values + i, scores, y + i, S, Dv, share, 1);
 }
 
-static void attention_part(const float *q, const float *keys, const float *values, float *y, float *scores, const int64_t *positions,
-                           long last, long B, long H, long K, long T, long size, long D, long Dv, long window, float scale, int part,
-                           int threads) {
-    for (long query = part * B * H * T / threads; query < (part + 1) * B * H * T / threads; query++) {
-        long t = query % T, head = query / T % H, b = query / T / H, k = head / (H / K);
-        long end = (positions ? positions[b] : last) + 1 - (T - 1 - t), start = window && end > window ? end - window : 0;
-        long from = (b * K + k) * size + start;
-        attend(q + query * D, keys + from * D, values + from * Dv, y + ((b * T + t) * H + head) * Dv, scores + part * (size + 7),
-               end - start, D, Dv, scale);
+struct attention {
+    const float *q, *keys, *values;
+    float *y, *scores;
+    const int64_t *positions;
+    long last, B, H, K, T, size, D, Dv, window, parts;
+    float scale;
+};
+
+static void attention_part(const void *job, long part) {
+    struct attention a = *(const struct attention *)job;
+    long queries = a.B * a.H * a.T;
+    for (long query = part * queries / a.parts; query < (part + 1) * queries / a.parts; query++) {
+        long t = query % a.T, head = query / a.T % a.H, b = query / a.T / a.H, k = head / (a.H / a.K);
+        long end = (a.positions ? a.positions[b] : a.last) + 1 - (a.T - 1 - t), start = a.window && end > a.window ? end - a.window : 0;
+        long from = (b * a.K + k) * a.size + start;
+        attend(a.q + query * a.D, a.keys + from * a.D, a.values + from * a.Dv, a.y + ((b * a.T + t) * a.H + head) * a.Dv,
+               a.scores + part * (a.size + 7), end - start, a.D, a.Dv, a.scale);
     }
 }
 
 /* y (B, T, H, Dv): of queries q (B, H, T, D) over keys and values (B, K, size, D or Dv). The last query of a row is at `positions` (B,) or,
-   where that is NULL, at `last`; each sees itself and what comes before it, of these the `window` last (0: all). `scores`: (threads, size + 7). */
+   where that is NULL, at `last`; each sees itself and what comes before it, of these the `window` last (0: all). `scores`: (parts, size + 7). */
 void attention_of_few(const float *q, const float *keys, const float *values, float *y, float *scores, const int64_t *positions, long last,
-                      long B, long H, long K, long T, long size, long D, long Dv, long window, float scale, int threads) {
-    if (threads == 1) {
-        attention_part(q, keys, values, y, scores, positions, last, B, H, K, T, size, D, Dv, window, scale, 0, 1);
-        return;
-    }
-    #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int part = 0; part < threads; part++)
-        attention_part(q, keys, values, y, scores, positions, last, B, H, K, T, size, D, Dv, window, scale, part, threads);
+                      long B, long H, long K, long T, long size, long D, long Dv, long window, float scale, long parts, int threads) {
+    struct attention job = {q, keys, values, y, scores, positions, last, B, H, K, T, size, D, Dv, window, parts, scale};
+    shared(attention_part, &job, parts, threads);
 }

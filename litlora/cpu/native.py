@@ -14,14 +14,15 @@ from litlora.cpu import FEW, WIDTH
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "nf4": 3}  # as in native.c
 EIGHT = 8  # numbers in a register
 PARALLEL = 2**15  # multiplications from which on more than one thread is worth waking
+PARTS = 4  # of a thread's work: who is busy with something else takes fewer
 SMALL = 2**17  # numbers up to which one thread does with them what torch would wake several for
 
 SIGNATURES = {
-    "product": [c_int, *[c_void_p] * 5, *[c_long] * 3, c_int],
+    "product": [c_int, *[c_void_p] * 5, *[c_long] * 4, c_int],
     "rms_norm": [*[c_void_p] * 3, c_long, c_long, c_float],
     "swiglu": [c_void_p, c_void_p, c_long],
     "turned": [c_void_p, c_long, c_long, *[c_void_p] * 3, *[c_long] * 3, c_int],
-    "attention_of_few": [*[c_void_p] * 6, *[c_long] * 9, c_float, c_int],
+    "attention_of_few": [*[c_void_p] * 6, *[c_long] * 9, c_float, c_long, c_int],
 }
 
 
@@ -34,7 +35,7 @@ def compiled() -> Path | None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Its OpenMP is torch's own, which is loaded already: threads that wait for one would be in the way of another's. OSError: none is."""
+    """What `compiled` names. OSError where it cannot be loaded."""
     path = compiled()
     assert path is not None
     loaded = ctypes.CDLL(str(path))
@@ -59,9 +60,15 @@ def product(x: Tensor, kind: str, codes: Tensor, out: int, scales: Tensor | None
     y = x.new_empty((*x.shape[:-1], out))
     library().product(
         KINDS[kind], codes.data_ptr(), scales if scales is None else scales.data_ptr(), values if values is None else values.data_ptr(),
-        x.data_ptr(), y.data_ptr(), x.numel() // width, width, out, torch.get_num_threads() if out * width > PARALLEL else 1,
+        x.data_ptr(), y.data_ptr(), x.numel() // width, width, out, *shares(out * width),
     )  # fmt: skip
     return y
+
+
+def shares(size: int) -> tuple[int, int]:
+    """Into how many parts work of so many multiplications goes, for how many threads."""
+    threads = torch.get_num_threads() if size > PARALLEL else 1
+    return (PARTS * threads, threads) if threads > 1 else (1, 1)
 
 
 def is_small(x: Tensor) -> bool:
@@ -108,11 +115,11 @@ def attention_of_few(positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, 
     """
     q = q.contiguous()
     (B, H, T, D), (K, S), Dv, size = q.shape, k.shape[1:3], v.size(3), k.stride(1) // k.size(3)
-    threads = torch.get_num_threads() if B * H * T * S * D > PARALLEL else 1
-    y, scores = q.new_empty(B, T, H, Dv), q.new_empty(threads, size + EIGHT - 1)
+    parts, threads = shares(B * H * T * S * D)
+    y, scores = q.new_empty(B, T, H, Dv), q.new_empty(parts, size + EIGHT - 1)
     last = None if positions is None else positions[:, -1].contiguous()
     library().attention_of_few(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr(), scores.data_ptr(), None if last is None else last.data_ptr(), S - 1,
-        B, H, K, T, size, D, Dv, window or 0, scale, threads,
+        B, H, K, T, size, D, Dv, window or 0, scale, parts, threads,
     )  # fmt: skip
     return y
