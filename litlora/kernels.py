@@ -16,17 +16,16 @@ from torch.autograd.function import once_differentiable
 
 from litlora import cpu, gpu
 
-FEW = 16  # rows of x: an answer's token, or the guesses for some
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., in) times weight (out, in) transposed, plus bias (out,). In fp32 torch leaves the product of a few rows to one thread of a
-    CPU, which alone reads half of what the memory gives: here each thread has rows of the weight. The same sums."""
-    if (native := cpu.native_for(x)) and native.multiplies(x, "fp32") and weight.is_contiguous():
+    CPU, which alone reads half of what the memory gives: here each thread has rows of the weight, by a kernel of ours where there is one,
+    else by torch's of many small products. The same sums."""
+    if (native := cpu.native_for(x)) and native.multiplies(x, "fp32", weight, weight.size(0)):
         y: Tensor = native.product(x, "fp32", weight, weight.size(0))
         return y if bias is None else y.add_(bias)
     threads = 1 if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu" else torch.get_num_threads()
-    if threads == 1 or not 0 < x.numel() <= FEW * x.size(-1) or weight.size(0) % threads or not weight.is_contiguous():
+    if threads == 1 or not 0 < x.numel() <= cpu.FEW * x.size(-1) or weight.size(0) % threads or not weight.is_contiguous():
         return F.linear(x, weight, bias)
     rows = x.reshape(1, -1, x.size(-1)).expand(threads, -1, -1)
     y = torch.bmm(rows, weight.view(threads, -1, x.size(-1)).transpose(1, 2))  # (threads, n, out / threads)
@@ -39,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if gpu.triton_for(x):
         y: Tensor = Normed.apply(x, weight, eps)
         return y
-    if (native := cpu.native_for(x)) and native.is_small(x) and weight.dtype == x.dtype:
+    if (native := cpu.native_for(x)) and native.norms(x, weight):
         normed: Tensor = native.rms_norm(x, weight, eps)
         return normed
     wide = x.to(weight.dtype)
@@ -82,7 +81,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, both (..., F). Where no gradient is recorded the gate is lost."""
     if torch.is_grad_enabled() or gpu.triton_for(gate):
         return noted(Gated.apply(gate, up), plainly_gated, gate, up)
-    if (native := cpu.native_for(gate)) and native.is_small(gate) and up.is_contiguous():
+    if (native := cpu.native_for(gate)) and native.gates(gate, up):
         y: Tensor = native.swiglu(gate, up)
         return y
     return F.silu(gate, inplace=True).mul_(up)

@@ -183,14 +183,14 @@ class Context:
         turns = {rope: turn_of(positions, rope, config.rotary_dim, segments, length) for rope in ropes if rope is not None}
         return Context(cast("dict[Rope | None, Turn]", turns), segments, prefix, cache, ragged, Packed.of(prefix, segments, device))
 
-    def kernel(self, q: Tensor, v: Tensor) -> "Callable[..., Tensor] | None":
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor) -> "Callable[..., Tensor] | None":
         """What computes plain attention of q, k, v, window and scale: on a GPU where samples or rows differ in length, on a CPU for few
         queries."""
         if self.packed is not None and self.packed.serves(q, v):
             return self.packed
         if self.ragged is not None and q.size(2) == 1 and (fused := gpu.triton_for(q)):
             return functools.partial(fused.attention_of_one, self.ragged)
-        if self.cache is not None and (native := cpu.native_for(q)) and native.attends(q, v):
+        if self.cache is not None and (native := cpu.native_for(q)) and native.attends(q, k, v):
             return functools.partial(native.attention_of_few, self.ragged)
         return None
 
@@ -309,7 +309,7 @@ class Attention(nn.Module):
         return self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k), v
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # -> (B, T, H, D)
-        if self.is_plain and (kernel := context.kernel(q, v)):
+        if self.is_plain and (kernel := context.kernel(q, k, v)):
             return kernel(q, k, v, self.window, self.scale)
         if context.segments is None or len(context.segments) == 1:
             return attend(q, k, v, self.window, context, self.product).transpose(1, 2)
@@ -682,7 +682,7 @@ def rotate(x: Tensor, turn: Turn) -> Tensor:  # (B, n, T, D) -> same
         return torch.cat((rotate(first, turn), rest), -1)
     if not torch.is_grad_enabled():
         native = cpu.native_for(x)
-        return native.turned(x, *turn) if native and native.turns(x) else turned(x, *turn, 1)
+        return native.turned(x, *turn) if native and native.turns(x, turn.cos) else turned(x, *turn, 1)
     y: Tensor = Rotated.apply(x, *turn)
     return y
 

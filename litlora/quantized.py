@@ -29,7 +29,6 @@ from litlora.errors import UserError
 
 BLOCK = 64  # numbers of a weight that share a scale in nf4
 SCALES_BLOCK = 256  # scales that share one of theirs in nf4-dq
-FEW = 16  # rows of x for which torch's own int8 product is the faster one on a CPU for which there are no kernels of ours
 FEW_IN_BF16 = 2  # the same for torch's product in bf16
 FEW_ON_GPU = 4  # rows for which reading the codes once for each costs less than a weight that is written wide and read again
 AT_ONCE = 2**20  # numbers that are wide at once on a CPU: 4 MB in fp32, which stay in its cache; a GPU takes a whole weight
@@ -152,7 +151,7 @@ class Bf16(Quantized):
 
     def answering(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         """Two rows at most are rounded as the weight is: to widen it for them would take longer than the product."""
-        if (native := cpu.native_for(x)) and native.multiplies(x, "bf16") and self.codes.is_contiguous():
+        if (native := cpu.native_for(x)) and native.multiplies(x, "bf16", self.codes, self.out_features):
             return native.product(x, "bf16", self.codes, self.out_features)
         if x.device.type != "cpu" or x.numel() > FEW_IN_BF16 * self.in_features:
             return self.product(x)
@@ -193,9 +192,9 @@ class Int8(Quantized):
         comes out is rounded to bf16, which costs a tenth of what the eight bits did; the scales are not: that would move whole rows."""
         if (fused := gpu.triton_for(x)) and x.numel() <= FEW_ON_GPU * self.in_features:
             return fused.product_int8(x, self.codes, self.scales)
-        if (native := cpu.native_for(x)) and native.multiplies(x, "int8"):
+        if (native := cpu.native_for(x)) and native.multiplies(x, "int8", self.codes, self.out_features, self.scales):
             return native.product(x, "int8", self.codes, self.out_features, self.scales)
-        if x.device.type != "cpu" or x.numel() > FEW * self.in_features or self.in_features % 64:  # it reads beyond the end of other rows
+        if x.device.type != "cpu" or x.numel() > cpu.FEW * self.in_features or self.in_features % 64:  # it reads beyond others' end
             return self.product(x)
         y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.codes, ones(self.out_features))
         return (y * self.scales).to(x.dtype).view(*x.shape[:-1], -1)
@@ -240,7 +239,7 @@ class FourBit(Quantized):
     def answering(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         fused, native, few = gpu.triton_for(x), cpu.native_for(x), x.numel() <= FEW_ON_GPU * self.in_features
         scales = functools.partial(self.scales_of, 0, self.out_features * self.in_features // BLOCK)
-        if native and native.multiplies(x, "nf4"):
+        if native and native.multiplies(x, "nf4", self.codes, self.out_features):
             return native.product(x, "nf4", self.codes, self.out_features, scales(), table(NF4, x.device))
         if fused and few and not self.in_features % BLOCK:
             return fused.product_nf4(x, self.codes, scales(), table(NF4, x.device), BLOCK, self.out_features)

@@ -25,7 +25,7 @@ from talkers import make_step, make_talker
 
 from litlora import cpu
 from litlora.__main__ import main
-from litlora.checkpoint import names
+from litlora.checkpoint import names, weights
 from litlora.commands.chat.session import Session
 from litlora.commands.chat.terminal import Lines, message, unfinished
 from litlora.commands.generate import open_model
@@ -33,7 +33,7 @@ from litlora.data.formats import to_messages
 from litlora.data.rows import read_rows
 from litlora.errors import UserError, WorkError
 from litlora.generation import Conversation
-from litlora.methods.attach import linears
+from litlora.methods.attach import as_base, linears
 from litlora.options import Chat, SamplingOptions
 from litlora.prompts import Prompts
 from litlora.tokenizer import Tokenizer
@@ -438,28 +438,53 @@ def stored_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(cpu.working() is None, reason="no kernels for this CPU: no C compiler at installation, or no AVX2")
-def test_weights_stay_as_they_are_stored_and_give_way_to_what_was_trained_whole(stored_in_bf16: Path, tmp_path: Path) -> None:
+def test_weights_stay_as_they_are_stored_and_give_way_to_what_was_trained_whole(
+    stored_in_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """C2, where kernels of ours read bf16: those in bf16 stay in their file's map, one in fp32 stays exact, answers are those of wide
-    weights, and an adapter may replace a weight. Caught: every weight rounded to bf16; a weight that is not made wide, and refused."""
+    weights, an adapter may replace a weight, and DoRA measures wide ones. Caught: every weight rounded to bf16; a weight that is not made
+    wide, and refused; a failure after which the model is not as it was, or no longer knows its base; weights that stay wide."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"instruction": f"say {n}", "output": f"it is {n}"}) + "\n" for n in range(40)))
-    run = tmp_path / "out"
-    typed = ["finetune", "freeze", "--checkpoint_dir", str(stored_in_bf16), "--data", str(rows), "--out_dir", str(run), "--train.max_steps"]
-    assert main([*typed, "2", "--freeze.layers", "last:1", "--train.lr", "0.1"]) == 0
+    typed = ["--checkpoint_dir", str(stored_in_bf16), "--data", str(rows), "--train.max_steps", "2", "--train.lr", "0.1", "--out_dir"]
+    steps = {}
+    for method, more in {"lora": [], "freeze": ["--freeze.layers", "last:1"], "dora": ["--lora.use_dora", "true"]}.items():
+        assert main(["finetune", method.replace("dora", "lora"), *typed, str(tmp_path / method), *more]) == 0
+        steps[method] = str(tmp_path / method / "step-2")
     chosen = Chat(max_new_tokens=12, temperature=0.0)
     session = Session(open_model(chosen, str(stored_in_bf16), None, [], None, "auto"), chosen, interactive=True)
-    held = {name: host.quantized for name, host in linears(session.opened.model).items()}
+
+    def wide() -> set[str]:
+        return {name for name, host in linears(session.opened.model).items() if host.quantized is None}
+
     narrow = {f"model.layers.{layer}.{of}" for layer in (0, 1) for of in ("mlp.down_proj", "self_attn.o_proj")}
-    assert {name for name, few in held.items() if few is None} == {"lm_head", "model.layers.0.self_attn.q_proj", *narrow}
-    replies = {}
-    for words in ("off", f"{run / 'step-2'}", f"{run / 'nowhere'}", "off"):
-        with contextlib.suppress(UserError):
-            session.handle(f"/adapter {words}")
+    as_loaded, tokens = wide(), torch.arange(9)[None]
+    with torch.inference_mode():
+        plain = session.opened.model(tokens)
+    assert as_loaded == {"lm_head", "model.layers.0.self_attn.q_proj", *narrow}
+
+    def said() -> str:
         session.handle("/clear")
         session.handle("hello")
-        replies.setdefault(words, session.messages[-1]["content"])
-    assert session.messages[-1]["content"] == replies["off"] == said_by(stored_in_bf16, "hello")[0]
-    assert replies[f"{run / 'step-2'}"] == replies[f"{run / 'nowhere'}"] == said_by(run / "step-2", "hello")[0] != replies["off"]
+        return str(session.messages[-1]["content"])
+
+    def broken(*of: Any) -> None:
+        raise UserError("does not fit")
+
+    right = {method: said_by(Path(step), "hello")[0] for method, step in steps.items()} | {"off": said_by(stored_in_bf16, "hello")[0]}
+    assert len(set(right.values())) == 4
+    for method in ("off", "lora", "freeze", "off", "dora", "freeze", "lora", "off"):
+        session.handle(f"/adapter {steps.get(method, method)}")
+        assert said() == right[method], method
+        assert (len(wide()) > len(as_loaded)) == (method in ("freeze", "dora"))
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "put_on", broken)
+            with pytest.raises(UserError, match="does not fit"):
+                session.handle(f"/adapter {steps['freeze']}")
+        assert said() == right[method], method
+        with torch.inference_mode(), as_base(session.opened.model):
+            assert torch.allclose(session.opened.model(tokens), plain, rtol=1e-4, atol=1e-4), method
+    assert wide() == as_loaded
 
 
 def test_stats_can_be_turned_off_and_on(session: Session, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,15 @@ Mutations seen to fail stand in docstrings, after "Caught:".
 
 import itertools
 import os
+import platform
+import shutil
 import signal
+import sysconfig
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +35,7 @@ from litlora.quantized import KINDS, hold, quantized
 
 WHOLE = {"hidden_size": 96, "intermediate_size": 128, "head_dim": 24}  # of whole registers, as real models are
 OWN_HEADS = ("deepseek_v2", "deepseek_v2_groups", "deepseek_v3", "longrope")  # whose size stands in other keys, or tables, too
-pytestmark = pytest.mark.skipif(cpu.working() is None, reason="no kernels for this CPU: no C compiler at installation, or no AVX2")
+needs_native = pytest.mark.skipif(cpu.working() is None, reason="no kernels for this CPU: no C compiler at installation, or no AVX2")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -60,6 +64,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 SHAPES = [(1, 16), (3, 48), (4, 64), (7, 64), (130, 192), (97, 1024)]  # out, in
 
 
+@needs_native
 @torch.no_grad()
 @pytest.mark.parametrize(("out", "width"), SHAPES)
 @pytest.mark.parametrize("kind", ["fp32", *KINDS])
@@ -89,6 +94,7 @@ def test_a_product_of_few_rows_is_exact_and_each_row_has_the_bits_that_it_has_al
     assert bool(called["product"]) == serves
 
 
+@needs_native
 def test_several_at_once_and_a_forked_child_get_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Helpers belong to one product at a time, and a child process has none. Caught: a second product that takes the helpers' job; helpers
     that still count as there in a child, for whom it waits for ever."""
@@ -119,6 +125,7 @@ def test_several_at_once_and_a_forked_child_get_the_same_bits(monkeypatch: pytes
     assert os.waitstatus_to_exitcode(status) == 0
 
 
+@needs_native
 @torch.no_grad()
 def test_a_bias_is_added_and_a_weight_that_does_not_lie_whole_is_read_right(called: Counter[str]) -> None:
     """Caught: the bias left out; a transposed weight read as if it lay row by row."""
@@ -132,6 +139,7 @@ def test_a_bias_is_added_and_a_weight_that_does_not_lie_whole_is_read_right(call
     assert called["product"] == 2
 
 
+@needs_native
 @torch.no_grad()
 def test_norm_gate_and_turn_are_those_of_many_rows(called: Counter[str]) -> None:
     """Caught: the norm without eps; silu of -x; e^x for large x; pairs turned back."""
@@ -156,6 +164,7 @@ def test_norm_gate_and_turn_are_those_of_many_rows(called: Counter[str]) -> None
     assert called["rms_norm"] == 2 and called["swiglu"] == 1 and called["turned"] == 4
 
 
+@needs_native
 @torch.no_grad()
 @pytest.mark.parametrize("window", [None, 1, 5, 64])
 @pytest.mark.parametrize("T", [1, 3])
@@ -163,9 +172,9 @@ def test_norm_gate_and_turn_are_those_of_many_rows(called: Counter[str]) -> None
 def test_few_queries_see_what_comes_before_them_and_no_more(D: int, Dv: int, T: int, window: int | None) -> None:
     """One row or several that differ in length, in a cache that holds what is no number beyond its end. Caught: a key too few; a window
     one longer; a head's keys taken from the next; the last of several queries alone right."""
-    B, H, K, size = 3, 6, 2, 41
+    B, H, K, size = 3, 10, 2, 101
     keys, values = random(B, K, size, D, seed=1), random(B, K, size, Dv, seed=2)
-    q, positions = random(B, T, H, D, seed=3).transpose(1, 2), torch.tensor([[20], [31], [8]]) + torch.arange(T) - (T - 1)
+    q, positions = random(B, T, H, D, seed=3).transpose(1, 2), torch.tensor([[20], [97], [8]]) + torch.arange(T) - (T - 1)
     scores = (q.double() @ keys.double().repeat_interleave(H // K, 1).transpose(-2, -1)) * 0.3  # (B, H, T, size)
     at = torch.arange(size)
     hidden = at > positions[:, None, :, None]
@@ -181,11 +190,43 @@ def test_few_queries_see_what_comes_before_them_and_no_more(D: int, Dv: int, T: 
             patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
             found = native.attention_of_few(positions, q, keys[:, :, :S], values[:, :, :S], window, 0.3)
             assert relative(found, wanted.transpose(1, 2).float()) <= 2e-6
-            if T <= 9:
-                one = native.attention_of_few(None, q[2:], keys[2:, :, :9], values[2:, :, :9], window, 0.3)
-                assert torch.equal(one, found[2:])
+            one = native.attention_of_few(None, q[2:], keys[2:, :, :9], values[2:, :, :9], window, 0.3)
+            assert torch.equal(one, found[2:])
+            alone = native.attention_of_few(positions, q[:, :, T - 1 :], keys[:, :, :S], values[:, :, :S], window, 0.3)
+            assert torch.equal(alone, found[:, T - 1 :])
 
 
+@needs_native
+@torch.no_grad()
+def test_what_it_cannot_read_is_left_to_torch(called: Counter[str]) -> None:
+    """A model that was cast holds other numbers than the kernels take; what does not fit is torch's to refuse. Caught: each look left out:
+    at the dtype of codes, of scales, at the sizes."""
+    x, weight = random(1, 64), random(32, 64, seed=1)
+    for kind in KINDS:
+        made = quantized(kind, weight)
+        wanted = x @ made.wide().t()
+        cast = made.float() if kind == "bf16" else made.half()
+        before = called["product"]
+        if kind == "bf16":
+            assert relative(cast.product(x), wanted) <= 1e-6
+            with pytest.raises(RuntimeError):
+                cast(x)  # torch's product in bf16 with what is fp32 now
+        elif kind == "int8":
+            assert relative(cast(x), wanted) <= 2e-2
+        assert called["product"] == before or kind.startswith("nf4")
+    for wrong in (lambda: linear(x, random(32, 48), None), lambda: rms_norm(x, random(48), 1e-5), lambda: swiglu(x, random(1, 48))):
+        with pytest.raises(RuntimeError):
+            wrong()
+    cache = KVCache(16)
+    gpt = tiny_gpt("llama", **WHOLE)
+    cache.held = {
+        block.self_attn: tuple(random(1, gpt.config.num_key_value_heads, 16, 24).bfloat16() for _ in range(2)) for block in gpt.model.layers
+    }  # type: ignore[attr-defined,misc]
+    with pytest.raises(RuntimeError, match="dtype"):
+        gpt(random_tokens(1, 3), cache=cache)
+
+
+@needs_native
 @torch.no_grad()
 def test_what_is_no_number_stays_none() -> None:
     """A broken model must not look like a talkative one. Caught: the two operands of a minimum exchanged, which loses it."""
@@ -204,6 +245,7 @@ def decoded(gpt: GPT, tokens: Tensor, by: int = 1) -> Tensor:  # (1, T) -> (T - 
     return torch.cat([gpt(part, cache=cache)[0] for part in tokens[:, 9:].split(by, 1)])
 
 
+@needs_native
 @pytest.mark.parametrize("family", EVERY)
 def test_an_answer_is_the_same_with_and_without(family: str, called: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """C3, every family: logits of tokens one by one and by threes. Where the family's arithmetic is plain, everything is used."""
@@ -228,6 +270,7 @@ METHODS = {
 }
 
 
+@needs_native
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapted_model_answers_the_same_with_and_without(method: str, called: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """C3, methods."""
@@ -241,6 +284,7 @@ def test_an_adapted_model_answers_the_same_with_and_without(method: str, called:
     assert relative(ours, decoded(tiny_gpt("llama", **WHOLE), tokens)) > 1e-3  # it has learnt something
 
 
+@needs_native
 @pytest.mark.parametrize("kind", ["none", *KINDS])
 def test_a_draft_changes_no_bit_of_an_answer(kind: str) -> None:
     """Prompt lookup is exact in fp32: several tokens at once have the logits of one by one, to the bit."""
@@ -253,8 +297,20 @@ def test_a_draft_changes_no_bit_of_an_answer(kind: str) -> None:
     assert guessed.ids == plain.ids and guessed.looked_up
 
 
+def test_a_machine_with_a_compiler_has_kernels() -> None:
+    """`optional` in pyproject.toml lets an installation succeed where they do not compile: it must be for want of a compiler."""
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    if shutil.which(compiler) is None or platform.machine() != "x86_64" or not {"avx2", "fma"} <= set(flags.split()):
+        pytest.skip("no C compiler, or not the CPU that they are for")
+    assert cpu.working() is native
+    assert native.library().version() == native.VERSION
+
+
+@needs_native
 def test_where_it_cannot_be_loaded_torch_computes_and_says_so(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing was compiled: silence. Something that is no library: a warning. Caught: the exception let through."""
+    """Nothing was compiled: silence. Something that is no library, or that of another version: a warning. Caught: the exception let
+    through; the version not looked at."""
     monkeypatch.setattr(native, "compiled", lambda: None)
     assert cpu.working.__wrapped__() is None
     broken = tmp_path / "_native.so"  # type: ignore[operator]
@@ -262,4 +318,9 @@ def test_where_it_cannot_be_loaded_torch_computes_and_says_so(tmp_path: object, 
     monkeypatch.setattr(native, "compiled", lambda: broken)
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
     with pytest.warns(UserWarning, match="kernels for this CPU cannot be loaded"):
+        assert cpu.working.__wrapped__() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setattr(native, "VERSION", -1)
+    with pytest.warns(UserWarning, match="is of version .*: install litlora again"):
         assert cpu.working.__wrapped__() is None

@@ -25,6 +25,7 @@ from test_saving import words as words_of
 from torch import Tensor
 
 import litlora
+from litlora import cpu
 from litlora import quantized as few
 from litlora.__main__ import main
 from litlora.checkpoint import names
@@ -180,7 +181,7 @@ def test_numbers_that_are_none_are_refused_by_name(kind: str, tmp_path: Path) ->
 def test_logits_are_those_of_what_the_few_bits_stand_for(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every family, weights in one part and in several. Caught: a bias left out; another part's rows; in int8 another row's
     scale."""
-    monkeypatch.setattr(few, "FEW", 0)  # an expert's few tokens would be rounded to bf16
+    monkeypatch.setattr(cpu, "FEW", 0)  # an expert's few tokens would be rounded to bf16
     model, plain = in_few_bits(tiny_gpt(family), kind)
     tokens = random_tokens(2, 17)
     with torch.no_grad():

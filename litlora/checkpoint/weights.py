@@ -63,7 +63,8 @@ def load_model(
     for other, _ in adapters:
         check_same_base(other, base)
     on = [*([] if checkpoint.is_model else [(checkpoint, 1.0)]), *adapters]
-    wide = {name for other, _ in on for name in other.tuning().whole} if quantize != "none" else set()
+    tunings = [other.tuning() for other, _ in on] if quantize != "none" else []
+    wide = {name for tuning in tunings for name in (tuning.looked_at if quantize == AS_STORED else tuning.whole)}
     model = load_base(base, dtype, device, quantize=quantize, wide=wide)
     for other, weight in on:
         put_on(model, other, weight)

@@ -207,6 +207,7 @@ class Opened:
     prompts: Prompts
     chat_template: str | None = None  # what --chat_template said: it stays when the adapters change
     quantize: str = "none"  # in which few bits the base's weights are held
+    loaded: Any = None  # the base's Snapshot before adapters were switched
 
     @property
     def base(self) -> Checkpoint:
@@ -284,15 +285,19 @@ def put_on(opened: Opened, adapters: Sequence[tuple[str, float]]) -> None:
     from litlora.methods.attach import put_back, remove, snapshot, widen
 
     wanted = [(open_adapter(path, opened.base), weight) for path, weight in adapters]
-    prompts = prompts_for(opened.base, wanted, opened.chat_template)
-    before = snapshot(opened.model)
+    prompts, model = prompts_for(opened.base, wanted, opened.chat_template), opened.model
+    before, plain = snapshot(model), model.plain
     try:
-        remove(opened.model)
-        widen(opened.model, [name for adapter, _ in wanted for name in adapter.tuning().whole])
+        remove(model)
+        opened.loaded = opened.loaded or snapshot(model)
+        put_back(model, opened.loaded)  # also what an adapter before these needed wide
+        widen(model, [name for adapter, _ in wanted for name in adapter.tuning().looked_at])
+        model.plain = None
         for adapter, weight in wanted:
-            add(opened.model, adapter, weight)
+            add(model, adapter, weight)
     except BaseException:
-        put_back(opened.model, before)
+        put_back(model, before)
+        model.plain = plain
         raise
     opened.on, opened.prompts = wanted, prompts
 

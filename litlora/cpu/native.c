@@ -3,7 +3,7 @@
    Letters for shapes are those of model.py. All numbers that go in and come out are fp32. Each sum is taken in the same order however many
    rows there are, so that several tokens at once give the same bits as one by one.
 
-   native.py calls these with pointers and checks what they rely on: sizes, dtypes, that rows are contiguous. */
+   native.py calls these with pointers, where it has found the dtypes, sizes and layouts that they rely on. */
 
 #include <immintrin.h>
 #include <pthread.h>
@@ -16,7 +16,11 @@
 
 enum kind { FP32, BF16, INT8, NF4 };
 enum { BLOCK = 64, ROWS = 4 };  /* numbers of NF4 that share a scale; rows of W, or of x, in registers at once */
+enum { TOGETHER = 8, KEYS = 32 };  /* queries that read keys together, so many at a time: what stays in the nearest cache */
 enum { SHORT = 1024 };  /* bytes of a row of INT8 up to which a CPU does not see by itself what is read next of several */
+
+/* As native.py has it: another one, and what is called here is of another version. */
+int version(void) { return 1; }
 
 int usable(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
@@ -274,41 +278,66 @@ void turned(const float *x, long stride_n, long stride_T, const float *cos, cons
         }
 }
 
-/* y = share * sum of weights[s] values[s], 8 * `parts` numbers of each. */
-INLINE void weighted(const float *values, const float *weights, float *y, long S, long Dv, float share, int parts) {
+/* y += sum of weights[s] values[s] from `start` to `end`, 8 * `parts` numbers of each. */
+INLINE void weighted(const float *values, const float *weights, float *y, long start, long end, long Dv, int parts) {
     __m256 total[8];
     for (int k = 0; k < parts; k++)
-        total[k] = _mm256_setzero_ps();
-    for (long s = 0; s < S; s++)
+        total[k] = _mm256_loadu_ps(y + 8 * k);
+    for (long s = start; s < end; s++)
         for (int k = 0; k < parts; k++)
             total[k] = _mm256_fmadd_ps(_mm256_set1_ps(weights[s]), _mm256_loadu_ps(values + s * Dv + 8 * k), total[k]);
     for (int k = 0; k < parts; k++)
-        _mm256_storeu_ps(y + 8 * k, _mm256_mul_ps(total[k], _mm256_set1_ps(share)));
+        _mm256_storeu_ps(y + 8 * k, total[k]);
 }
 
-/* One query of a head over keys (S, D) and values (S, Dv): y (Dv,). `scores` (S + 7,) is written over. Sums as in a product. */
-INLINE void attend(const float *q, const float *keys, const float *values, float *y, float *scores, long S, long D, long Dv, float scale) {
-    float most = -__builtin_inff();
-    for (long s = 0; s < S; s++) {
-        __m256 total = _mm256_setzero_ps();
-        for (long i = 0; i < D; i += 8)
-            total = _mm256_fmadd_ps(_mm256_loadu_ps(q + i), _mm256_loadu_ps(keys + s * D + i), total);
-        scores[s] = sum(total) * scale;
-        most = scores[s] > most ? scores[s] : most;
+/* A query over keys (S, D) and values (S, Dv) from `start` to `end`, with scores (S + 7,) of its own that are written over. */
+struct query {
+    const float *q;
+    float *y, *scores, most;
+    long start, end;
+};
+
+/* Several queries over the same keys and values, which are read once: some at a time, by each of them. */
+static void attend(struct query *queries, int count, const float *keys, const float *values, long D, long Dv, float scale) {
+    long first = queries[0].start, last = queries[0].end;
+    for (int j = 0; j < count; j++) {
+        first = queries[j].start < first ? queries[j].start : first;
+        last = queries[j].end > last ? queries[j].end : last;
+        queries[j].most = -__builtin_inff();
+        for (long i = 0; i < Dv; i++)
+            queries[j].y[i] = 0;
     }
-    for (long s = S; s % 8; s++)
-        scores[s] = -__builtin_inff();
-    double weights = 0;
-    for (long s = 0; s < S; s += 8)
-        _mm256_storeu_ps(scores + s, exponential(_mm256_sub_ps(_mm256_loadu_ps(scores + s), _mm256_set1_ps(most))));
-    for (long s = 0; s < S; s++)
-        weights += scores[s];
-    float share = (float)(1 / weights);
-    long i = 0;
-    for (; i + 64 <= Dv; i += 64)
-        weighted(values + i, scores, y + i, S, Dv, share, 8);
-    for (; i < Dv; i += 8)
-        weighted(values + i, scores, y + i, S, Dv, share, 1);
+    for (long some = first; some < last; some += KEYS)
+        for (int j = 0; j < count; j++) {
+            struct query *one = queries + j;
+            long from = some > one->start ? some : one->start, to = some + KEYS < one->end ? some + KEYS : one->end;
+            for (long s = from; s < to; s++) {
+                __m256 total = _mm256_setzero_ps();
+                for (long i = 0; i < D; i += 8)
+                    total = _mm256_fmadd_ps(_mm256_loadu_ps(one->q + i), _mm256_loadu_ps(keys + s * D + i), total);
+                one->scores[s] = sum(total) * scale;
+                one->most = one->scores[s] > one->most ? one->scores[s] : one->most;
+            }
+        }
+    for (int j = 0; j < count; j++) {
+        struct query *one = queries + j;
+        double weights = 0;
+        for (long s = one->start; s < one->end; s += 8)  /* beyond the end: what is there is no weight */
+            _mm256_storeu_ps(one->scores + s, exponential(_mm256_sub_ps(_mm256_loadu_ps(one->scores + s), _mm256_set1_ps(one->most))));
+        for (long s = one->start; s < one->end; s++)
+            weights += one->scores[s];
+        for (long s = one->start; s < one->end; s++)
+            one->scores[s] *= (float)(1 / weights);
+    }
+    for (long some = first; some < last; some += KEYS)
+        for (int j = 0; j < count; j++) {
+            struct query *one = queries + j;
+            long from = some > one->start ? some : one->start, to = some + KEYS < one->end ? some + KEYS : one->end, i = 0;
+            for (; from < to && i + 64 <= Dv; i += 64)
+                weighted(values + i, one->scores, one->y + i, from, to, Dv, 8);
+            for (; from < to && i < Dv; i += 8)
+                weighted(values + i, one->scores, one->y + i, from, to, Dv, 1);
+        }
 }
 
 struct attention {
@@ -321,18 +350,29 @@ struct attention {
 
 static void attention_part(const void *job, long part) {
     struct attention a = *(const struct attention *)job;
-    long queries = a.B * a.H * a.T;
-    for (long query = part * queries / a.parts; query < (part + 1) * queries / a.parts; query++) {
-        long t = query % a.T, head = query / a.T % a.H, b = query / a.T / a.H, k = head / (a.H / a.K);
-        long end = (a.positions ? a.positions[b] : a.last) + 1 - (a.T - 1 - t), start = a.window && end > a.window ? end - a.window : 0;
-        long from = (b * a.K + k) * a.size + start;
-        attend(a.q + query * a.D, a.keys + from * a.D, a.values + from * a.Dv, a.y + ((b * a.T + t) * a.H + head) * a.Dv,
-               a.scores + part * (a.size + 7), end - start, a.D, a.Dv, a.scale);
+    struct query queries[TOGETHER];
+    long group = a.H / a.K * a.T, all = a.B * a.K * group, last = (part + 1) * all / a.parts;  /* queries, first those of one head of keys */
+    int count = 0;
+    for (long n = part * all / a.parts; n < last; n++) {
+        long head = n / group, b = head / a.K, t = n % a.T, h = head % a.K * (a.H / a.K) + n % group / a.T;
+        long end = (a.positions ? a.positions[b] : a.last) + 1 - (a.T - 1 - t);
+        queries[count] = (struct query){
+            .q = a.q + ((b * a.H + h) * a.T + t) * a.D,
+            .y = a.y + ((b * a.T + t) * a.H + h) * a.Dv,
+            .scores = a.scores + (part * TOGETHER + count) * (a.size + 7),
+            .start = a.window && end > a.window ? end - a.window : 0,
+            .end = end,
+        };
+        if (++count == TOGETHER || n + 1 == last || (n + 1) / group != head) {
+            attend(queries, count, a.keys + head * a.size * a.D, a.values + head * a.size * a.Dv, a.D, a.Dv, a.scale);
+            count = 0;
+        }
     }
 }
 
 /* y (B, T, H, Dv): of queries q (B, H, T, D) over keys and values (B, K, size, D or Dv). The last query of a row is at `positions` (B,) or,
-   where that is NULL, at `last`; each sees itself and what comes before it, of these the `window` last (0: all). `scores`: (parts, size + 7). */
+   where that is NULL, at `last`; each sees itself and what comes before it, of these the `window` last (0: all). `scores`: (parts, TOGETHER,
+   size + 7). */
 void attention_of_few(const float *q, const float *keys, const float *values, float *y, float *scores, const int64_t *positions, long last,
                       long B, long H, long K, long T, long size, long D, long Dv, long window, float scale, long parts, int threads) {
     struct attention job = {q, keys, values, y, scores, positions, last, B, H, K, T, size, D, Dv, window, parts, scale};

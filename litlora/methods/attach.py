@@ -40,7 +40,7 @@ from litlora.model import (
     wider,
 )
 from litlora.peft import check_tensors, copied_base_tensor
-from litlora.quantized import hold
+from litlora.quantized import Quantized, hold
 
 NOT_KEPT = "this model is being trained whole, and what its weights were is not kept"
 
@@ -342,6 +342,7 @@ class Snapshot:
     dtype: torch.dtype | None
     slots: Sequence[tuple[nn.Module, str, nn.Module | None]]
     parameters: Mapping[str, nn.Parameter]  # of the base, each under its first name
+    few: Mapping[str, Quantized]  # which Linears of the base hold instead of a weight
     head: nn.Parameter
 
 
@@ -350,7 +351,8 @@ def snapshot(model: GPT) -> Snapshot:
     held = [(module, slot, getattr(module, slot)) for _, module, slot in slots_in(model)]
     inside = (*(f".{slot}." for slot in SLOTS), ".quantized.")  # few bits never change
     own = {name: parameter for name, parameter in model.named_parameters() if not any(part in f".{name}" for part in inside)}
-    return Snapshot(model.config, model.model.dtype, held, own, cast(nn.Parameter, model.lm_head.weight))
+    few = {name: host.quantized for name, host in linears(model).items() if host.quantized is not None}
+    return Snapshot(model.config, model.model.dtype, held, own, few, cast(nn.Parameter, model.lm_head.weight))
 
 
 def put_back(model: GPT, before: Snapshot) -> None:
@@ -358,6 +360,11 @@ def put_back(model: GPT, before: Snapshot) -> None:
     for module, slot, held in before.slots:
         setattr(module, slot, held)
     model.config, model.model.dtype = before.config, before.dtype
+    for name, host in linears(model).items():
+        few = before.few.get(name)
+        if few is not None and few is not host.quantized:
+            hold(host, few)
+        host.quantized = few  # a weight comes back with the other parameters
     for name, parameter in before.parameters.items():
         set_parameter(model, name, parameter)
     model.lm_head.weight = before.head
@@ -371,13 +378,13 @@ def remove(model: GPT) -> None:
 
 
 def widen(model: GPT, names: Iterable[str]) -> None:
-    """Weights of a plain model that are held in bf16, wide, so that what was trained whole can take their place."""
+    """Weights of a plain model that are held in bf16, wide, so that what was trained whole can take their place. To be put back as any
+    other change."""
     for name in names:
         host = model.get_submodule(name.rpartition(".")[0])
         if isinstance(host, Linear) and host.quantized is not None and host.quantized.kind == "bf16":
             hold(host, None)
             host.requires_grad_(False)
-            model.plain = None  # it is another one now
 
 
 def refuse_lost_base(model: GPT) -> None:

@@ -113,6 +113,12 @@ class Tuning:
             shapes |= {own + "inserted." + name.removeprefix(own): shape for name, shape in base.items() if name.startswith(own)}
         return shapes | {name: base[name] for name in self.whole}
 
+    @property
+    def looked_at(self) -> tuple[str, ...]:
+        """Weights of the base that it needs wide at every token, or replaces: those that DoRA measures, and what was trained whole."""
+        measured = (slot.rpartition(".")[0] for slot, kind in self.slots.items() if isinstance(kind, LoRASlot) and kind.use_dora)
+        return (*self.whole, *(f"{host}.weight" for host in measured))
+
     def carrying(self, config: Config) -> Config:
         """The base's Config with its head separated, where this tuning separates it."""
         return replace(config, tie_word_embeddings=False) if self.untied else config
