@@ -235,7 +235,7 @@ def noted(y: Tensor, make: Callable[..., Tensor], *of: Any) -> Tensor:
 
 def keeping_less(device: torch.device) -> AbstractContextManager[Any]:
     """Inside, autograd keeps cheap tensors as what they are made of. On CPUs: there a pass over memory costs little beside a product."""
-    return torch.autograd.graph.saved_tensors_hooks(packed, unpacked) if device.type == "cpu" else nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(watched, looked_up) if device.type == "cpu" else nullcontext()
 
 
 RECIPE = "recipe"  # attribute of a storage
@@ -252,12 +252,12 @@ class Recipe:
 
     def keep(self) -> None:
         """It is needed; what it is made of may be cheap too."""
-        self.of = [packed(each) if isinstance(each, Tensor) else each for each in self.of]
+        self.of = [watched(each) if isinstance(each, Tensor) else each for each in self.of]
 
     @torch.no_grad()
     def again(self) -> Tensor:
         if self.made is None:
-            self.made = self.make(*map(unpacked, self.of))
+            self.made = self.make(*map(looked_up, self.of))
         return self.made
 
 
@@ -282,10 +282,32 @@ def unpacked(kept: Any) -> Any:
     return kept.recipe.again().as_strided(kept.size, kept.stride, kept.offset) if isinstance(kept, Kept) else kept
 
 
+class Watched(NamedTuple):
+    """A tensor that is kept itself, and how often it had been written over: autograd looks at that only where it has no hooks."""
+
+    tensor: Tensor
+    version: int
+
+
+def watched(tensor: Tensor) -> "Watched | Kept":
+    kept = packed(tensor)
+    return Watched(kept, kept._version) if isinstance(kept, Tensor) else kept
+
+
+def looked_up(kept: Any) -> Any:
+    if not isinstance(kept, Watched):
+        return unpacked(kept)
+    if kept.tensor._version != kept.version:
+        raise RuntimeError(f"a tensor {tuple(kept.tensor.shape)} that the backward pass needs was written over since the forward pass")
+    return kept.tensor
+
+
 def really_kept(kept: Any) -> Iterator[Tensor]:
     """The tensors that live on in what `packed` gave."""
     if isinstance(kept, Tensor):
         yield kept
+    elif isinstance(kept, Watched):
+        yield kept.tensor
     elif isinstance(kept, Kept):
         for each in kept.recipe.of:
             yield from really_kept(each)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, kept_for_backward, tiny_gpt
+from conftest import FAMILIES, kept_for_backward, random_tokens, tiny_gpt
 from test_train import TUNINGS, WITH_DROPOUT, adapted
 from torch import Tensor
 
 from litlora import kernels
 from litlora import model as model_file
-from litlora.kernels import cheap, keeping_less, packed
+from litlora.kernels import cheap, keeping_less, looked_up, packed, watched
 from litlora.methods import tuning_of
 from litlora.methods.attach import attach, linears, trainable
 from litlora.model import GPT, Composed, Linear, LoRA
@@ -166,6 +166,24 @@ def test_what_was_written_over_is_kept_itself() -> None:
     y = cheap(doubled, torch.ones(3))
     assert packed(y) is not y
     assert packed(y.add_(1)) is y
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "input_layernorm", "mlp.up_proj"])
+def test_what_is_written_over_before_it_is_needed_is_noticed(name: str) -> None:
+    """As autograd does without hooks: gradients of other numbers would be silently wrong. Caught: the look left out, of what is kept
+    itself and of what a recipe is made of."""
+    model = tiny_gpt("llama").train()
+    tokens = random_tokens(1, 9)
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    with torch.no_grad():
+        model.get_parameter(f"model.layers.1.{name}.weight").mul_(2)
+    with pytest.raises(RuntimeError, match="written over since"):
+        loss.backward()
+    one, other = torch.ones(3), torch.ones(3)
+    made = watched(cheap(torch.add, one, other))
+    other.mul_(2)
+    with pytest.raises(RuntimeError, match="written over since"):
+        looked_up(made)
 
 
 def test_a_view_is_made_again_as_the_view() -> None:
