@@ -237,12 +237,11 @@ class FourBit(Quantized):
         return wide.flatten()[: last - first].view(-1, self.in_features).to(dtype)
 
     def answering(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        fused, native, few = gpu.triton_for(x), cpu.native_for(x), x.numel() <= FEW_ON_GPU * self.in_features
         scales = functools.partial(self.scales_of, 0, self.out_features * self.in_features // BLOCK)
-        if native and native.multiplies(x, "nf4", self.codes, self.out_features, self.scales):
-            return native.product(x, "nf4", self.codes, self.out_features, scales(), table(NF4, x.device))
-        if fused and few and not self.in_features % BLOCK:
+        if (fused := gpu.triton_for(x)) and x.numel() <= FEW_ON_GPU * self.in_features and not self.in_features % BLOCK:
             return fused.product_nf4(x, self.codes, scales(), table(NF4, x.device), BLOCK, self.out_features)
+        if (native := cpu.native_for(x)) and native.multiplies(x, "nf4", self.codes, self.out_features, self.scales):
+            return native.product(x, "nf4", self.codes, self.out_features, scales(), table(NF4, x.device))
         return self.product(x)
 
 

@@ -34,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"instruction": f"Say {word}.", "output": word} for word in ("one", "two", "three")]
     (place / "rows.json").write_text(json.dumps(rows))
     words = f"--checkpoint_dir {base} --data {place / 'rows.json'} --out_dir {place / 'out'} --train.max_steps 2 --train.save_interval 1"
-    assert main(["finetune", "lora", *words.split(), "--eval.fraction", "0", "--train.lr", "1e-2", "--threads", "1"]) == 0
+    assert main(["finetune", "lora", *words.split(), "--eval.fraction", "0", "--train.lr", "1e-3", "--threads", "1"]) == 0
     assert main(["merge_lora", str(place / "out" / "step-2")]) == 0
     return place
 
