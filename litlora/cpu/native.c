@@ -37,7 +37,7 @@ INLINE float sum(__m256 v) {
 
 typedef void work(const void *job, long part);
 
-enum { MOST = 255, SPINS = 4000 };  /* helpers; looks for a job, about 0.1 ms in all, before one sleeps */
+enum { MOST = 255, SPINS = 40000 };  /* helpers; looks for a job, about 1 ms in all, before one sleeps: longer than between two */
 
 static struct {
     atomic_flag taken;      /* somebody has a job; who comes meanwhile does without helpers */
