@@ -124,7 +124,7 @@ def is_read_as_stored(tensor: Tensor) -> bool:
 
 def for_answers(word: str, quantize: str, dtype: torch.dtype, device: str) -> str:
     """How a model is loaded that is to answer, where --quantize said `word`, which means `quantize`: unless it is told otherwise a CPU of
-    which kernels of ours read bf16 leaves the weights as they are stored. The same numbers, in half the memory and time."""
+    which kernels of ours read bf16 leaves the weights of blocks as they are stored. The same numbers, in half the memory for them."""
     as_stored = word == "auto" and quantize == "none" and dtype == torch.float32 and device == "cpu" and cpu.working() is not None
     return AS_STORED if as_stored else quantize
 
