@@ -141,6 +141,13 @@ def test_a_list_without_a_run_is_refused(run: Path, capsys: pytest.CaptureFixtur
     assert told.count("error:") == 4 and f"hint: litlora list {run}" in told
 
 
+def test_a_run_that_is_not_there_is_not_called_an_empty_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And a run of a close name is named, but no model. Caught: `is no run: it holds no step-N directories` of what does not exist."""
+    for path, hint in ((run.parent / "ouut", f"did you mean {run}?"), (run.parent / "bas", "give the directory that holds the steps")):
+        assert main(["list", str(path)]) == 2
+        assert capsys.readouterr().err == f"error: {path}: there is no such directory\nhint: {hint}\n"
+
+
 def test_several_runs_share_a_table_with_their_names(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each with its own best step; what is no run is left out, and it is said. Sorted by loss, they are one list."""
     other = tmp_path / "other"

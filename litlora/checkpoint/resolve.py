@@ -313,13 +313,13 @@ def _needed(path: Path) -> str:
 def _nearest(path: Path) -> str:
     """`did you mean out/step-200?`: a valid checkpoint below, beside or above `path`, or nothing."""
     if path.is_dir():
-        inside = next(_valid_below(path), None)
+        inside = next(valid_below(path), None)
         if inside:
             return f"{MEANT} {inside}?"
     parent, word = path.parent, path.name
     while not parent.is_dir() and parent != parent.parent:
         parent, word = parent.parent, parent.name
-    beside = [entry for entry in _valid_below(parent) if entry != path]
+    beside = [entry for entry in valid_below(parent) if entry != path]
     number = names.step_number(path)
     steps = [entry for entry in beside if names.step_number(entry) is not None]
     if number is not None and steps:
@@ -328,7 +328,7 @@ def _nearest(path: Path) -> str:
     of_runs = [entry / path.name for entry in beside if number is not None and (entry / path.name).is_dir()]
     if of_runs:
         return f"{MEANT} {of_runs[0]}?"
-    choices = {entry.name: entry for entry in (*_valid_below(parent / names.MODELS), *beside)}
+    choices = {entry.name: entry for entry in (*valid_below(parent / names.MODELS), *beside)}
     choices |= {names.DEMO: Path(names.DEMO)} if path == Path(path.name) and not path.exists() else {}
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if close:
@@ -336,7 +336,7 @@ def _nearest(path: Path) -> str:
     return f"the nearest checkpoint is {beside[0]}" if beside and parent != Path("/") else ""
 
 
-def _valid_below(directory: Path) -> Iterator[Path]:
+def valid_below(directory: Path) -> Iterator[Path]:
     """Directories directly in `directory` that hold something, by their names alone; at most the first thousand entries are seen."""
     try:
         entries = sorted(directory.iterdir())[:1000]

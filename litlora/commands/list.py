@@ -1,5 +1,6 @@
 """`litlora list RUN ...`: checkpoints in a table, the best one of each run marked, torn ones named."""
 
+import difflib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.history import leftovers
 from litlora.checkpoint.note import first_line, read_note, tags_of
 from litlora.checkpoint.reading import READ_UNASKED, size_of
-from litlora.checkpoint.resolve import Step, best_of, kind_of, list_step_paths, list_steps, looked_at, why_taken
+from litlora.checkpoint.resolve import Step, best_of, kind_of, list_step_paths, list_steps, looked_at, valid_below, why_taken
 from litlora.console import MB, amount, count, print_table, put_json, say
 from litlora.errors import UserError, told
 from litlora.options import ListSteps
@@ -62,10 +63,8 @@ def is_run(path: Path) -> bool:
 def listed(run: Path, *, check: bool = False) -> dict[str, Any]:
     """What is known of a run's steps, and what else of ours lies in it. UserError where it is no run."""
     if not is_run(run):
-        inside = names.step_number(run) is not None and run.is_dir()
-        hint = f"litlora list {shlex.quote(str(run.parent))}" if inside else "give the directory that holds the steps"
-        hint = "litlora finetune lora begins one" if str(run) == names.RUN and not run.exists() else hint
-        raise UserError("is no run: it holds no step-N directories", where=run, hint=hint)
+        what = "is no run: it holds no step-N directories" if run.exists() else "there is no such directory"
+        raise UserError(what, where=run, hint=hint_for(run))
     sizes = {path: size_of(path) for path in list_step_paths(run)}
     hashed = check or sum(sizes.values()) <= READ_UNASKED
     steps = list_steps(run, hashed=hashed)
@@ -79,6 +78,17 @@ def listed(run: Path, *, check: bool = False) -> dict[str, Any]:
         "steps": [row_of(step, sizes.get(step.path, 0)) | {"best": step is best} for step in steps],
         "leftovers": [{"path": str(path), "kind": one.kind, "what": one.what, "hint": one.hint} for path, one in leftovers(run)],
     }
+
+
+def hint_for(path: Path) -> str:
+    """What to do about a path that is no run."""
+    if names.step_number(path) is not None and is_run(path.parent):
+        return f"litlora list {shlex.quote(str(path.parent))}"
+    if str(path) == names.RUN and not path.exists():
+        return "litlora finetune lora begins one"
+    beside = [entry.name for entry in valid_below(path.parent) if is_run(entry)]
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    return f"did you mean {path.parent / close[0]}?" if close else "give the directory that holds the steps"
 
 
 def row_of(step: Step, size: int) -> dict[str, Any]:
