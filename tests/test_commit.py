@@ -537,6 +537,20 @@ def test_a_directory_with_a_run_needs_resume_or_overwrite(tmp_path: Path) -> Non
         prepare_run_directory(base, overwrite=True)
 
 
+@pytest.mark.parametrize("name", [names.METRICS, names.SKIPPED_ROWS])
+def test_what_is_left_of_a_run_is_offered_what_helps_alone(tmp_path: Path, name: str) -> None:
+    """Neither --resume where there is nothing to go on with, nor leaving it out, which is refused in turn. Caught: either."""
+    (tmp_path / name).write_text("step\n")
+    with pytest.raises(UserError, match="holds a run already") as refused:
+        prepare_run_directory(tmp_path)
+    assert refused.value.hint == "--overwrite deletes it; or choose another --out_dir"
+    with pytest.raises(UserError, match="no run to go on with") as refused:
+        prepare_run_directory(tmp_path, resume=True)
+    assert refused.value.hint == "--overwrite in its place deletes what is left of one, and begins anew"
+    (tmp_path / names.RUN_YAML).write_text("seed: 1\n")
+    assert prepare_run_directory(tmp_path, resume=True).resume_from is None
+
+
 def test_overwrite_deletes_what_litlora_wrote_and_nothing_else(tmp_path: Path) -> None:
     """F09: foreign files are untouched."""
     run = tmp_path / "out"

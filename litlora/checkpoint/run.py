@@ -72,9 +72,8 @@ def prepare_run_directory(
         raise UserError("--resume and --overwrite exclude each other", hint="--resume goes on with the run, --overwrite deletes it")
     _check_place(path)
     if not (resume or overwrite) and _holds_run(path):
-        raise UserError(
-            "holds a run already", where=path, hint="--resume goes on with it, --overwrite deletes it; or choose another --out_dir"
-        )
+        going_on = "" if _is_left_over(path) else "--resume goes on with it, "
+        raise UserError("holds a run already", where=path, hint=f"{going_on}--overwrite deletes it; or choose another --out_dir")
     if resume and not _holds_run(path):
         raise _no_run(path)
     if overwrite:
@@ -114,7 +113,14 @@ def refuse_lost_options(out_dir: str | Path) -> None:
 
 
 def _no_run(path: Path) -> UserError:
-    return UserError("holds no run to go on with", where=path, hint="leave --resume out to begin one")
+    left_over = "--overwrite in its place deletes what is left of one, and begins anew"
+    hint = left_over if _is_left_over(path) else "leave --resume out to begin one"
+    return UserError("holds no run to go on with", where=path, hint=hint)
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether metrics or a list of rows are all that a run left behind: nothing to go on with, and in the way of a new one."""
+    return _holds_run(path) and not ((path / names.RUN_YAML).exists() or list_step_paths(path))
 
 
 def _check_place(path: Path) -> None:
