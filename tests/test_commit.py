@@ -21,7 +21,7 @@ from litlora.checkpoint import commit, names
 from litlora.checkpoint.commit import commit_directory, commit_step, make_directory, write_atomically
 from litlora.checkpoint.manifest import FORMAT_VERSION, read_manifest, seal, unseal
 from litlora.checkpoint.resolve import list_steps, newest_resumable, read_step, resolve
-from litlora.checkpoint.run import prepare_run_directory
+from litlora.checkpoint.run import prepare_run_directory, refuse_lost_options
 from litlora.errors import UserError, WorkError
 
 # ---- a child that saves ----------------------------------------------------------------------------------------------
@@ -545,7 +545,7 @@ def test_what_is_left_of_a_run_is_offered_what_helps_alone(tmp_path: Path, name:
         prepare_run_directory(tmp_path)
     assert refused.value.hint == "--overwrite deletes it; or choose another --out_dir"
     with pytest.raises(UserError, match="no run to go on with") as refused:
-        prepare_run_directory(tmp_path, resume=True)
+        refuse_lost_options(tmp_path)
     assert refused.value.hint == "--overwrite in its place deletes what is left of one, and begins anew"
     (tmp_path / names.RUN_YAML).write_text("seed: 1\n")
     assert prepare_run_directory(tmp_path, resume=True).resume_from is None
