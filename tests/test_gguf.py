@@ -297,6 +297,19 @@ def test_without_the_package_nothing_is_said_of_a_result(
     assert said.out == "" and said.err.startswith("error: GGUF files need the gguf package") and "litlora[gguf]" in said.err
 
 
+@pytest.mark.parametrize("what", ["model", "adapter"])
+def test_what_is_refused_is_said_to_be_nothing_before(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither said nor written, above the result's place either. Caught: the lines `source` and `result` first."""
+    base = make_talker(tmp_path / "base")
+    if what == "model":
+        (base / names.CONFIG).write_text(json.dumps(json.loads((base / names.CONFIG).read_text()) | {"hidden_act": "gelu"}))
+    else:
+        base = make_adapter(tmp_path / "adapter", str(base), use_dora=True)
+    assert main(["convert", str(base), "--to", "gguf", "--out_dir", str(tmp_path / "new" / "out")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and not (tmp_path / "new").exists()
+
+
 def test_the_file_says_what_it_was_made_from(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base", "llama")
     path = to_gguf(base, tmp_path / "out")

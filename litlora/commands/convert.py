@@ -1,6 +1,7 @@
 """`litlora convert`: a model or an adapter in another format. Says what it read, what became of it, and what to type next."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,42 @@ def convert(options: Convert) -> None:
     check(source, to, out_dir, options.dtype)
     size = sum(part.size for part in source.tensors.values())
     chosen = f" ({source.checkpoint.why})" if source.checkpoint is not None and source.checkpoint.why else ""
-    header(
+    work = OnTheWay(
         [
             ("source", f"{source.path}{chosen}, {source.kind}: {len(source.tensors)} tensors, {size / MB:,.1f} MB"),
             ("result", f"{out_dir}, {ASKED[to]}"),
-        ]
+        ],
+        size,
     )
-    bar = Progress(round(size / MB), "MB", quiet=size < BIG)
-    done = 0
-
-    def progress(count: int) -> None:
-        nonlocal done
-        done += count
-        bar.update(round(done / MB))
-
-    report = write(source, to, out_dir, dtype=options.dtype, max_shard_size=options.max_shard_size, progress=progress)
-    bar.close()
+    try:
+        report = write(source, to, out_dir, dtype=options.dtype, max_shard_size=options.max_shard_size, progress=work.goes_on)
+        work.goes_on(0)  # of an adapter nothing was heard
+    finally:
+        work.close()
     tell(report)
     for line in what_next(to, out_dir, report, is_adapter=isinstance(source, Adapter)):
         say(line)
     put(out_dir)
+
+
+class OnTheWay:
+    """What is said of a conversion while it goes on: nothing before something is written, for until then it may be refused."""
+
+    def __init__(self, rows: Sequence[tuple[str, str]], size: int) -> None:
+        self.rows, self.size, self.done = rows, size, 0
+        self.bar: Progress | None = None
+
+    def goes_on(self, count: int) -> None:
+        """So many bytes more are written."""
+        if self.bar is None:
+            header(self.rows)
+            self.bar = Progress(round(self.size / MB), "MB", quiet=self.size < BIG)
+        self.done += count
+        self.bar.update(round(self.done / MB))
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 def tell(report: dict[str, Any]) -> None:
