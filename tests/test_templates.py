@@ -90,6 +90,30 @@ def test_of_two_defaults_the_one_in_the_folder_is_that_of_transformers(saved: Pa
     assert {entry["name"]: entry["template"] for entry in listed} == NAMED
 
 
+@pytest.mark.parametrize("listed", [None, "{{ 1 }}", [{"name": "default", "template": "{{ 1 }}"}, {"name": "rag", "template": "{{ 2 }}"}]])
+def test_without_a_default_among_the_files_none_is_in_use_as_in_transformers(saved: Path, listed: object) -> None:
+    """additional_chat_templates/tool_use.jinja alone: an older list's default is out of use, unless it is asked for by its name.
+
+    Caught: that list's default, which transformers would not train or serve with; the only one there is, which is for tools.
+    """
+    from transformers import AutoTokenizer
+
+    for name in ("chat_template.jinja", "additional_chat_templates/rag.v2.jinja"):
+        (saved / name).unlink()
+    path = saved / names.TOKENIZER_CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | ({"chat_template": listed} if listed else {})))
+    with pytest.raises(ValueError, match="no default"):
+        AutoTokenizer.from_pretrained(saved).apply_chat_template([user("q")])
+    with pytest.raises(UserError, match=r"has chat templates \(tool_use\), none of them named default") as caught:
+        Prompts(Tokenizer(saved))
+    known = [name for name in ("default", "rag", "tool_use") if name in caught.value.hint]
+    assert known == (
+        ["tool_use"] if listed is None else ["default", "tool_use"] if isinstance(listed, str) else ["default", "rag", "tool_use"]
+    )
+    if listed:
+        assert Prompts.chosen(Tokenizer(saved), "default").template == "{{ 1 }}"
+
+
 @pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/rag.jinja", "--chat_template"])
 def test_a_template_behind_a_link_is_no_longer_than_other_small_files(name: str, tmp_path: Path) -> None:
     """64 MiB. Caught: a file of any size read into memory, wherever the link leads."""

@@ -21,7 +21,7 @@ import tokenizers
 from tokenizers import AddedToken, normalizers
 
 from litlora.errors import UserError
-from litlora.tokenizer.templates import DEFAULT, listed_templates, template_files
+from litlora.tokenizer.templates import DEFAULT, FILE, listed_templates, template_files
 from litlora.tokenizer.vocabularies import SPACE, added_tokens, byte_letters, named_pieces, read_vocabulary
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # in which a new vocabulary is kept
@@ -163,22 +163,27 @@ class Tokenizer:
     def _template_files(self) -> dict[str, str]:
         return template_files(self.directory)
 
+    @property
+    def _in_use(self) -> dict[str, str]:
+        """Of which transformers takes one by itself: where templates are files, none but those."""
+        return self._template_files or listed_templates(self._config)
+
     @cached_property
     def chat_template(self) -> str | None:
-        """The one in use: `default`, or the only one."""
-        named = self.chat_templates
-        if DEFAULT not in named and len(named) > 1:
+        """The one in use: `default`. UserError where there are others alone."""
+        named = self._in_use
+        if named and DEFAULT not in named:
             raise UserError(
-                f"several chat templates ({', '.join(named)}), none of them named default",
+                f"has chat templates ({', '.join(named)}), none of them named default",
                 where=self.directory,
-                hint="say which with --chat_template, or write it into chat_template.jinja",
+                hint=f"say which with --chat_template ({', '.join(self.chat_templates)}), or write it into {FILE}",
             )
-        return named.get(DEFAULT) or next(iter(named.values()), None)
+        return named.get(DEFAULT)
 
     @property
     def tool_template(self) -> str | None:
-        """Another one for conversations with tools, as transformers takes it: where templates are files, from a file."""
-        return (self._template_files or listed_templates(self._config)).get("tool_use")
+        """Another one for conversations with tools."""
+        return self._in_use.get("tool_use")
 
     # ---- text to ids -------------------------------------------------------------------------------------------------
 
