@@ -130,6 +130,26 @@ def test_another_run_is_refused_with_the_difference(talker: Talker, tmp_path: Pa
     assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
 
 
+@pytest.mark.parametrize("case", ["--lora.r 8 --lora.target_modules q_proj --seed 5 --train.packing false", "a GPU's batches"])
+def test_what_another_run_is_refused_with_says_what_to_type(
+    talker: Talker, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R04: with these words it goes on; also where nobody typed what differs, as on a GPU, which takes larger micro-batches.
+
+    Caught: `run with the same settings` alone; a truth value as Python writes it.
+    """
+    out = tmp_path / "out"
+    assert main(words(talker, out, more="--train.max_steps 2 --lora.target_modules q_proj v_proj")) == 0
+    if gpu := not case.startswith("--"):
+        monkeypatch.setattr(loop, "CPU_TOKENS", 8 * loop.CPU_TOKENS)
+    capsys.readouterr()
+    assert resumed(out, f"{'' if gpu else case} --train.max_steps 4") == 2
+    typed = capsys.readouterr().err.partition("hint: run with the same settings (")[2].partition(")")[0]
+    rows = "--lora.r 4 --lora.target_modules q_proj v_proj --seed 1234 --train.packing true"
+    assert typed == ("--train.micro_batch_tokens 1024" if gpu else rows)
+    assert resumed(out, f"{typed} --train.max_steps 4") == 0
+
+
 # ---- early stopping --------------------------------------------------------------------------------------------------
 
 

@@ -88,7 +88,7 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
     fixed = what_may_not_change(job)
     lineage = tuple(job.lineage)
     if resumed is not None:
-        refuse_another_run(resumed, fixed)
+        refuse_another_run(resumed, fixed, options)
         lineage = lineage_of(resumed, options)
     if is_first_process():
         console.header(header(job, plan, resumed))
@@ -268,18 +268,31 @@ def lineage_of(resumed: Checkpoint, options: FitOptions) -> tuple[dict[str, Any]
     return (*earlier, {"event": "resumed", "from": str(resumed.path.resolve()), "step": step, "changed": changed})
 
 
-def refuse_another_run(resumed: Checkpoint, fixed: Mapping[str, Any]) -> None:
+def refuse_another_run(resumed: Checkpoint, fixed: Mapping[str, Any], options: FitOptions) -> None:
     before = resumed.training_values()["fixed"]
     plain = json.loads(json.dumps(fixed))
     different = [name for name in sorted({*before, *plain}) if before.get(name) != plain.get(name)]
     if different:
         shown = [f"{name}: {before.get(name)} then, {plain.get(name)} now" for name in different]
+        typed = " ".join(filter(None, (words_for(name, before.get(name), options) for name in different)))
         raise UserError(
             f"cannot be resumed: {', '.join(different)} changed",
             where=resumed.path,
             context=shown,
-            hint="run with the same settings, or start another run in another --out_dir",
+            hint=f"run with the same settings{typed and f' ({typed})'}, or start another run in another --out_dir",
         )
+
+
+def words_for(name: str, value: Any, options: FitOptions) -> str:
+    """How to type what may not change as it was; "" where no option says it, or none so shortly."""
+    has = name != "data"  # by its fingerprint; the option has its paths
+    group: Any = options
+    for part in name.split("."):
+        has, group = has and hasattr(group, part), getattr(group, part, None)
+    values = value if isinstance(value, list) else [value]
+    if not has or not values or not all(isinstance(one, str | int | float) for one in values):
+        return ""
+    return f"--{name} {' '.join(str(one).lower() if isinstance(one, bool) else shlex.quote(str(one)) for one in values)}"
 
 
 def run_yaml(job: Job) -> str:
