@@ -6,6 +6,7 @@ full) nothing is said, and the work goes on: what is said is not the work.
 """
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -117,7 +118,9 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Co
             table.add_column(word, justify="right" if number in right else "left", no_wrap=number < len(head) - 1)
         for number, row in enumerate(rows):
             table.add_row(*map(Text, row), style="bold" if number in bold else None)
-        Console(highlight=False).print(table)
+        shown = io.StringIO()  # where rich itself cannot write, it ends the process
+        Console(file=shown, force_terminal=True, highlight=False).print(table)
+        put(shown.getvalue(), end="")
         return
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     for row in (head, *rows):

@@ -127,6 +127,30 @@ def test_a_result_that_cannot_be_written_is_said(
     assert "error: standard output: cannot be written: No space left on device\nhint: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"), [(errno.EPIPE, 0, ""), (errno.ENOSPC, 1, "error: standard output: cannot be written: ")]
+)
+def test_a_table_on_a_terminal_that_cannot_be_written_is_as_any_result(
+    error: int, code: int, said: str, words: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """F07: a reader that went away is no error, a full disk is said. Caught: rich's own writing, which ends the process with 1, or says
+    neither where nor what to do."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def flush(self) -> None:
+            raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert main(filled("list RUN", words)) == code
+    shown = capsys.readouterr().err
+    assert shown.startswith(said) if said else "error" not in shown
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_process_whose_output_is_full_says_it_once(unbuffered: str) -> None:
