@@ -133,6 +133,15 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, way: int) -> 
     return (x * cos).addcmul_(swapped, sin, value=way).to(x.dtype)  # in fp32, rounded once
 
 
+def place(side: Tensor, more: Tensor, positions: Tensor) -> None:
+    """Write more (B, K, T, D) at positions (B, T) int64 of side (B, K, size, D), which has them."""
+    if (native := cpu.native_for(more)) and native.places(side, more):
+        native.place(side, more, positions)
+    else:
+        rows = torch.arange(len(more), device=more.device)[:, None]
+        side[rows, :, positions] = more.transpose(1, 2)
+
+
 class Added(torch.autograd.Function):
     """y + scale x A^T B^T, written over y (..., out); x (..., in), A (R, in), B (out, R). Keeps all but y, and x A^T."""
 

@@ -36,7 +36,7 @@ from litlora import cpu, gpu
 from litlora.config import Config, Rope, rotary_steps
 from litlora.errors import UserError
 from litlora.gpu.packed import Packed
-from litlora.kernels import Added, Rotated, SummedLoss, cheap, keeping_less, linear, rms_norm, swiglu, turned
+from litlora.kernels import Added, Rotated, SummedLoss, cheap, keeping_less, linear, place, rms_norm, swiglu, turned
 from litlora.quantized import Quantized, beside, hold
 
 IGNORE = -100  # a target that is not graded
@@ -138,7 +138,7 @@ class Trunk(nn.Module):
     def forward(self, tokens: Tensor, context: "Context") -> Tensor:  # (B, T) -> (B, T, C)
         x: Tensor = self.embed_tokens(tokens).to(self.dtype)
         if self.scale != 1:
-            x = x * float(torch.tensor(self.scale, dtype=x.dtype, device="cpu"))  # as it was trained: rounded
+            x = x * torch.tensor(self.scale, dtype=x.dtype, device="cpu")  # as it was trained: rounded
         again = self.recompute and torch.is_grad_enabled()
         with keeping_less(x.device):
             for block in self.layers:
@@ -737,12 +737,11 @@ class KVCache:
                 self.held[attention] = (make(B, K, self.size, k.size(-1)), make(B, K, self.size, v.size(-1)))
         keys, values = self.held[attention]
         start, end = self.lengths[0], self.end(T)
-        if ragged is None:
-            for side, more in ((keys, k), (values, v)):
+        for side, more in ((keys, k), (values, v)):
+            if ragged is None:
                 side.narrow(2, start, T).copy_(more)
-        else:
-            rows = torch.arange(B, device=k.device)[:, None]
-            keys[rows, :, ragged], values[rows, :, ragged] = k.transpose(1, 2), v.transpose(1, 2)
+            else:
+                place(side, more, ragged)
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
 

@@ -79,7 +79,9 @@ def told_what_to_say(model: GPT, text: Sequence[int]) -> GPT:
     """The model with its trunk and head replaced: after the first n of these ids it says the next one."""
 
     class Teleprompter(torch.nn.Module):
-        weight = model.lm_head.weight
+        def __init__(self, weight: Tensor) -> None:
+            super().__init__()
+            self.weight = weight
 
         def forward(self, x: Tensor) -> Tensor:
             following = torch.tensor([*text, 0])[x[..., 0].long() + 1]
@@ -92,7 +94,7 @@ def told_what_to_say(model: GPT, text: Sequence[int]) -> GPT:
             held = 0 if context.cache is None else context.cache.lengths[0]
             return torch.arange(held, held + tokens.size(1), dtype=torch.float32)[None, :, None]
 
-    model.lm_head, model.model = Teleprompter(), Positions()  # type: ignore[assignment]
+    model.lm_head, model.model = Teleprompter(model.lm_head.weight), Positions()  # type: ignore[assignment]
     return model
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from litlora import cpu
 from litlora.cpu import native
-from litlora.kernels import linear, rms_norm, swiglu
+from litlora.kernels import linear, place, rms_norm, swiglu
 from litlora.methods import tuning_of
 from litlora.methods.attach import attach
 from litlora.model import GPT, KVCache, Turn, rotary_table, rotate
@@ -239,6 +239,33 @@ def test_what_is_no_number_stays_none() -> None:
     assert native.attention_of_few(None, q, torch.ones(1, 1, 3, 16), torch.ones(1, 1, 3, 16), None, 1.0).isnan().all()
 
 
+@needs_native
+@torch.inference_mode()
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (1, 3), (3, 1), (2, 4)])
+def test_what_comes_to_a_cache_stands_where_each_row_goes_on(B: int, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of heads that lie side by side, as a projection gives them. Caught: one position for all tokens of a row."""
+    whole, more = torch.zeros(B, 3, 16, 10), random(B, T, 5, 10)[:, :, 1:4].transpose(1, 2)  # D is no multiple of a register here
+    positions = torch.arange(T) + torch.tensor([5, 0, 9])[:B, None]  # (B, T)
+    assert native.places(whole, more)
+    ours = whole.clone()
+    place(ours, more, positions)
+    monkeypatch.setattr(cpu, "working", lambda: None)
+    place(whole, more, positions)
+    assert torch.equal(ours, whole)
+    assert torch.equal(whole[0, :, 5], more[0, :, 0])
+    assert whole.count_nonzero() == B * T * 3 * 10
+
+
+@needs_native
+@torch.inference_mode()
+def test_a_sum_is_torchs_to_the_bit() -> None:
+    """With a scale, too, and of any size. Caught: the scale left out."""
+    for size in (1, 7, 64, 999):
+        a, b = random(size), random(size, seed=1)
+        for scale in (1.0, 0.22, -3.0):
+            assert torch.equal(native.summed(a, b, scale), torch.add(a, b, alpha=scale))
+
+
 @torch.inference_mode()
 def decoded(gpt: GPT, tokens: Tensor, by: int = 1) -> Tensor:  # (1, T) -> (T - 9, V)
     """Logits after each token from the tenth on, `by` at a time."""
@@ -256,7 +283,7 @@ def test_an_answer_is_the_same_with_and_without(family: str, called: Counter[str
     ours = {by: decoded(gpt, tokens, by) for by in (1, 3)}
     assert called["product"]
     if family in ("llama", "llama3", "qwen2", "mistral"):
-        assert min(called[name] for name in native.SIGNATURES) >= 15
+        assert min(called[name] for name in ("product", "rms_norm", "swiglu", "turned", "attention_of_few")) >= 15
     monkeypatch.setattr(cpu, "working", lambda: None)
     for by, found in ours.items():
         assert relative(found, decoded(gpt, tokens, by)) <= 2e-5, by

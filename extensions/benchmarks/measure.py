@@ -3,6 +3,7 @@
 No torch when imported: the drivers stay small, and a runner decides itself when it pays for the import.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -114,15 +115,19 @@ def products_per_second(dtype: str, size: int, times: int) -> float:
 
 
 def bandwidth(megabytes: int = 256, times: int = 5) -> float:
-    """Bytes a second at which a matrix times a vector reads memory now, on the threads that torch has: the best, for it is a limit."""
+    """Bytes a second at which memory is read now, on the threads that torch has: the best of what reads it, for it is a limit."""
     import torch
 
-    matrix, vector = torch.ones(megabytes * 2**20 // 4 // 4096, 4096), torch.ones(4096)
+    from litlora.kernels import linear
+
+    matrix, vector = torch.ones(megabytes * 2**20 // 4 // 4096, 4096), torch.ones(1, 4096)
     took = []
-    for _ in range(times):
-        start = time.perf_counter()
-        torch.mv(matrix, vector)
-        took.append(time.perf_counter() - start)
+    with torch.inference_mode():
+        for read in (matrix.sum, functools.partial(torch.mv, matrix, vector[0]), functools.partial(linear, vector, matrix, None)):
+            for _ in range(times):
+                start = time.perf_counter()
+                read()
+                took.append(time.perf_counter() - start)
     return matrix.nbytes / min(took)
 
 

@@ -3,6 +3,7 @@ torch does around a product takes as long as the product. Nothing here knows a m
 
     native.c      products with weights in 32, 16, 8 and 4 bits, each number read once; norm, SwiGLU, rotary positions, attention of a query
     native.py     the same as functions of tensors
+    tape.py       what was computed once, to be computed again without Python
 
 It is compiled where litlora is installed, if there is a C compiler, for x86-64, and serves where the CPU has AVX2 and FMA. Elsewhere, and
 wherever a gradient is recorded, torch computes: `kernels.py`, `quantized.py` and `model.py` ask here, each thing at one place.
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+EIGHT = 8  # numbers in a register
 FEW = 16  # rows of x: an answer's token, or the guesses for some
 WIDTH = {"fp32": 16, "bf16": 16, "int8": 16, "nf4": 64}  # of which the `in` of a weight (out, in) is a multiple, in every real model
 

@@ -3,7 +3,7 @@
    Letters for shapes are those of model.py. All numbers that go in and come out are fp32. Each sum is taken in the same order however many
    rows there are, so that several tokens at once give the same bits as one by one.
 
-   native.py calls these with pointers, where it has found the dtypes, sizes and layouts that they rely on. */
+   native.py calls these with pointers, where it has found the dtypes, sizes and layouts that they rely on: `run`, at the end, a list of calls. */
 
 #include <immintrin.h>
 #include <pthread.h>
@@ -17,10 +17,9 @@
 enum kind { FP32, BF16, INT8, NF4 };
 enum { BLOCK = 64, ROWS = 4 };  /* numbers of NF4 that share a scale; rows of W, or of x, in registers at once */
 enum { TOGETHER = 8, KEYS = 32 };  /* queries that read keys together, so many at a time: what stays in the nearest cache */
-enum { SHORT = 1024 };  /* bytes of a row of INT8 up to which a CPU does not see by itself what is read next of several */
 
 /* As native.py has it: another one, and what is called here is of another version. */
-int version(void) { return 1; }
+int version(void) { return 2; }
 
 int usable(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
@@ -146,9 +145,9 @@ INLINE __m256 eight(enum kind kind, const char *row, long i, __m256 low, __m256 
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), upper);
 }
 
-/* y[t][r] for `rows` rows of W and `tokens` rows of x, one of the two being 1. */
-INLINE void tile(enum kind kind, int rows, int tokens, const char *W, long row_bytes, long ahead, const float *scales, const float *values,
-                 const float *x, float *y, long in, long out) {
+/* y[t][r] for `rows` rows of W, so many rows `apart`, and `tokens` rows of x, one of the two being 1. `per_row`: scales. */
+INLINE void tile(enum kind kind, int rows, int tokens, const char *W, long row_bytes, long apart, const float *scales, long per_row,
+                 const float *values, const float *x, float *y, long in, long out) {
     __m256 even[ROWS], odd[ROWS], low = _mm256_setzero_ps(), high = low;
     if (kind == NF4)
         low = _mm256_loadu_ps(values), high = _mm256_loadu_ps(values + 8);
@@ -156,56 +155,56 @@ INLINE void tile(enum kind kind, int rows, int tokens, const char *W, long row_b
         even[k] = odd[k] = _mm256_setzero_ps();
     for (long start = 0; start < in; start += BLOCK) {
         long end = start + BLOCK < in ? start + BLOCK : in;
-        if (ahead)
-            for (int r = 0; r < rows; r++)
-                _mm_prefetch(W + r * row_bytes + start + ahead, _MM_HINT_T0);
         __m256 one[ROWS], two[ROWS];
         for (int k = 0; k < rows * tokens; k++)
             one[k] = kind == NF4 ? _mm256_setzero_ps() : even[k], two[k] = kind == NF4 ? _mm256_setzero_ps() : odd[k];
         for (long i = start; i < end; i += 16)
             for (int r = 0; r < rows; r++) {
-                __m256 left = eight(kind, W + r * row_bytes, i, low, high), right = eight(kind, W + r * row_bytes, i + 8, low, high);
+                const char *row = W + r * apart * row_bytes;
+                __m256 left = eight(kind, row, i, low, high), right = eight(kind, row, i + 8, low, high);
                 for (int t = 0; t < tokens; t++) {
                     one[r + t] = _mm256_fmadd_ps(left, _mm256_loadu_ps(x + t * in + i), one[r + t]);
                     two[r + t] = _mm256_fmadd_ps(right, _mm256_loadu_ps(x + t * in + i + 8), two[r + t]);
                 }
             }
         for (int k = 0; k < rows * tokens; k++) {
-            __m256 scale = kind == NF4 ? _mm256_set1_ps(scales[((tokens == 1 ? k : 0) * in + start) / BLOCK]) : low;
+            __m256 scale = kind == NF4 ? _mm256_set1_ps(scales[(tokens == 1 ? k : 0) * apart * per_row + start / BLOCK]) : low;
             even[k] = kind == NF4 ? _mm256_fmadd_ps(one[k], scale, even[k]) : one[k];
             odd[k] = kind == NF4 ? _mm256_fmadd_ps(two[k], scale, odd[k]) : two[k];
         }
     }
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tokens; t++)
-            y[t * out + r] = sum(_mm256_add_ps(even[r + t], odd[r + t])) * (kind == INT8 ? scales[r] : 1);
+            y[t * out + r * apart] = sum(_mm256_add_ps(even[r + t], odd[r + t])) * (kind == INT8 ? scales[r * apart] : 1);
 }
 
-/* The rows of W from `first` to `last`. */
+/* The rows of W from `first` to `last`. For one row of x, as ROWS runs of rows side by side, each of which a CPU sees as a stream of its own:
+   neighbours would be one stream that jumps, which is fetched at half the speed and less. */
 INLINE void rows_of(enum kind kind, const char *W, const float *scales, const float *values, const float *x, float *y, long n, long in,
                     long out, long first, long last) {
     long row_bytes = kind == FP32 ? 4 * in : kind == BF16 ? 2 * in : kind == INT8 ? in : in / 2;
-    long per_row = kind == INT8 ? 1 : kind == NF4 ? in / BLOCK : 0;  /* scales */
-    long ahead = kind == INT8 && row_bytes <= SHORT ? 2 * ROWS * row_bytes : 0;
-    for (; n == 1 && first + ROWS <= last; first += ROWS)
-        tile(kind, ROWS, 1, W + first * row_bytes, row_bytes, ahead, scales + first * per_row, values, x, y + first, in, out);
-    for (; first < last; first++) {
+    long per_row = kind == INT8 ? 1 : kind == NF4 ? in / BLOCK : 0;
+    long run = n == 1 ? (last - first) / ROWS : 0;
+    for (long end = first + run; first < end; first++)
+        tile(kind, ROWS, 1, W + first * row_bytes, row_bytes, run, scales + first * per_row, per_row, values, x, y + first, in, out);
+    for (first += (ROWS - 1) * run; first < last; first++) {
         const char *row = W + first * row_bytes;
         const float *own = scales + first * per_row;
         long t = 0;
         for (; t + ROWS <= n; t += ROWS)
-            tile(kind, 1, ROWS, row, row_bytes, 0, own, values, x + t * in, y + t * out + first, in, out);
+            tile(kind, 1, ROWS, row, row_bytes, 0, own, per_row, values, x + t * in, y + t * out + first, in, out);
         for (; t < n; t++)
-            tile(kind, 1, 1, row, row_bytes, 0, own, values, x + t * in, y + t * out + first, in, out);
+            tile(kind, 1, 1, row, row_bytes, 0, own, per_row, values, x + t * in, y + t * out + first, in, out);
     }
 }
 
+/* y (n, out) = x (n, in) times W (out, in) transposed; in a multiple of 16, of 64 for NF4. INT8: a scale (out,) for each row; NF4: one for
+   each 64 numbers, and its 16 `values`. */
 struct product {
-    int kind;
     const char *W;
     const float *scales, *values, *x;
     float *y;
-    long n, in, out, parts;
+    long kind, n, in, out, parts, threads;
 };
 
 static void product_part(const void *job, long part) {
@@ -218,14 +217,6 @@ static void product_part(const void *job, long part) {
         case INT8: rows_of(INT8, p.W, p.scales, p.values, p.x, p.y, p.n, p.in, p.out, first, last); return;
         case NF4: rows_of(NF4, p.W, p.scales, p.values, p.x, p.y, p.n, p.in, p.out, first, last); return;
     }
-}
-
-/* y (n, out) = x (n, in) times W (out, in) transposed; in a multiple of 16, of 64 for NF4. INT8: a scale (out,) for each row; NF4: one for
-   each 64 numbers, and its 16 `values`. */
-void product(int kind, const char *W, const float *scales, const float *values, const float *x, float *y, long n, long in, long out,
-             long parts, int threads) {
-    struct product job = {kind, W, scales, values, x, y, n, in, out, parts};
-    shared(product_part, &job, parts, threads);
 }
 
 /* ---- around it ---- */
@@ -244,8 +235,17 @@ INLINE __m256 exponential(__m256 x) {
 }
 
 /* y (n, C) = x / sqrt(mean(x^2) + eps) * gains (C,); C a multiple of 8. */
-void rms_norm(const float *x, const float *gains, float *y, long n, long C, float eps) {
-    for (; n > 0; n--, x += C, y += C) {
+struct rms_norm {
+    const float *x, *gains;
+    float *y;
+    long n, C;
+    double eps;
+};
+
+static void rms_norm(struct rms_norm of) {
+    const float *x = of.x, *gains = of.gains;
+    float *y = of.y, eps = of.eps;
+    for (long C = of.C; of.n > 0; of.n--, x += C, y += C) {
         __m256 squares = _mm256_setzero_ps();
         for (long i = 0; i < C; i += 8) {
             __m256 v = _mm256_loadu_ps(x + i);
@@ -258,9 +258,17 @@ void rms_norm(const float *x, const float *gains, float *y, long n, long C, floa
 }
 
 /* gate = silu(gate) * up, `count` numbers of each; a multiple of 8. */
-void swiglu(float *gate, const float *up, long count) {
+struct swiglu {
+    float *gate;
+    const float *up;
+    long count;
+};
+
+static void swiglu(struct swiglu of) {
+    float *gate = of.gate;
+    const float *up = of.up;
     __m256 one = _mm256_set1_ps(1), zero = _mm256_setzero_ps();
-    for (long i = 0; i < count; i += 8) {
+    for (long i = 0; i < of.count; i += 8) {
         __m256 g = _mm256_loadu_ps(gate + i);
         __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, exponential(_mm256_sub_ps(zero, g))));
         _mm256_storeu_ps(gate + i, _mm256_mul_ps(silu, _mm256_loadu_ps(up + i)));
@@ -268,14 +276,49 @@ void swiglu(float *gate, const float *up, long count) {
 }
 
 /* y (n, T, R), of x (n, T, R) with strides; cos and sin (T, R) as a Turn has them. */
-void turned(const float *x, long stride_n, long stride_T, const float *cos, const float *sin, float *y, long n, long T, long R,
-            int interleaved) {
-    for (long a = 0; a < n; a++)
-        for (long t = 0; t < T; t++, y += R) {
-            const float *from = x + a * stride_n + t * stride_T, *c = cos + t * R, *s = sin + t * R;
+struct turned {
+    const float *x, *cos, *sin;
+    float *y;
+    long stride_n, stride_T, n, T, R, interleaved;
+};
+
+static void turned(struct turned of) {
+    float *y = of.y;
+    for (long a = 0, R = of.R; a < of.n; a++)
+        for (long t = 0; t < of.T; t++, y += R) {
+            const float *from = of.x + a * of.stride_n + t * of.stride_T, *c = of.cos + t * R, *s = of.sin + t * R;
             for (long i = 0; i < R; i++)
-                y[i] = from[i] * c[i] + from[interleaved ? i ^ 1 : i < R / 2 ? i + R / 2 : i - R / 2] * s[i];
+                y[i] = from[i] * c[i] + from[of.interleaved ? i ^ 1 : i < R / 2 ? i + R / 2 : i - R / 2] * s[i];
         }
+}
+
+/* y = a + scale b, `count` numbers of each. */
+struct summed {
+    const float *a, *b;
+    float *y;
+    long count;
+    double scale;
+};
+
+static void summed(struct summed of) {
+    for (long i = 0; i < of.count; i++)
+        of.y[i] = __builtin_fmaf((float)of.scale, of.b[i], of.a[i]);
+}
+
+/* x (B, K, T, D) with strides, D numbers in a row, to `positions` (B, T) of y (B, K, size, D). */
+struct placed {
+    const float *x;
+    const int64_t *positions;
+    float *y;
+    long stride_B, stride_K, stride_T, B, K, T, size, D;
+};
+
+static void placed(struct placed of) {
+    for (long b = 0; b < of.B; b++)
+        for (long k = 0; k < of.K; k++, of.y += of.size * of.D)
+            for (long t = 0; t < of.T; t++)
+                __builtin_memcpy(of.y + of.positions[b * of.T + t] * of.D, of.x + b * of.stride_B + k * of.stride_K + t * of.stride_T,
+                                 of.D * sizeof(float));
 }
 
 /* y += sum of weights[s] values[s] from `start` to `end`, 8 * `parts` numbers of each. */
@@ -340,12 +383,15 @@ static void attend(struct query *queries, int count, const float *keys, const fl
         }
 }
 
+/* y (B, T, H, Dv): of queries q (B, H, T, D) over keys and values (B, K, size, D or Dv). The last query of a row is at `positions` (B,) or,
+   where that is NULL, at `last`; each sees itself and what comes before it, of these the `window` last (0: all). `scores`: (parts, TOGETHER,
+   size + 7). */
 struct attention {
     const float *q, *keys, *values;
     float *y, *scores;
     const int64_t *positions;
-    long last, B, H, K, T, size, D, Dv, window, parts;
-    float scale;
+    long last, B, H, K, T, size, D, Dv, window, parts, threads;
+    double scale;
 };
 
 static void attention_part(const void *job, long part) {
@@ -364,17 +410,42 @@ static void attention_part(const void *job, long part) {
             .end = end,
         };
         if (++count == TOGETHER || n + 1 == last || (n + 1) / group != head) {
-            attend(queries, count, a.keys + head * a.size * a.D, a.values + head * a.size * a.Dv, a.D, a.Dv, a.scale);
+            attend(queries, count, a.keys + head * a.size * a.D, a.values + head * a.size * a.Dv, a.D, a.Dv, (float)a.scale);
             count = 0;
         }
     }
 }
 
-/* y (B, T, H, Dv): of queries q (B, H, T, D) over keys and values (B, K, size, D or Dv). The last query of a row is at `positions` (B,) or,
-   where that is NULL, at `last`; each sees itself and what comes before it, of these the `window` last (0: all). `scores`: (parts, TOGETHER,
-   size + 7). */
-void attention_of_few(const float *q, const float *keys, const float *values, float *y, float *scores, const int64_t *positions, long last,
-                      long B, long H, long K, long T, long size, long D, long Dv, long window, float scale, long parts, int threads) {
-    struct attention job = {q, keys, values, y, scores, positions, last, B, H, K, T, size, D, Dv, window, parts, scale};
-    shared(attention_part, &job, parts, threads);
+/* ---- calls ---- */
+
+enum op { PRODUCT, RMS_NORM, SWIGLU, TURNED, SUMMED, PLACED, ATTENTION_OF_FEW };
+
+struct call {
+    int64_t op;
+    union {
+        struct product product;
+        struct rms_norm rms_norm;
+        struct swiglu swiglu;
+        struct turned turned;
+        struct summed summed;
+        struct placed placed;
+        struct attention attention;
+    };
+};
+
+/* How large a call is, for who writes them. */
+long call_size(void) { return sizeof(struct call); }
+
+/* One after the other. */
+void run(const struct call *call, long count) {
+    for (; count > 0; count--, call++)
+        switch (call->op) {
+            case PRODUCT: shared(product_part, &call->product, call->product.parts, call->product.threads); break;
+            case RMS_NORM: rms_norm(call->rms_norm); break;
+            case SWIGLU: swiglu(call->swiglu); break;
+            case TURNED: turned(call->turned); break;
+            case SUMMED: summed(call->summed); break;
+            case PLACED: placed(call->placed); break;
+            case ATTENTION_OF_FEW: shared(attention_part, &call->attention, call->attention.parts, call->attention.threads); break;
+        }
 }

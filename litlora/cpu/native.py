@@ -3,30 +3,46 @@
 import ctypes
 import functools
 import importlib.machinery
-from ctypes import c_float, c_int, c_long, c_void_p
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from ctypes import c_char_p, c_long
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from litlora.cpu import FEW, WIDTH
+from litlora.cpu import EIGHT, FEW, WIDTH
 
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "nf4": 3}  # as in native.c
 CODES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "nf4": torch.uint8}
-EIGHT = 8  # numbers in a register
 TOGETHER = 8  # as in native.c
 PARALLEL = 2**15  # multiplications from which on more than one thread is worth waking
 PARTS = 4  # of a thread's work: who is busy with something else takes fewer
 SMALL = 2**19  # numbers up to which one thread does with them what torch would wake several for: of all rows that a product serves
 
-VERSION = 1  # to be counted up, here and in native.c, where these change
-SIGNATURES = {
-    "product": [c_int, *[c_void_p] * 5, *[c_long] * 4, c_int],
-    "rms_norm": [*[c_void_p] * 3, c_long, c_long, c_float],
-    "swiglu": [c_void_p, c_void_p, c_long],
-    "turned": [c_void_p, c_long, c_long, *[c_void_p] * 3, *[c_long] * 3, c_int],
-    "attention_of_few": [*[c_void_p] * 6, *[c_long] * 9, c_float, c_long, c_int],
+VERSION = 2  # to be counted up, here and in native.c, where these change
+CALLS = {  # in this order there: of each the pointers, whole numbers and others
+    "product": "5P6q",
+    "rms_norm": "3P2qd",
+    "swiglu": "2Pq",
+    "turned": "4P6q",
+    "summed": "3Pqd",
+    "placed": "3P8q",
+    "attention_of_few": "6P11qd",
 }
+CALL_SIZE = 8 * 19  # bytes, of the largest
+FORMS = {name: struct.Struct(f"q{form}{CALL_SIZE - struct.calcsize('q' + form)}x") for name, form in CALLS.items()}
+NUMBERS = {name: number for number, name in enumerate(CALLS)}
+
+
+class Recording(threading.local):
+    """Who hears of each call in this thread: a call as bytes, and the tensors that it points into."""
+
+    heard: Callable[[bytes, Sequence[Tensor | None]], None] | None = None
+
+
+RECORDING = Recording()
 
 
 @functools.cache
@@ -45,10 +61,22 @@ def library() -> ctypes.CDLL:
     found = loaded.version() if hasattr(loaded, "version") else None
     if found != VERSION:
         raise OSError(f"{path} is of version {found}, not {VERSION}: install litlora again")
-    for name, arguments in SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, None
+    assert loaded.call_size() == CALL_SIZE
+    loaded.run.argtypes, loaded.run.restype = [c_char_p, c_long], None
     return loaded
+
+
+def run(calls: Sequence[bytes]) -> None:
+    library().run(b"".join(calls), len(calls))
+
+
+def call(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
+    """One function of native.c, now; tensors and numbers in the order of its struct there."""
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    record = FORMS[name].pack(NUMBERS[name], *pointers, *numbers)
+    library().run(record, 1)
+    if RECORDING.heard is not None:
+        RECORDING.heard(record, tensors)
 
 
 def is_usable() -> bool:
@@ -79,10 +107,7 @@ def product(x: Tensor, kind: str, codes: Tensor, out: int, scales: Tensor | None
     """x (..., in) times a weight (out, in) transposed, (..., out). `codes`, `scales` (fp32) and `values` as in quantized.py."""
     x, width = x.contiguous(), x.size(-1)
     y = x.new_empty((*x.shape[:-1], out))
-    library().product(
-        KINDS[kind], codes.data_ptr(), scales if scales is None else scales.data_ptr(), values if values is None else values.data_ptr(),
-        x.data_ptr(), y.data_ptr(), x.numel() // width, width, out, *shares(out * width),
-    )  # fmt: skip
+    call("product", (codes, scales, values, x, y), KINDS[kind], x.numel() // width, width, out, *shares(out * width))
     return y
 
 
@@ -95,7 +120,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `kernels.rms_norm`."""
     x, weight, C = x.contiguous(), weight.contiguous(), x.size(-1)
     y = torch.empty_like(x)
-    library().rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // C, C, eps)
+    call("rms_norm", (x, weight, y), x.numel() // C, C, eps)
     return y
 
 
@@ -107,7 +132,7 @@ def gates(gate: Tensor, up: Tensor) -> bool:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, in place of the gate where that lies whole."""
     gate, up = gate.contiguous(), up.contiguous()
-    library().swiglu(gate.data_ptr(), up.data_ptr(), gate.numel())
+    call("swiglu", (gate, up), gate.numel())
     return gate
 
 
@@ -120,8 +145,32 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """As `kernels.turned`, forwards."""
     (_, n, T, R), cos, sin = x.shape, cos.contiguous(), sin.contiguous()
     y = x.new_empty(x.shape)
-    library().turned(x.data_ptr(), x.stride(1), x.stride(2), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), n, T, R, interleaved)
+    call("turned", (x, cos, sin, y), x.stride(1), x.stride(2), n, T, R, interleaved)
     return y
+
+
+def sums(a: Tensor, b: Tensor) -> bool:
+    """Whether `summed` serves a and b: little, and alike."""
+    alike = a.shape == b.shape and a.dtype is b.dtype is torch.float32 and a.is_contiguous() and b.is_contiguous()
+    return alike and a.is_cpu and a.numel() <= SMALL
+
+
+def summed(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """a + scale b."""
+    y = torch.empty_like(a)
+    call("summed", (a, b, y), a.numel(), scale)
+    return y
+
+
+def places(side: Tensor, more: Tensor) -> bool:
+    """Whether `place` serves a side (B, K, size, D) of a cache and what comes to it, (B, K, T, D): whole heads."""
+    return side.is_contiguous() and more.stride(3) == 1 and more.dtype is side.dtype
+
+
+def place(side: Tensor, more: Tensor, positions: Tensor) -> None:
+    """As `kernels.place`."""
+    (B, K, size, D), positions = side.shape, positions.contiguous()
+    call("placed", (more, positions, side), *more.stride()[:3], B, K, more.size(2), size, D)
 
 
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -142,8 +191,6 @@ def attention_of_few(positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, 
     parts, threads = shares(B * H * T * S * D)
     y, scores = q.new_empty(B, T, H, Dv), q.new_empty(parts, TOGETHER, size + EIGHT - 1)
     last = None if positions is None else positions[:, -1].contiguous()
-    library().attention_of_few(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr(), scores.data_ptr(), None if last is None else last.data_ptr(), S - 1,
-        B, H, K, T, size, D, Dv, window or 0, scale, parts, threads,
-    )  # fmt: skip
+    numbers = (S - 1, B, H, K, T, size, D, Dv, window or 0, parts, threads, scale)
+    call("attention_of_few", (q, k, v, y, scores, last), *numbers)
     return y

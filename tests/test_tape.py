@@ -1,0 +1,232 @@
+"""A model's step on a CPU, done again without Python (`cpu/tape.py`): the same bits as the plain one's.
+
+Mutations seen to fail stand in docstrings, after "Caught:".
+"""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import EVERY, EXPERTS, random_tokens, tiny_gpt
+from talkers import byte_tokenizer
+from test_generation import GREEDY, ids_of
+from test_native import METHODS, OWN_HEADS, WHOLE, decoded, needs_native, random
+from test_promises import learnt
+from test_replay import varies
+from torch import Tensor
+
+from litlora.cpu import native
+from litlora.cpu.tape import Tape
+from litlora.generation import Conversation, reserve
+from litlora.kernels import linear, rms_norm
+from litlora.methods import tuning_of
+from litlora.methods.attach import attach
+from litlora.model import GPT, KVCache
+from litlora.quantized import KINDS, hold, quantized
+from litlora.replay import ReplayedStep, sees_what_is_held
+from litlora.tokenizer import Tokenizer
+
+
+def whole_gpt(family: str) -> GPT:
+    """Of whole registers, as real models are: what our kernels serve."""
+    return tiny_gpt(family, **{key: size for key, size in WHOLE.items() if key != "head_dim" or family not in OWN_HEADS})
+
+
+@torch.inference_mode()
+def played(gpt: GPT, tokens: Tensor) -> Tensor:  # (1, T) -> (T - 9, V)
+    """As `decoded`, each step the one before done again, in a cache that grows twice; where nothing was written there is no number."""
+    cache = KVCache(11)
+    gpt(tokens[:, :9], cache=cache)
+    step, found = ReplayedStep(gpt, cache), []
+    for n, token in enumerate(tokens[0, 9:], 9):
+        size = cache.size
+        reserve(cache, n + 1, 32)
+        if n == 9 or cache.size > size:
+            for sides in cache.held.values():
+                for side in sides:
+                    side[:, :, n:] = torch.nan
+        found.append(step(token))
+    return torch.stack(found)
+
+
+SERVED = [family for family in EVERY if family not in EXPERTS and not varies(tiny_gpt(family).config)]
+
+
+@needs_native
+@pytest.mark.parametrize("family", SERVED)
+def test_a_step_done_again_has_the_bits_of_a_plain_one(family: str) -> None:
+    """C3, every family whose steps are alike. Where attention is not ours it looks at what is masked, and sums in another order."""
+    gpt, tokens = whole_gpt(family), random_tokens(1, 24)
+    found, expected = played(gpt, tokens), decoded(gpt, tokens)
+    if sees_what_is_held(gpt):
+        assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_most_families_are_served_on_a_cpu() -> None:
+    """Those whose scores are capped or have sinks are not."""
+    served = {family for family in SERVED if sees_what_is_held(whole_gpt(family))}
+    assert {"llama", "llama3", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi3"} <= served or not native.is_usable()
+    assert "gemma2" not in served
+
+
+@needs_native
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapted_model_too(method: str) -> None:
+    """C3, methods."""
+    gpt, tokens = whole_gpt("llama"), random_tokens(1, 24)
+    plain = decoded(gpt, tokens)
+    attach(gpt, tuning_of(METHODS[method], gpt.config), seed=1)
+    learnt(gpt.eval())
+    found = played(gpt, tokens)
+    assert torch.equal(found, decoded(gpt, tokens))
+    assert not torch.equal(found, plain)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_model_too(kind: str) -> None:
+    """C3, every kind of weight."""
+    gpt, tokens = tiny_gpt("llama", **WHOLE | {"hidden_size": 128, "head_dim": 32}), random_tokens(1, 24)
+    for name, module in gpt.named_modules():
+        if name.endswith("_proj"):
+            hold(module, quantized(kind, module.weight))
+    assert torch.equal(played(gpt, tokens), decoded(gpt, tokens))
+
+
+def attached(gpt: GPT) -> None:
+    attach(gpt, tuning_of(METHODS["lora"], gpt.config), seed=1)
+    learnt(gpt.eval())
+
+
+def replaced(gpt: GPT) -> None:
+    gpt.model.layers[1].mlp.up_proj.weight = nn.Parameter(random(128, 96))
+
+
+def moved(gpt: GPT) -> None:
+    gpt.model.norm.weight.data = random(96)
+
+
+def written(gpt: GPT) -> None:
+    with torch.no_grad():
+        gpt.model.layers[0].self_attn.o_proj.weight.mul_(2)
+
+
+def held(gpt: GPT) -> None:
+    down = gpt.model.layers[0].mlp.down_proj
+    hold(down, quantized("int8", down.weight))
+
+
+@needs_native
+@pytest.mark.parametrize("change", [attached, replaced, moved, written, held])
+def test_a_model_that_changes_between_two_steps_is_not_the_one_of_before(change: Callable[[GPT], None]) -> None:
+    """An adapter, another weight, other memory for it, other numbers in it. Caught: parts that are not looked at; parameters known by what
+    they are instead of where they lie."""
+    gpt, tokens = whole_gpt("llama"), random_tokens(1, 12)[0]
+    with torch.inference_mode():
+        cache = KVCache(16)
+        gpt(tokens[None, :9], cache=cache)
+        step = ReplayedStep(gpt, cache)
+        step(tokens[9])
+        before = step(tokens[10])
+    change(gpt)
+    with torch.inference_mode():
+        cache.rewind(10)
+        found = step(tokens[10])
+        cache.rewind(10)
+        assert torch.equal(found, gpt(tokens[None, 10:11], cache=cache)[0, 0])
+    assert not torch.equal(found, before)
+
+
+@needs_native
+@torch.inference_mode()
+def test_a_tape_does_again_whatever_was_done() -> None:
+    """Calls of ours and torch's in turns: views, several results, in place, into a part, without an input. Caught: what is written over
+    left out; the second of several results left out."""
+    weight, gains, into = random(32, 64), random(32).abs(), torch.zeros(3, 32)
+
+    def compute(x: Tensor) -> Tensor:
+        y = rms_norm(linear(x, weight, None), gains, 1e-5) + 1
+        left, right = y.view(2, 2, 16).unbind(1)
+        values, order = right.sort(-1)
+        into[1].copy_(y[0])
+        into[2] = 7
+        left = left.clone().mul_(2)
+        rest = torch.arange(16) + torch.zeros(16).add_(order[0])
+        return torch.cat((left + values, left.t().contiguous().view(2, 16), F.silu(rest)[None], into[1:].flatten().view(4, 16)))
+
+    x = random(2, 64)
+    with Tape() as tape:
+        found = compute(x)
+    for seed in range(1, 4):
+        other = random(2, 64, seed=seed)
+        expected = compute(other).clone()
+        into.fill_(torch.nan)
+        x.copy_(other)
+        tape.play()
+        assert torch.equal(found, expected)
+
+
+@torch.inference_mode()
+def test_a_tape_takes_no_number_that_may_change() -> None:
+    """Caught: the check left out."""
+    with pytest.raises(RuntimeError, match="gives a number"), Tape():
+        random(4).sum().item()
+    assert native.RECORDING.heard is None
+
+
+@needs_native
+@torch.inference_mode()
+def test_what_other_threads_do_is_not_on_it() -> None:
+    """Caught: one recording for all threads."""
+    x, weight = random(1, 64), random(32, 64)
+    with Tape() as tape:
+        thread = threading.Thread(target=torch.inference_mode()(linear), args=(x, weight, None))
+        thread.start()
+        thread.join()
+    assert not tape.steps
+    with Tape() as tape:
+        linear(x, weight, None)
+    assert len(tape.steps) == 1
+
+
+@needs_native
+def test_a_tape_outlives_what_it_was_made_of() -> None:
+    """It keeps memory, not owners: a weight that was given back would be read all the same. Caught: tensors that are not kept."""
+    with torch.inference_mode():
+        weight, x = random(256, 256), random(1, 256)
+        expected = linear(x, weight, None).clone()
+        with Tape() as tape:
+            found = linear(x, weight, None)
+        weight.data = torch.zeros(256, 256)
+        del weight
+        others = [torch.full((256, 256), 3.0) for _ in range(8)]
+        found.zero_()
+        tape.play()
+        assert torch.equal(found, expected)
+        assert others
+
+
+@needs_native
+def test_a_conversation_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C3. Caught: a step that is never asked."""
+    gpt, tokenizer = tiny_gpt("llama3", **WHOLE, vocab_size=300), Tokenizer(byte_tokenizer(tmp_path))
+    plays = []
+    play = Tape.play
+    monkeypatch.setattr(Tape, "play", lambda self: plays.append(self) or play(self))
+
+    def said() -> list[int]:
+        answer = Conversation(gpt, tokenizer, ()).ask(ids_of(6), GREEDY)
+        answer.all()
+        return answer.ids
+
+    found = said()
+    assert len(plays) == len(found) - 2  # the first comes from the prompt, the second from the step that is recorded
+    monkeypatch.setattr(ReplayedStep, "serves", staticmethod(lambda model: False))
+    assert said() == found
+    assert len(plays) == len(found) - 2
