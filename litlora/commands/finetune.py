@@ -5,6 +5,7 @@ What is trained is a Tuning, whatever the method; `full` alone differs in what a
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,31 +114,20 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
     """The Job of training `work` on rows."""
     options, base, start, config, tuning = work.options, work.base, work.start, work.config, work.tuning
     stored = stored_tuning(work.wanted, config)
-    dtypes = {name: tensor.dtype for name, tensor in base_tensors(base).items()} if work.is_full and not base.looks_only else {}
-    dtypes |= {HEAD: dtypes[EMBEDDING]} if dtypes and tuning.untied else {}
-    if work.is_full and work.wanted.dtype == "float32":
-        dtypes = {name: torch.float32 if learns(name) else dtype for name, dtype in dtypes.items()}
+    dtypes = stored_dtypes(work) if work.is_full and not base.looks_only else {}
 
     def build(device: torch.device) -> GPT:
         dtype = choose_dtype(options.precision, device)
         model = load_base(base, dtype, device, quantize=work.quantize, wide=tuning.whole, looked_up=True)
         attach(model, tuning, seed=options.seed, stored=base_tensors(base))
         if start is not base:
-            restore(model, start)
+            put_back(work, model, start)
         if is_first_process():
             if not {EMBEDDING, HEAD} & set(tuning.whole) and "lm_head.adapter" not in tuning.slots:
                 warn_of_untrained_end(model, graded_ends(data, prompts), prompts.tokenizer)
             few = [("frozen", few_bits_text(model, work.quantize))] if work.quantize != "none" else []
             console.header([*few, ("trained", trained_text(model))])
         return model
-
-    def restore(model: GPT, step: Checkpoint) -> None:
-        if work.is_full:
-            with torch.no_grad():
-                for name, tensor in base_tensors(step).items():
-                    model.get_parameter(name).copy_(tensor)
-        else:
-            load_tuned_state(model, tuning, adapter_tensors(step), step.adapter_file(), config)
 
     def contents(model: GPT) -> Mapping[str, Mapping[str, torch.Tensor]]:
         if work.is_full:
@@ -165,7 +155,7 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
         parent=str(start.path.resolve()) if work.is_full or start is not base else None,
         facts=[*facts(work, stored), ("template", prompts.template_name)],
         build=build,
-        restore=restore,
+        restore=partial(put_back, work),
         contents=contents,
         exact=exact,
         files={**serving_files(start.tokenizer_dir(), prompts.template, prompts.tool_template), **method_files(work)},
@@ -178,6 +168,25 @@ def job_of(work: Work, command: str, prompts: Prompts, data: DataSet) -> Job:
         lr_ratio=work.wanted.lr_ratio if isinstance(work.wanted, LoRAOptions) else 1.0,
         watched=new_layers(tuning, config) if work.method == "pro" else {},
     )
+
+
+def stored_dtypes(work: Work) -> dict[str, torch.dtype]:
+    """What each tensor of a whole model is stored in: as in the one it comes from, or what learns in fp32 where that was asked for."""
+    dtypes = {name: tensor.dtype for name, tensor in base_tensors(work.base).items()}
+    dtypes |= {HEAD: dtypes[EMBEDDING]} if work.tuning.untied else {}
+    if work.wanted.dtype == "float32":
+        return {name: torch.float32 if learns(name) else dtype for name, dtype in dtypes.items()}
+    return dtypes
+
+
+def put_back(work: Work, model: GPT, step: Checkpoint) -> None:
+    """What a step holds, into the model."""
+    if work.is_full:
+        with torch.no_grad():
+            for name, tensor in base_tensors(step).items():
+                model.get_parameter(name).copy_(tensor)
+    else:
+        load_tuned_state(model, work.tuning, adapter_tensors(step), step.adapter_file(), work.config)
 
 
 def as_stored(trained: Mapping[str, torch.nn.Parameter], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:

@@ -54,6 +54,11 @@ class StepResult(NamedTuple):
     def finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
+    @property
+    def fault(self) -> str:
+        """What of it is not finite."""
+        return f"the gradient's norm is {self.grad_norm}" if math.isfinite(self.loss) else f"the loss is {self.loss}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -112,8 +117,7 @@ def fit(run: Run, start: Position) -> Position:
             seconds = time.monotonic() - began
             if not result.finite:
                 record(run, progress, position, result, lr, seconds, tokens, val_loss=None)
-                bad = f"the loss is {result.loss}" if not math.isfinite(result.loss) else f"the gradient's norm is {result.grad_norm}"
-                raise not_finite(position.step, saver.newest(), bad)
+                raise not_finite(position.step, saver.newest(), result.fault)
             if position.step <= 2 and lr > 0:
                 check_alive(run.model, alive, position.step)
             last = position.step == run.plan.steps
