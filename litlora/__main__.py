@@ -13,6 +13,16 @@ from litlora.console import drop_output, put, say
 from litlora.errors import Interrupted, Refusal, UserError, did_you_mean
 from litlora.importing import import_whole
 
+BARE_CHECKPOINT = "A first bare word is the checkpoint: litlora chat out/step-200"
+
+# What peers call a command, and people look for. Else the nearest name would be guessed, which is another thing.
+PEER_COMMANDS = {
+    "train": "finetune lora",
+    "sft": "finetune lora",
+    "finetune qlora": "finetune lora --quantize nf4",
+    "finetune dora": "finetune lora --lora.use_dora true",
+}
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code (errors.py says what each means). Without `words`: the process's own; it may end here."""
@@ -88,7 +98,8 @@ def run(words: list[str]) -> int:
             inner = {
                 f"{outer}_{name}": f"{outer} {name}" for outer, inside in COMMANDS.items() if isinstance(inside, dict) for name in inside
             }
-            hint = f"here it is litlora {inner[word]}" if word in inner else did_you_mean(word, table)
+            meant = PEER_COMMANDS.get(" ".join([*taken, word])) or inner.get(word)
+            hint = f"here it is litlora {meant}" if meant else did_you_mean(word, table)
             raise UserError(f"no command '{' '.join(['litlora', *taken, word])}'", hint=hint or "litlora --help lists the commands")
         taken.append(word)
         table = table[word]
@@ -143,7 +154,8 @@ def overview(taken: Sequence[str], table: Commands) -> str:
     name = " ".join(["litlora", *taken])
     lines = [f"usage: {name} COMMAND [--option value ...]", ""]
     lines += [f"  {word:<{width}}{help}" for word, help in rows]
-    lines += ["", f"{name} COMMAND --help lists a command's options. A first bare word is the checkpoint: litlora chat out/step-200"]
+    bare = "First bare words are the files: litlora data inspect rows.jsonl" if taken == ["data"] else BARE_CHECKPOINT
+    lines += ["", f"{name} COMMAND --help lists a command's options. {bare}"]
     if not taken:
         lines += ["Start here, offline, in about two minutes: litlora finetune lora"]
     return "\n".join(lines)

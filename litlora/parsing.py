@@ -186,10 +186,11 @@ def unknown_option(name: str, known: Mapping[str, Leaf], command: str, shown: st
     if meant in known:
         hint = f"here it is --{meant}"
     else:
-        tails = {leaf.rpartition(".")[2]: leaf for leaf in known}
-        close = did_you_mean(name.replace("-", "_"), [*known, *tails])
-        for tail, whole in tails.items():
-            close = close.replace(f"mean {tail}?", f"mean --{whole}?")
+        dashes = "--" if shown.startswith("--") else ""  # a file's keys have none
+        meant_by = {leaf: leaf for leaf in known} | {leaf.rpartition(".")[2]: leaf for leaf in known}
+        close = did_you_mean(name.replace("-", "_"), meant_by)
+        for word, whole in meant_by.items():
+            close = close.replace(f"mean {word}?", f"mean {dashes}{whole}?")
         hint = close or all_options(command)
     return UserError(f"no option {shown}", where=where, hint=hint)
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from litlora import __main__ as door
 from litlora import options as declared
-from litlora.__main__ import main
+from litlora.__main__ import PEER_COMMANDS, main
+from litlora.commands import COMMANDS
 from litlora.errors import Interrupted, UserError
 from litlora.options import Chat, FinetuneLoRA, Generate, MergeLoRA, Pretrain, TrainOptions, WriteNote
 from litlora.parsing import leaves, parse, to_yaml
@@ -51,7 +52,7 @@ def test_switches_need_no_value_and_take_one() -> None:
     [
         (["--learning_rate", "1"], "no option --learning_rate", "here it is --train.lr"),
         (["--lora_r", "8"], "no option --lora_r", "here it is --lora.r"),
-        (["--train.lrr", "1"], "no option --train.lrr", "train.lr"),
+        (["--train.lrr", "1"], "no option --train.lrr", "did you mean --train.lr?"),
         (["--train.epo", "1"], "no option --train.epo", "epochs"),
         (["--train.lr", "fast"], "--train.lr must be a number, not fast", "--help"),
         (["--train.max_steps", "3.5"], "--train.max_steps must be a whole number", "--help"),
@@ -193,6 +194,20 @@ def test_exit_codes_and_messages_on_the_command_line(capsys: pytest.CaptureFixtu
     assert "litlora finetune lora" in capsys.readouterr().err
     assert main(["chta"]) == 2
     assert "did you mean chat?" in capsys.readouterr().err
+    assert main(["finetune", "qlora"]) == 2
+    assert "here it is litlora finetune lora --quantize nf4" in capsys.readouterr().err
+    assert main(["data"]) == 0
+    assert "litlora data inspect rows.jsonl" in capsys.readouterr().out
+
+
+def test_what_peers_call_a_command_leads_to_one_that_is_understood() -> None:
+    """DESIGN section 7: what is refused says what to type."""
+    for meant in PEER_COMMANDS.values():
+        command, method, *words = meant.split()
+        inside = COMMANDS[command]
+        assert isinstance(inside, dict)
+        assert method in inside
+        finetune(*words)  # UserError where an option is not known
     assert main(["--version"]) == 0
 
 
@@ -358,3 +373,15 @@ def test_every_group_and_command_says_what_it_is() -> None:
     kinds: list[Any] = [kind for kind in vars(declared).values() if dataclasses.is_dataclass(kind)]
     assert len(kinds) > 10
     assert not [kind.__name__ for kind in kinds if kind.__doc__.startswith(f"{kind.__name__}(")]
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2 is for what was refused before work began."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert main(["finetune", "lora", "--accelerator", device, "--out_dir", str(tmp_path / "out")]) == 2
+    assert f"--accelerator {device}: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

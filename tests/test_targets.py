@@ -60,6 +60,13 @@ def test_the_targets_are_pefts_targets(case: dict[str, Any]) -> None:
     assert targets(adapter_config_from_peft({**MINIMAL, **case}, WHERE), NAMES) == want
 
 
+def test_targets_with_commas_between_them_are_told_how_they_are_written() -> None:
+    """Issue: what is refused says what to type. Names that a comma parts in other tools are parted by spaces here."""
+    with pytest.raises(UserError, match="a target named q_proj,v_proj") as refused:
+        match_targets(["q_proj,v_proj"], NAMES)
+    assert refused.value.hint == "with spaces between them: q_proj v_proj"
+
+
 @pytest.mark.parametrize("spelling", ["all-linear", "All-Linear", ["all-linear"]])
 def test_all_linear_is_every_projection_of_the_blocks(spelling: str | list[str]) -> None:
     base = llama()

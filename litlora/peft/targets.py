@@ -59,6 +59,9 @@ def no_such_module(lost: Sequence[str], linear_names: Sequence[str]) -> UserErro
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in linear_names))
     guesses = [guess for guess in (did_you_mean(target, ends) for target in lost) if guess]
     what = f"no module of this model is a target named {', '.join(lost)}" if lost else "no target module is named"
+    parted = [name.strip() for target in lost for name in target.split(",")]
+    if len(parted) > len(lost) and set(parted) <= {*ends, ALL_LINEAR}:
+        return UserError(what, where="target_modules", hint=f"with spaces between them: {' '.join(parted)}")
     return UserError("; ".join([what, *guesses[:1]]), where="target_modules", hint=f"its modules: {', '.join(ends)}, or {ALL_LINEAR}")
 
 

@@ -447,7 +447,11 @@ def gigabytes(size: int) -> str:
 
 
 def device_of(options: FitOptions) -> torch.device:
-    """Where a run computes, before Fabric is there to be asked."""
+    """Where a run computes, before Fabric is there to be asked. UserError where this machine, or this torch, has no such device."""
+    there = torch.backends.mps.is_available() if options.accelerator == "mps" else torch.cuda.is_available()
+    if options.accelerator in ("cuda", "mps") and not there:
+        hint = "--accelerator auto takes what is there"
+        raise UserError(f"--accelerator {options.accelerator}: torch {torch.__version__} finds no such device here", hint=hint)
     return torch.device("cuda" if torch.cuda.is_available() and options.accelerator in ("auto", "cuda") else "cpu")
 
 
