@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from extensions.benchmarks.artefacts import SEED, SHAPES, linears
+from extensions.benchmarks.drive import artefacts, convert_for_litgpt, parser_of, present, resolve_places, take_turns
 from extensions.benchmarks.measure import (
     default_threads,
-    default_work_dir,
     median,
-    missing,
     run_json,
     table,
     thread_env,
     write_results,
 )
-from extensions.benchmarks.train_c1 import convert_for_litgpt, must
 
 OURS = "litlora"
 BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.0, "nf4": 4.5}  # of a weight
@@ -62,21 +60,17 @@ DEFAULT_LINES = tuple(name for name in LINES if name != "litlora-lookup")  # wha
 
 def main() -> int:
     args = read_arguments()
-    lines, absent = present(args)
+    lines, absent = present(args, {name: (LINES[name].tool, LINES[name].needs) for name in args.lines})
     place = prepare(args, lines)
     prompts = random_prompts(args)
     about = run_json([sys.executable, "-m", "extensions.benchmarks.measure", str(args.threads)], env=thread_env(args.threads))
-    runs: list[dict[str, Any]] = []
-    for turn in range(args.repeats):
-        for name in lines:
-            print(f"turn {turn + 1}/{args.repeats}: {name}", file=sys.stderr, flush=True)
-            path = args.work_dir / "decode_job.json"
-            path.write_text(json.dumps(job_of(args, LINES[name], place, prompts)))
-            command = [args.python[LINES[name].tool], "-m", "extensions.benchmarks.run_decode", str(path)]
-            runs.append({"line": name, "turn": turn} | run_json(command, env=thread_env(args.threads)))
-            (args.work_dir / "c3_runs.json").write_text(json.dumps(runs))  # so that an hour is not lost to what follows
-            if "failed" in runs[-1]:
-                print(f"  failed: {runs[-1]['failed']}", file=sys.stderr)
+    path = args.work_dir / "decode_job.json"
+
+    def command_of(name: str) -> list[str]:
+        path.write_text(json.dumps(job_of(args, LINES[name], place, prompts)))
+        return [args.python[LINES[name].tool], "-m", "extensions.benchmarks.run_decode", str(path)]
+
+    runs = take_turns(args, "c3", lines, command_of)
     gate = tokens_agree(runs, args.reference, args.precision)
     summary = summarise(args, runs)
     options = {key: getattr(args, key) for key in ("shape", "precision", "prompt_tokens", "new_tokens", "repeats", "threads", "quick")}
@@ -94,30 +88,18 @@ def main() -> int:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    quick = "a tiny shape, 8 tokens, one turn, no peer"
+    parser = parser_of(__doc__, ("litgpt", "transformers", OURS), shape="135m", threads=default_threads(), repeats=5, quick=quick)
     parser.add_argument(
         "--tokenizer", type=Path, help="directory with the tokenizer.json of the shape (SmolLM's for 135m, Llama 2's for 1.1b)"
-    )
-    parser.add_argument(
-        "--python",
-        action="append",
-        default=[],
-        metavar="TOOL=PATH",
-        help="interpreter of litgpt, transformers or litlora (default: this one)",
     )
     parser.add_argument("--lines", nargs="+", choices=LINES, help="what to run, in this order (default: all but litlora-lookup)")
     parser.add_argument(
         "--reference", choices=LINES, default="transformers", help="whose tokens are the right ones (absent: the first fp32 line)"
     )
-    parser.add_argument("--shape", choices=SHAPES, default="135m")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="that the peers compute in (default: the shape's)")
     parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5, help="turns")
-    parser.add_argument("--threads", type=int, default=default_threads())
-    parser.add_argument("--work_dir", type=Path, default=default_work_dir(), help="bases are kept here between runs")
-    parser.add_argument("--out_dir", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, 8 tokens, one turn, no peer: does everything start?")
     args = parser.parse_args()
     if args.quick:
         args.shape, args.prompt_tokens, args.new_tokens, args.repeats = "tiny", [8, 40], 8, 1
@@ -126,33 +108,12 @@ def read_arguments() -> argparse.Namespace:
         parser.error("--tokenizer is needed (only --quick does without)")
     args.lines = args.lines or list(DEFAULT_LINES)
     args.precision = args.precision or {"float32": "fp32", "bfloat16": "bf16"}[SHAPES[args.shape]["torch_dtype"]]
-    chosen = dict(pair.partition("=")[::2] for pair in args.python)
-    args.python = {tool: chosen.pop(tool, sys.executable) for tool in ("litgpt", "transformers", OURS)}
-    if chosen:
-        parser.error(f"--python: no tool {', '.join(chosen)}")
-    args.work_dir = args.work_dir.resolve()
+    resolve_places(parser, args)
     return args
 
 
-def present(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """The lines that can run here, and why the others cannot."""
-    lines, absent = [], {}
-    for name in args.lines:
-        tool = LINES[name].tool
-        lacking = missing(args.python[tool], LINES[name].needs)
-        if lacking:
-            absent[name] = f"{', '.join(lacking)} not installed (--python {tool}=PATH)"
-            print(f"left out: {name}: {absent[name]}", file=sys.stderr)
-        else:
-            lines.append(name)
-    assert lines, "none of the lines can run here"
-    return lines, absent
-
-
 def prepare(args: argparse.Namespace, lines: Sequence[str]) -> Path:
-    command = [sys.executable, "-m", "extensions.benchmarks.artefacts", "--work_dir", str(args.work_dir), "--shape", args.shape]
-    must(command + (["--tokenizer", str(args.tokenizer.resolve())] if args.tokenizer else []))
-    place: Path = args.work_dir / args.shape
+    place = artefacts(args)
     if "litgpt" in lines:
         convert_for_litgpt(args.python["litgpt"], place)
     return place

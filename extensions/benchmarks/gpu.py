@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from extensions.benchmarks.artefacts import SHAPES, alpaca_like, flops_per_token, full_samples, linears
-from extensions.benchmarks.measure import default_work_dir, median, missing, run_json, table, write_results
+from extensions.benchmarks.drive import parser_of, present, resolve_places
+from extensions.benchmarks.measure import median, run_json, table, thread_env, write_results
 
 NEEDS = {
     "litlora": ("litlora", "lightning_fabric"),
@@ -49,17 +50,13 @@ def main() -> int:
     args = read_arguments()
     passed = True
     for id in args.ids:
-        runs, absent = [], {}
-        for line, own in LINES[id].items():
-            if args.lines and line not in args.lines:
-                continue
-            python = args.python.get(own["tool"], sys.executable)
-            if lacking := missing(python, NEEDS[own["tool"]]):
-                absent[line] = f"{', '.join(lacking)} not installed (--python {own['tool']}=PATH)"
-                continue
+        wanted = {line: own["tool"] for line, own in LINES[id].items() if not args.lines or line in args.lines}
+        lines, absent = present(args, {line: (tool, NEEDS[tool]) for line, tool in wanted.items()})
+        runs, env = [], thread_env(args.threads) if args.threads else None
+        for line in lines:
             print(f"{id}: {line}", file=sys.stderr, flush=True)
-            path = write_job(args, id, own)
-            runs.append({"line": line} | run_json([python, "-m", "extensions.benchmarks.run_gpu", str(path)]))
+            path = write_job(args, id, LINES[id][line])
+            runs.append({"line": line} | run_json([args.python[wanted[line]], "-m", "extensions.benchmarks.run_gpu", str(path)], env=env))
             if "failed" in runs[-1]:
                 print(f"  failed: {runs[-1]['failed']}", file=sys.stderr)
         gate = answers_agree(runs) if id == "G4" else losses_agree(args, id, runs)
@@ -76,29 +73,19 @@ def main() -> int:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = parser_of(__doc__, NEEDS, shape="8b", threads=0, repeats=5, quick="a tiny shape, three steps")
     parser.add_argument("--ids", nargs="+", choices=LINES, default=list(LINES))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --quick alone")
-    parser.add_argument("--python", action="append", default=[], metavar="TOOL=PATH", help="interpreter of a tool (default: this one)")
-    parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--lines", nargs="+", choices=sorted({line for lines in LINES.values() for line in lines}), help="only these")
     parser.add_argument("--warmup", type=int, default=5, help="optimizer steps before the timed ones")
     parser.add_argument("--timed", type=int, default=20, help="optimizer steps that are timed")
     parser.add_argument("--new_tokens", type=int, default=128, help="of an answer")
-    parser.add_argument("--repeats", type=int, default=5, help="answers that are timed")
-    parser.add_argument("--work_dir", type=Path, default=default_work_dir())
-    parser.add_argument("--out_dir", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: as torch likes")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, three steps: does everything start?")
     args = parser.parse_args()
     if args.quick:
         args.shape, args.warmup, args.timed, args.new_tokens, args.repeats = "tiny", 1, 2, 8, 1
     elif args.device == "cpu":
         parser.error("--device cpu says only that it starts: --quick")
-    args.python = dict(pair.partition("=")[::2] for pair in args.python)
-    if unknown := set(args.python) - set(NEEDS):
-        parser.error(f"--python: no tool {', '.join(sorted(unknown))}")
-    args.work_dir = args.work_dir.resolve()
+    resolve_places(parser, args)
     return args
 
 

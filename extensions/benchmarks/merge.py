@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from extensions.benchmarks.artefacts import shape
 from extensions.benchmarks.measure import Run, default_threads, default_work_dir, run, run_json, table, tail, thread_env, write_results
 
 SHAPES = {  # of Llamas: hidden, layers, heads, kv heads, MLP, vocabulary
@@ -182,7 +183,7 @@ def make_base(job: Job, sizes: tuple[int, ...]) -> None:
     from litlora.families import expected_tensors
     from litlora.safetensors_file import from_float32, header_bytes
 
-    config = hf_config(sizes)
+    config = shape(*sizes, context=2048, theta=10_000.0, tied=False, dtype="bfloat16")
     if job.weights.exists() and json.loads((job.base / "config.json").read_text()) == config:
         return
     shutil.rmtree(job.work, ignore_errors=True)
@@ -227,23 +228,6 @@ def make_step(job: Job) -> None:
         tensors={"adapter_model.safetensors": tensors},
         files={"adapter_config.json": json.dumps(peft.adapter_config_to_peft(adapter)).encode()},
     )
-
-
-def hf_config(sizes: tuple[int, ...]) -> dict[str, Any]:
-    hidden, layers, heads, kv_heads, inner, vocab = sizes
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": inner,
-        "vocab_size": vocab,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "torch_dtype": "bfloat16",
-    }
 
 
 def llama(config: Mapping[str, Any]) -> Any:

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from extensions.benchmarks.artefacts import SHAPES
+from extensions.benchmarks.drive import artefacts, convert_for_litgpt, parser_of, resolve_places
 from extensions.benchmarks.measure import (
     Run,
     default_threads,
-    default_work_dir,
     median,
     missing,
     run,
@@ -28,7 +27,6 @@ from extensions.benchmarks.measure import (
     thread_env,
     write_results,
 )
-from extensions.benchmarks.train_c1 import convert_for_litgpt, must
 
 PROMPT = "The capital of France is the city of"  # 8 tokens in SmolLM's vocabulary
 IDS = ("C5", "C6", "C7")
@@ -61,28 +59,22 @@ def main() -> int:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = parser_of(
+        __doc__,
+        ("litlora", "litgpt", "transformers", "trl"),
+        shape="135m",
+        threads=default_threads(),
+        repeats=5,
+        quick="a tiny shape, once",
+    )
     parser.add_argument("--ids", nargs="+", choices=IDS, default=list(IDS), help="what to measure (default: all)")
     parser.add_argument("--tokenizer", type=Path, help="C6, C7: directory with the tokenizer.json of the shape (SmolLM's for 135m)")
-    parser.add_argument(
-        "--python", action="append", default=[], metavar="TOOL=PATH", help="interpreter of litgpt, transformers, trl or litlora"
-    )
-    parser.add_argument("--shape", choices=SHAPES, default="135m")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=default_threads())
-    parser.add_argument("--work_dir", type=Path, default=default_work_dir())
-    parser.add_argument("--out_dir", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, once: does everything start?")
     args = parser.parse_args()
     if args.quick:
         args.shape, args.repeats = "tiny", 1
     elif {"C6", "C7"} & {*args.ids} and args.tokenizer is None:
         parser.error("C6 and C7 need --tokenizer (only --quick does without)")
-    chosen = dict(pair.partition("=")[::2] for pair in args.python)
-    args.python = {tool: chosen.pop(tool, sys.executable) for tool in ("litlora", "litgpt", "transformers", "trl")}
-    if chosen:
-        parser.error(f"--python: no tool {', '.join(chosen)}")
-    args.work_dir = args.work_dir.resolve()
+    resolve_places(parser, args)
     return args
 
 
@@ -160,14 +152,6 @@ def first_steps(args: argparse.Namespace) -> tuple[dict[str, Start], dict[str, s
 def both_outputs(command: Sequence[str]) -> list[str]:
     """What it says on standard error comes on standard output as well."""
     return ["bash", "-c", 'exec "$@" 2>&1', "-", *command]
-
-
-def artefacts(args: argparse.Namespace) -> Path:
-    """The directory of the shape's base and what was made of it."""
-    command = [sys.executable, "-m", "extensions.benchmarks.artefacts", "--work_dir", str(args.work_dir), "--shape", args.shape]
-    must(command + (["--tokenizer", str(args.tokenizer.resolve())] if args.tokenizer else []))
-    place: Path = args.work_dir / args.shape
-    return place
 
 
 def said_by_litgpt(stdout: str) -> bool:

@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from extensions.benchmarks.artefacts import SHAPES, flops_per_token
+from extensions.benchmarks.drive import artefacts, convert_for_litgpt, parser_of, present, resolve_places, take_turns
 from extensions.benchmarks.job import Job, write_job
 from extensions.benchmarks.measure import (
     default_threads,
-    default_work_dir,
     median,
-    missing,
     percentile,
-    run,
     run_json,
     table,
-    tail,
     thread_env,
     write_results,
 )
@@ -74,19 +71,15 @@ DEFAULT_LINES = ("litgpt-default", "litgpt-mb1", "litgpt-mb4", "peft", "trl", "l
 
 def main() -> int:
     args = read_arguments()
-    lines, absent = present(args)
+    lines, absent = present(args, {name: (LINES[name].env, LINES[name].needs) for name in args.lines})
     job = prepare(args, lines)
     about = run_json([sys.executable, "-m", "extensions.benchmarks.measure", str(args.threads)], env=thread_env(args.threads))
-    runs: list[dict[str, Any]] = []
-    for turn in range(args.repeats):
-        for name in lines:
-            print(f"turn {turn + 1}/{args.repeats}: {name}", file=sys.stderr, flush=True)
-            path = write_job(replace(job, **LINES[name].settings), args.work_dir / "job.json")
-            command = [args.python[LINES[name].env], "-m", f"extensions.benchmarks.{LINES[name].runner}", str(path)]
-            runs.append({"line": name, "turn": turn} | run_json(command, env=thread_env(args.threads)))
-            (args.work_dir / "c1_runs.json").write_text(json.dumps(runs))  # so that a quarter of an hour is not lost to what follows
-            if "failed" in runs[-1]:
-                print(f"  failed: {runs[-1]['failed']}", file=sys.stderr)
+
+    def command_of(name: str) -> list[str]:
+        path = write_job(replace(job, **LINES[name].settings), args.work_dir / "job.json")
+        return [args.python[LINES[name].env], "-m", f"extensions.benchmarks.{LINES[name].runner}", str(path)]
+
+    runs = take_turns(args, "c1", lines, command_of)
     gate = losses_agree(runs, args.reference)
     summary = summarise(args, job, runs)
     options = {
@@ -104,69 +97,35 @@ def main() -> int:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    quick = "a tiny shape, three steps, one turn"
+    parser = parser_of(__doc__, [line.env for line in LINES.values()], shape="135m", threads=default_threads(), repeats=3, quick=quick)
     parser.add_argument("--tokenizer", type=Path, help="directory with the tokenizer.json of the shape (SmolLM's for 135m)")
     parser.add_argument("--rows", type=Path, help="an Alpaca JSON file")
-    parser.add_argument(
-        "--python",
-        action="append",
-        default=[],
-        metavar="TOOL=PATH",
-        help=f"interpreter of {OURS} or a peer ({', '.join(sorted({line.env for line in LINES.values()} - {OURS}))}); default: this one",
-    )
     parser.add_argument("--lines", nargs="+", choices=LINES, default=list(DEFAULT_LINES), help="what to run, in this order")
     parser.add_argument(
         "--reference", choices=LINES, default="peft", help="whose losses the gate compares with (if absent: the first fp32 line)"
     )
-    parser.add_argument("--shape", choices=SHAPES, default="135m")
     parser.add_argument("--grade", choices=("all", "answers"), default="all", help="all: prompts are graded too")
     parser.add_argument("--samples_per_step", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=2, help="optimizer steps before the timed ones")
     parser.add_argument("--timed", type=int, default=8, help="optimizer steps that are timed")
-    parser.add_argument("--repeats", type=int, default=3, help="turns")
     parser.add_argument("--lr", type=float, default=2e-4, help="constant")
     parser.add_argument("--longest", type=int, default=512, help="tokens; longer samples are cut")
-    parser.add_argument("--threads", type=int, default=default_threads())
-    parser.add_argument("--work_dir", type=Path, default=default_work_dir(), help="bases and samples are kept here between runs")
-    parser.add_argument("--out_dir", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, three steps, one turn: does everything start?")
     args = parser.parse_args()
     if args.quick:
         args.shape, args.warmup, args.timed, args.repeats, args.longest = "tiny", 1, 2, 1, 48
         args.lr = 1e-2  # a tiny model hardly moves at 2e-4: the gate would not see an update that is wrong
     elif args.tokenizer is None or args.rows is None:
         parser.error("--tokenizer and --rows are needed (only --quick does without)")
-    chosen = dict(pair.partition("=")[::2] for pair in args.python)
-    unknown = set(chosen) - {line.env for line in LINES.values()}
-    if unknown:
-        parser.error(f"--python: no tool {', '.join(sorted(unknown))}")
-    args.python = {line.env: chosen.get(line.env, sys.executable) for line in LINES.values()}
-    args.work_dir = args.work_dir.resolve()
+    resolve_places(parser, args)
     return args
-
-
-def present(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """The lines that can run here, and why the others cannot."""
-    lines, absent = [], {}
-    for name in args.lines:
-        lacking = missing(args.python[LINES[name].env], LINES[name].needs)
-        if lacking:
-            absent[name] = f"{', '.join(lacking)} not installed (--python {LINES[name].env}=PATH)"
-            print(f"left out: {name}: {absent[name]}", file=sys.stderr)
-        else:
-            lines.append(name)
-    assert lines, "none of the lines can run here"
-    return lines, absent
 
 
 def prepare(args: argparse.Namespace, lines: Sequence[str]) -> Job:
     """Make the base, the adapter and the samples; convert the base for litgpt where it will run."""
     count = args.samples_per_step * (args.warmup + args.timed)
-    command = [sys.executable, "-m", "extensions.benchmarks.artefacts", "--work_dir", str(args.work_dir), "--shape", args.shape]
-    command += ["--count", str(count), "--longest", str(args.longest), "--grade", args.grade]
-    command += [word for name in ("tokenizer", "rows") if getattr(args, name) for word in (f"--{name}", str(getattr(args, name).resolve()))]
-    must(command)
-    place = args.work_dir / args.shape
+    rows = ["--rows", str(args.rows.resolve())] if args.rows else []
+    place = artefacts(args, "--count", str(count), "--longest", str(args.longest), "--grade", args.grade, *rows)
     if any(LINES[name].env == "litgpt" for name in lines):
         convert_for_litgpt(args.python["litgpt"], place)
     return Job(
@@ -180,20 +139,6 @@ def prepare(args: argparse.Namespace, lines: Sequence[str]) -> Job:
         threads=args.threads,
         lr=args.lr,
     )
-
-
-def convert_for_litgpt(python: str, place: Path) -> None:
-    """litgpt's copy of the base, once per base."""
-    made_of, copy = (place / "base" / "made_of.json").read_text(), place / "litgpt" / "made_of.json"
-    if not copy.is_file() or copy.read_text() != made_of:
-        must([python, "-m", "extensions.benchmarks.run_litgpt", "--convert", str(place / "base"), str(place / "litgpt")])
-        copy.write_text(made_of)
-
-
-def must(command: Sequence[str]) -> None:
-    done = run(command)
-    if done.code != 0:
-        sys.exit(f"{' '.join(command[1:4])} failed: " + "\n".join(tail(done.stderr, 20)))
 
 
 # ---- after -----------------------------------------------------------------------------------------------------------
