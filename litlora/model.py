@@ -37,7 +37,7 @@ from litlora.config import Config, Rope, rotary_steps
 from litlora.errors import UserError
 from litlora.gpu.packed import Packed
 from litlora.kernels import Added, Rotated, SummedLoss, cheap, keeping_less, linear, place, rms_norm, swiglu, turned
-from litlora.quantized import Quantized, beside, hold
+from litlora.quantized import Bf16, Quantized, beside, hold, is_read_as_stored
 
 IGNORE = -100  # a target that is not graded
 
@@ -560,9 +560,12 @@ class Linear(nn.Linear):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., in) -> (..., out)
         weight, bias = self.weight, None if bias is None else bias.to(x.dtype)
-        if weight is not None:
+        if weight is None:
+            y: Tensor = self.quantized(x)
+        elif weight.dtype != x.dtype and cpu.native_for(x) and is_read_as_stored(weight):  # the head: the embedding is its weight as well
+            y = Bf16(weight)(x)
+        else:
             return linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), bias)
-        y: Tensor = self.quantized(x)
         return y if bias is None else y + bias
 
     def wide(self) -> Tensor:

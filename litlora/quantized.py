@@ -279,6 +279,11 @@ def bytes_of(kind: str, out_features: int, in_features: int) -> int:
     return -(-count // 2) + (4 * scales if kind == "nf4" else scales + 4 * -(-scales // SCALES_BLOCK) + 4)
 
 
+def is_read_as_stored(weight: Tensor) -> bool:
+    """Whether kernels of ours read it in the bf16 that it is in."""
+    return weight.dtype == torch.bfloat16 and weight.size(-1) % cpu.WIDTH["bf16"] == 0
+
+
 @torch.no_grad()
 def quantized(kind: str, weight: Tensor, where: str = "") -> Quantized:
     """`weight` (out, in) in few bits, on its device. UserError, naming `where`, where a number that is none would spoil others' scale."""

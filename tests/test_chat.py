@@ -443,13 +443,18 @@ def test_weights_stay_as_they_are_stored_and_give_way_to_what_was_trained_whole(
 ) -> None:
     """C2, where kernels of ours read bf16: those in bf16 stay in their file's map, one in fp32 stays exact, answers are those of wide
     weights, an adapter may replace a weight, and DoRA measures wide ones. Caught: every weight rounded to bf16; a weight that is not made
-    wide, and refused; a failure after which the model is not as it was, or no longer knows its base; weights that stay wide."""
+    wide, and refused; a failure after which the model is not as it was, or no longer knows its base; weights that stay wide, or are
+    not made so where a step of DoRA is loaded; a head that is wide beside few bits, or in bf16 where none are asked for, or where nothing
+    is to be answered."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"instruction": f"say {n}", "output": f"it is {n}"}) + "\n" for n in range(40)))
     typed = ["--checkpoint_dir", str(stored_in_bf16), "--data", str(rows), "--train.max_steps", "2", "--train.lr", "0.1", "--out_dir"]
     steps = {}
-    for method, more in {"lora": [], "freeze": ["--freeze.layers", "last:1"], "dora": ["--lora.use_dora", "true"]}.items():
-        assert main(["finetune", method.replace("dora", "lora"), *typed, str(tmp_path / method), *more]) == 0
+    more = {"lora": [], "freeze": ["--freeze.layers", "last:1"], "dora": ["--lora.use_dora", "true"]}
+    more["ends"] = ["--lora.modules_to_save", "embed_tokens", "lm_head"]
+    for method, options in more.items():
+        command = method if method == "freeze" else "lora"
+        assert main(["finetune", command, *typed, str(tmp_path / method), *options]) == 0
         steps[method] = str(tmp_path / method / "step-2")
     chosen = Chat(max_new_tokens=12, temperature=0.0)
     session = Session(open_model(chosen, str(stored_in_bf16), None, [], None, "auto"), chosen, interactive=True)
@@ -462,6 +467,12 @@ def test_weights_stay_as_they_are_stored_and_give_way_to_what_was_trained_whole(
     with torch.inference_mode():
         plain = session.opened.model(tokens)
     assert as_loaded == {"lm_head", "model.layers.0.self_attn.q_proj", *narrow}
+    head, words = session.opened.model.lm_head.weight, {"none": torch.float32, "int8": torch.bfloat16, "bf16": torch.bfloat16}
+    for word, dtype in words.items():
+        assert open_model(chosen, str(stored_in_bf16), None, [], None, word).model.lm_head.weight.dtype == dtype, word
+    assert open_model(chosen, str(stored_in_bf16), None, [], None, "auto", answers=False).model.lm_head.weight.dtype == torch.float32
+    measured = linears(open_model(chosen, steps["dora"], None, [], None, "auto").model)
+    assert all(host.quantized is None for host in measured.values() if host.adapter is not None)
 
     def said() -> str:
         session.handle("/clear")
@@ -472,8 +483,8 @@ def test_weights_stay_as_they_are_stored_and_give_way_to_what_was_trained_whole(
         raise UserError("does not fit")
 
     right = {method: said_by(Path(step), "hello")[0] for method, step in steps.items()} | {"off": said_by(stored_in_bf16, "hello")[0]}
-    assert len(set(right.values())) == 4
-    for method in ("off", "lora", "freeze", "off", "dora", "freeze", "lora", "off"):
+    assert len(set(right.values())) == 5
+    for method in ("off", "lora", "freeze", "ends", "off", "dora", "freeze", "lora", "off"):
         session.handle(f"/adapter {steps.get(method, method)}")
         assert said() == right[method], method
         assert (len(wide()) > len(as_loaded)) == (method in ("freeze", "dora"))
@@ -484,7 +495,7 @@ def test_weights_stay_as_they_are_stored_and_give_way_to_what_was_trained_whole(
         assert said() == right[method], method
         with torch.inference_mode(), as_base(session.opened.model):
             assert torch.allclose(session.opened.model(tokens), plain, rtol=1e-4, atol=1e-4), method
-    assert wide() == as_loaded
+    assert wide() == as_loaded and session.opened.model.lm_head.weight is head and head.dtype == torch.bfloat16
 
 
 def test_stats_can_be_turned_off_and_on(session: Session, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import json
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from conftest import FAMILIES, kept_for_backward, random_tokens, relative, tiny_
 from safetensors.torch import load_file, save_file
 from talkers import make_talker
 from test_merge import exact, half_unit, read
+from test_native import decoded, needs_native
 from test_promises import CASES, learnt
 from test_saving import weights_of
 from test_saving import words as words_of
@@ -29,13 +31,27 @@ from litlora import cpu
 from litlora import quantized as few
 from litlora.__main__ import main
 from litlora.checkpoint import names
+from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.manifest import read_manifest
 from litlora.checkpoint.resolve import resolve
 from litlora.checkpoint.weights import base_tensors, load_base, load_model, quantize_meant
 from litlora.errors import UserError
 from litlora.methods import tuning_of
-from litlora.methods.attach import add, as_base, attach, blocks, linears, merge, numbers_in, trainable, tuned_state
-from litlora.methods.tuning import Tuning
+from litlora.methods.attach import (
+    add,
+    as_base,
+    attach,
+    blocks,
+    linears,
+    merge,
+    numbers_in,
+    put_back,
+    snapshot,
+    trainable,
+    tuned_state,
+    widen,
+)
+from litlora.methods.tuning import HEAD, Tuning
 from litlora.model import GPT
 from litlora.options import FullOptions, LoRAOptions
 from litlora.quantized import KINDS, NF4, Int8, Quantized, hold, quantized
@@ -425,6 +441,81 @@ def test_an_embedding_that_is_looked_up_stays_as_it_is_stored(saved: list[str], 
     assert tied.lm_head.weight is tied.model.embed_tokens.weight and tied.lm_head.weight.dtype == torch.float32
 
 
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def stored_in_bf16(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
+    """A base as most are published, whose head is the embedding, or is not."""
+    path, tied = make_talker(tmp_path / "base", hidden_size=64), request.param
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(path / names.WEIGHTS).items() if not tied or name != HEAD}
+    save_file(weights, path / names.WEIGHTS)
+    config = json.loads((path / names.CONFIG).read_text())
+    (path / names.CONFIG).write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+    return resolve(path)
+
+
+def said_of(model: GPT) -> Tensor:
+    """Logits one by one and by threes, and of a batch that no kernel of ours takes at once."""
+    tokens, rows = random_tokens(1, 24), random_tokens(20, 1)
+    with torch.no_grad():
+        return torch.cat((decoded(model, tokens), decoded(model, tokens, 3), model(rows)[:, 0]))
+
+
+@needs_native
+@pytest.mark.parametrize("quantize", ["none", *KINDS])
+def test_head_and_embedding_are_read_as_they_are_stored(quantize: str, stored_in_bf16: Checkpoint) -> None:
+    """C2, C3: for answers both stay in bf16 in the map of their file, one matrix where they are one, and logits are those of wide ones to
+    the bit. Caught: a copy; a head that is made wide, or whose few rows are rounded; rows of an embedding in bf16 that are not made wide;
+    a head in fewer bits."""
+    config = stored_in_bf16.config()
+    narrow, wide = (load_base(stored_in_bf16, torch.float32, quantize=quantize, as_stored=as_stored) for as_stored in (True, False))
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    spans = [line.split()[0].split("-") for line in lines if line.endswith(str(stored_in_bf16.path / names.WEIGHTS))]
+    for weight, other in ((narrow.lm_head.weight, wide.lm_head), (narrow.model.embed_tokens.weight, wide.model.embed_tokens)):
+        assert weight.dtype == torch.bfloat16 and other.weight.dtype == torch.float32 and torch.equal(weight.float(), other.weight)
+        assert any(int(start, 16) <= weight.data_ptr() < int(end, 16) for start, end in spans)
+    assert (narrow.lm_head.weight is narrow.model.embed_tokens.weight) == config.tie_word_embeddings
+    assert narrow.model.norm.weight.dtype == torch.float32
+    assert torch.equal(said_of(narrow), said_of(wide))
+
+
+ON_THE_HEAD = {
+    "lora": LoRAOptions(r=2, target_modules=["lm_head", "q_proj"]),
+    "dora": LoRAOptions(r=2, target_modules=["lm_head"], use_dora=True),
+    "embedding": LoRAOptions(r=2, modules_to_save=["embed_tokens"]),
+    "head": LoRAOptions(r=2, modules_to_save=["lm_head"]),
+    "head apart": LoRAOptions(r=2, modules_to_save=["lm_head"]),
+    "both": LoRAOptions(r=2, modules_to_save=["embed_tokens", "lm_head"]),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+@pytest.mark.parametrize("what", ON_THE_HEAD)
+def test_what_was_trained_of_head_or_embedding_takes_its_place_as_wide_as_it_is(
+    what: str, weight: float, stored_in_bf16: Checkpoint
+) -> None:
+    """C2, A02: to the bit what it is on wide ones; taken off again the stored matrix is there, the same memory. Caught: what was trained
+    rounded to bf16; DoRA that makes a matrix wide for each token."""
+    config = stored_in_bf16.config()
+    options = replace(ON_THE_HEAD[what], untie=config.tie_word_embeddings and what in ("lora", "dora", "head apart"))
+    if options.use_dora and weight != 1.0:
+        pytest.skip("DoRA goes alone, with weight 1")
+    tuning, learner = tuning_of(options, config), load_base(stored_in_bf16, torch.float32)
+    attach(learner, tuning, seed=1, stored=base_tensors(stored_in_bf16))
+    with torch.no_grad():
+        state = {name: tensor.clone() for name, tensor in tuned_state(learnt(learner), tuning, config).items()}
+    narrow, wide = (load_base(stored_in_bf16, torch.float32, as_stored=as_stored) for as_stored in (True, False))
+    plain, loaded, places = said_of(narrow), snapshot(narrow), (narrow.lm_head.weight, narrow.model.embed_tokens.weight)
+    for model in (narrow, wide):
+        with torch.no_grad():
+            widen(model, tuning.looked_at)
+            add(model, tuning, state, weight)
+    assert torch.equal(said_of(narrow), said_of(wide)) and relative(said_of(narrow), plain) > 1e-3
+    assert all(narrow.get_parameter(name).dtype == torch.float32 for name in tuning.looked_at)
+    put_back(narrow, loaded)
+    assert narrow.lm_head.weight is places[0] and narrow.model.embed_tokens.weight is places[1]
+    assert torch.equal(said_of(narrow), plain)
+
+
 def test_a_step_says_what_it_was_trained_on_and_is_served_on_that(
     talker: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -536,10 +627,6 @@ def test_a_merge_goes_into_the_original_weights_and_says_what_training_saw(
 
 def test_bits_that_this_litlora_does_not_know_are_refused(talker: tuple[Path, Path], tmp_path: Path) -> None:
     """A manifest of a later litlora, or somebody's own. Caught: the check left out."""
-    from dataclasses import replace
-
-    from litlora.checkpoint.checkpoint import Checkpoint
-
     assert main(words(talker, tmp_path / "out", more="--train.max_steps 1")) == 0
     step = resolve(tmp_path / "out" / "step-1")
     assert step.manifest is not None and step.manifest.base is not None

@@ -141,11 +141,11 @@ def job_of(args: argparse.Namespace, line: Line, place: Path, prompts: list[list
 
 
 def weight_bytes(config: Mapping[str, Any], precision: str, line: Line) -> float:
-    """What a token must read: the blocks' matrices, ours as they are stored unless in few bits, and the head, which is ours in fp32."""
+    """What a token must read: the blocks' matrices, ours as they are stored unless in few bits, and the head, ours as it is stored."""
     blocks = sum(inner * outer for _, inner, outer in linears(dict(config)))
     stored = {"float32": "fp32", "bfloat16": "bf16"}[config["torch_dtype"]] if line.tool == OURS else precision
-    bits, head = BITS[stored if line.quantize == "none" else line.quantize], BITS["fp32" if line.tool == OURS else precision]
-    return (blocks * bits + config["vocab_size"] * config["hidden_size"] * head) / 8
+    bits = BITS[stored if line.quantize == "none" else line.quantize]
+    return (blocks * bits + config["vocab_size"] * config["hidden_size"] * BITS[stored]) / 8
 
 
 # ---- after -----------------------------------------------------------------------------------------------------------

@@ -72,8 +72,7 @@ def litlora(job: dict[str, Any]) -> tuple[Decode, Logits]:
     from litlora.tokenizer import Tokenizer
 
     dtype = choose_dtype("auto", "cpu")  # as `litlora generate` does: the peers' precision is not ours
-    held = for_answers("auto" if job["quantize"] == "none" else job["quantize"], job["quantize"], dtype, "cpu")
-    model = load_model(resolve(job["base"]), dtype=dtype, quantize=held).eval()
+    model = load_model(resolve(job["base"]), dtype=dtype, quantize=job["quantize"], as_stored=for_answers("auto", dtype, "cpu")).eval()
     tokenizer = Tokenizer(Path(job["base"]))
 
     def decode(prompt: list[int], new_tokens: int, seen: Seen) -> None:

@@ -25,10 +25,10 @@ from litlora.checkpoint.commit import Tensors
 from litlora.config import Config
 from litlora.errors import UserError
 from litlora.families import expected_tensors, is_beyond, is_derived, learns, stored_name, tensor_name
-from litlora.methods.attach import add
+from litlora.methods.attach import add, widen
 from litlora.methods.tuning import EMBEDDING, HEAD
 from litlora.model import GPT, Linear
-from litlora.quantized import KINDS, hold, quantized
+from litlora.quantized import KINDS, hold, is_read_as_stored, quantized
 from litlora.safetensors_file import SafetensorsFile
 
 STORED = {
@@ -41,7 +41,6 @@ STORED = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # torch's dtype: the file's
-AS_STORED = "as stored"  # no word of --quantize: what `for_answers` makes of auto
 
 
 def load_model(
@@ -51,21 +50,24 @@ def load_model(
     adapters: Sequence[tuple[Checkpoint, float]] = (),
     device: str | torch.device = "cpu",
     quantize: str = "none",
+    as_stored: bool = False,
 ) -> GPT:
     """The model that a checkpoint means: a base as it is, a step or PEFT adapter added to its base.
 
     `dtype` of the base's weights (None: as stored), and of weights that were trained whole; what sits in slots is fp32. `adapters`:
     more of them, with the weights they are added with; each must belong to the same base. Of what is added nothing learns.
-    `quantize`: see `load_base`; `quantize_meant` makes it of what the user said.
+    `quantize`, `as_stored`: see `load_base`; `quantize_meant` and `for_answers` make them of what the user said.
     UserError where anything is missing, too much, of the wrong shape, or of another base.
     """
     base = checkpoint.base()
     for other, _ in adapters:
         check_same_base(other, base)
     on = [*([] if checkpoint.is_model else [(checkpoint, 1.0)]), *adapters]
-    tunings = [other.tuning() for other, _ in on] if quantize != "none" else []
-    wide = {name for tuning in tunings for name in (tuning.looked_at if quantize == AS_STORED else tuning.whole)}
-    model = load_base(base, dtype, device, quantize=quantize, wide=wide)
+    tunings = [other.tuning() for other, _ in on] if as_stored or quantize != "none" else []
+    wide = {name for tuning in tunings for name in tuning.whole}
+    model = load_base(base, dtype, device, quantize=quantize, wide=wide, as_stored=as_stored)
+    if as_stored and quantize == "none":
+        widen(model, [name for tuning in tunings for name in tuning.looked_at])
     for other, weight in on:
         put_on(model, other, weight)
     return model
@@ -84,24 +86,28 @@ def load_base(
     quantize: str = "none",
     wide: Collection[str] = (),
     looked_up: bool = False,
+    as_stored: bool = False,
 ) -> GPT:
     """A whole model, every parameter of it from the files, requiring gradients as a new one does.
 
     `quantize` bf16, int8, nf4 or nf4-dq: the Linears of the blocks hold their weights in few bits, which do not learn, all but those named
     in `wide`. It is done tensor by tensor, and none is kept wide. UserError where a weight that gets scales holds numbers that are
-    not finite. AS_STORED: those that their file has in bf16 stay so, in its map; nothing is rounded.
-    `looked_up`: so does an embedding that is no head and not in `wide`; its rows are made `dtype` when they are looked up.
+    not finite.
+    `looked_up`: an embedding that is no head and not in `wide` stays as its file has it, in its map; its rows are made `dtype` when they
+    are looked up. `as_stored`: so do head and embedding that are in bf16 there, and, with `quantize` none, Linears; nothing is rounded.
     """
-    config = base.config()
-    as_it_is = {EMBEDDING} - set(wide) if looked_up and not config.tie_word_embeddings else set()
+    config, tensors = base.config(), base_tensors(base)
+    as_it_is = {EMBEDDING} if looked_up and not config.tie_word_embeddings else set()
+    if as_stored:
+        as_it_is = {name for name in (EMBEDDING, HEAD) if name in tensors and is_read_as_stored(tensors[name])}
+    as_it_is -= set(wide)
     with torch.device("meta"), NothingDrawn():
         model = GPT(config)
-    tensors = base_tensors(base)
     with torch.no_grad():
         for name, tensor in tensors.items():
             module, _, attribute = name.rpartition(".")
             host = model.get_submodule(module)
-            kind = quantize if quantize != AS_STORED else "bf16" if is_read_as_stored(tensor) else "none"
+            kind = "bf16" if as_stored and quantize == "none" and is_read_as_stored(tensor) else quantize
             if kind != "none" and isinstance(host, Linear) and attribute == "weight" and module != "lm_head" and name not in wide:
                 hold(host, quantized(kind, tensor.to(device), f"{base.path}: {name}"))
                 forget(tensor)
@@ -118,15 +124,10 @@ def load_base(
     return model
 
 
-def is_read_as_stored(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16 and tensor.size(-1) % cpu.WIDTH["bf16"] == 0
-
-
-def for_answers(word: str, quantize: str, dtype: torch.dtype, device: str) -> str:
-    """How a model is loaded that is to answer, where --quantize said `word`, which means `quantize`: unless it is told otherwise a CPU of
-    which kernels of ours read bf16 leaves the weights of blocks as they are stored. The same numbers, in half the memory for them."""
-    as_stored = word == "auto" and quantize == "none" and dtype == torch.float32 and device == "cpu" and cpu.working() is not None
-    return AS_STORED if as_stored else quantize
+def for_answers(word: str, dtype: torch.dtype, device: str) -> bool:
+    """Whether a model that is to answer is loaded `as_stored`, where --quantize said `word`: unless that is none, on a CPU of which kernels
+    of ours read bf16. The same numbers, in half the memory for them."""
+    return word != "none" and dtype == torch.float32 and device == "cpu" and cpu.working() is not None
 
 
 def quantize_meant(word: str, on: Sequence[Checkpoint]) -> str:

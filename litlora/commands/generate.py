@@ -244,8 +244,8 @@ def open_model(
         torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = choose_dtype(options.precision, device)
-    held = for_answers(quantize, meant, dtype, device) if answers else meant
-    model = load_model(checkpoint, dtype=dtype, adapters=added, device=device, quantize=held)
+    as_stored = answers and for_answers(quantize, dtype, device)
+    model = load_model(checkpoint, dtype=dtype, adapters=added, device=device, quantize=meant, as_stored=as_stored)
     return Opened(checkpoint, on, model.eval(), prompts, chat_template, meant)
 
 

@@ -286,6 +286,7 @@ def add(model: GPT, tuning: Tuning, tensors: Mapping[str, Tensor], weight: float
             elif ".inserted." not in name:
                 continue
             dtype = model.get_parameter(name).dtype
+            dtype = torch.promote_types(dtype, model.model.dtype or dtype)  # narrower may be what is stored, not what was trained
             set_parameter(model, name, nn.Parameter(tensor.to(device=model.lm_head.weight.device, dtype=dtype), requires_grad=False))
         model.tie()
         refuse_mixtures(model, where)
@@ -378,13 +379,15 @@ def remove(model: GPT) -> None:
 
 
 def widen(model: GPT, names: Iterable[str]) -> None:
-    """Weights of a plain model that are held in bf16, wide, so that what was trained whole can take their place. To be put back as any
-    other change."""
+    """Weights of a plain model that are held in bf16, wide, so that what was trained whole can take their place, and DoRA measure them. To
+    be put back as any other change."""
     for name in names:
         host = model.get_submodule(name.rpartition(".")[0])
         if isinstance(host, Linear) and host.quantized is not None and host.quantized.kind == "bf16":
             hold(host, None)
             host.requires_grad_(False)
+        elif host is model.lm_head and model.model.dtype is not None:
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(model.model.dtype), requires_grad=False)
 
 
 def refuse_lost_base(model: GPT) -> None:
@@ -500,5 +503,6 @@ def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 def untie(model: GPT) -> None:
     """Make the head a parameter of its own. It shares the embedding's memory until one of them is replaced."""
-    model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.detach(), requires_grad=False)
+    if model.lm_head.weight is model.model.embed_tokens.weight:
+        model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.detach(), requires_grad=False)
     model.config = replace(model.config, tie_word_embeddings=False)
