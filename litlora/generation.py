@@ -115,13 +115,11 @@ class Conversation:
             return self.prefill([*self.held, token_id])[None]
         self.cache.rewind(start)  # what the last draft had wrong
         reserve(self.cache, start + 1 + len(draft), self.context)
-        if self.replayed and not draft:
-            logits = self.replayed(token)[None]
+        tokens = torch.cat((token.view(1), token.new_tensor(draft)))
+        if self.replayed and len(tokens) <= self.replayed.most:
+            logits = self.replayed(tokens)
         else:
-            tokens = token.view(1, 1)
-            if draft:
-                tokens = torch.cat((tokens, tokens.new_tensor([draft])), 1)
-            logits = self.model(tokens, cache=self.cache)[0]
+            logits = self.model(tokens[None], cache=self.cache)[0]
         self.held.append(token_id)
         return logits
 

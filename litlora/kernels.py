@@ -33,6 +33,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
+def add_product(y: Tensor, x: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """y (..., out) + scale x W^T, of x (..., in) and W (out, in), where no gradient is recorded; y is lost, and may be what comes back."""
+    ours = scale != 0 and y.is_contiguous() and (native := cpu.native_for(x)) and native.multiplies(x, "fp32", weight, weight.size(0))
+    if not ours:
+        return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), weight.t(), alpha=scale).view_as(y)
+    native.add_product(y, x, weight, scale)
+    return y
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of x (..., C) with gains (C,), which may be of a wider dtype; in x's."""
     if gpu.triton_for(x):

@@ -36,7 +36,7 @@ from litlora import cpu, gpu
 from litlora.config import Config, Rope, rotary_steps
 from litlora.errors import UserError
 from litlora.gpu.packed import Packed
-from litlora.kernels import Added, Rotated, SummedLoss, cheap, keeping_less, linear, place, rms_norm, swiglu, turned
+from litlora.kernels import Added, Rotated, SummedLoss, add_product, cheap, keeping_less, linear, place, rms_norm, swiglu, turned
 from litlora.quantized import Bf16, Quantized, beside, hold, is_read_as_stored
 
 IGNORE = -100  # a target that is not graded
@@ -814,8 +814,7 @@ class LoRA(Adapter):
         if torch.is_grad_enabled():
             y = Added.apply(y.clone() if y._is_view() else y, x, a, b, scale)  # what is written over through a view costs another copy
             return y
-        low = F.linear(x, a).flatten(0, -2)  # (B * T, R)
-        return torch.addmm(y.flatten(0, -2), low, b.t(), alpha=scale).view_as(y)
+        return add_product(y, linear(x, a, None), b, scale)
 
     def folded(self, host: Linear) -> tuple[Tensor, Tensor | None]:
         a, b = self.matrices()

@@ -1,10 +1,11 @@
-"""One more token of one text, as the same work every time: nothing changes from token to token but numbers in tensors.
+"""One more token of one text, or some, as the same work every time: nothing changes from token to token but numbers in tensors.
 
 So all of it can be done again without Python: on a GPU as one CUDA graph, where a call of the model is some thousand launches that it would
 wait for; on a CPU as a tape (`cpu/tape.py`), where around small products Python takes as long as they do. The graph has not run on a GPU
 yet. The step that is captured is tested on CPUs, bit for bit against the plain one.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import cast
@@ -43,9 +44,9 @@ class ReplayedStep:
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
         self.model, self.cache, self.device = model, cache, next(model.parameters()).device
+        self.most = cpu.FEW if self.device.type == "cpu" else 1  # tokens
         self.whole: WholeCache | None = None
-        self.again: Callable[[], object] | None = None  # does the step once more; None: not done yet
-        self.parts: object = None
+        self.made: dict[int, tuple[Tensor, Tensor, Callable[[], object]]] = {}  # for T tokens: these, their logits, and the step once more
 
     @staticmethod
     def serves(model: GPT) -> bool:
@@ -56,66 +57,68 @@ class ReplayedStep:
         return not varies and (next(model.parameters()).is_cuda or sees_what_is_held(model))
 
     @torch.inference_mode()
-    def __call__(self, token: Tensor) -> Tensor:  # () int64 -> (V,)
-        """Logits after one more token, for which there is room."""
-        self.cache.check_room(1, 1)
+    def __call__(self, tokens: Tensor) -> Tensor:  # (T,) int64 -> (T, V)
+        """Logits after each of some more tokens, for which there is room; on a GPU one at a time."""
+        self.cache.check_room(1, len(tokens))
         if self.whole is None or self.whole.first is not next(iter(self.cache.held.values())) or self.parts != self.parts_now():
             self.prepare()
         assert self.whole is not None
         self.whole.at.fill_(self.cache.lengths[0])
-        self.token.copy_(token)
-        if self.again is None:
-            self.logits, self.again = self.recorded()
+        if len(tokens) in self.made:
+            read, logits, again = self.made[len(tokens)]
+            read.copy_(tokens)
+            again()
         else:
-            self.again()
-        self.cache.advance(1)
-        return self.logits.clone()  # the next step writes over them
+            read = tokens.clone()
+            logits, again = self.recorded(read)
+            self.made[len(tokens)] = (read, logits, again)
+        self.cache.advance(len(tokens))
+        return logits.clone()  # the next step writes over them
 
     def prepare(self) -> None:
-        self.whole = WholeCache(self.cache, self.device)
-        self.token = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.again = None
+        self.whole, self.made = WholeCache(self.cache, self.device), {}
         if not sees_what_is_held(self.model):
             for sides in self.cache.held.values():  # what is not held is weighed with 0, but no NaN may lie there
                 for side in sides:
                     side[:, :, self.cache.lengths[0] :].zero_()
-        modules = list(self.model.modules())
-        self.places = [module._modules for module in modules], [module._parameters for module in modules]
+        self.modules = list(self.model.modules())
         self.parts = self.parts_now()
 
-    def parts_now(self) -> tuple[list[int], list[int]]:
-        """By which the step knows a model: its modules, and where its parameters lie."""
-        modules, parameters = self.places
-        here = [id(one) for place in modules for one in place.values()]
-        return here, [one.data_ptr() for place in parameters for one in place.values() if one is not None]
+    def parts_now(self) -> list[tuple[int, ...]]:
+        """By which the step knows a model: its modules, where its tensors lie, and how often these have been written over."""
+        modules = [id(one) for module in self.modules for one in module._modules.values()]
+        tensors = [one for module in self.modules for held in (module._parameters, module._buffers) for one in held.values()]
+        held = [one for one in tensors if one is not None]
+        return [tuple(modules), tuple(one.data_ptr() for one in held), tuple(one._version for one in held if not one.is_inference())]
 
-    def recorded(self) -> tuple[Tensor, Callable[[], object]]:
-        """The step, done; its logits, and what does it again, into them."""
+    def recorded(self, tokens: Tensor) -> tuple[Tensor, Callable[[], object]]:
+        """The step, done; its logits (T, V), and what does it again, into them."""
         if self.device.type == "cuda":
             try:
-                return self.captured()
+                return self.captured(tokens)
             except RuntimeError as error:
                 warnings.warn(f"a step cannot be captured as a graph ({error}): tokens come more slowly", stacklevel=2)
-                logits = self.step()
-                return logits, lambda: logits.copy_(self.step())
-        with Tape() as tape:
-            logits = self.step()
+                logits = self.step(tokens)
+                return logits, lambda: logits.copy_(self.step(tokens))
+        assert self.whole is not None
+        with Tape(tokens, self.whole.at, *itertools.chain(*self.cache.held.values())) as tape:
+            logits = self.step(tokens)
         return logits, tape.play
 
-    def captured(self) -> tuple[Tensor, Callable[[], object]]:
+    def captured(self, tokens: Tensor) -> tuple[Tensor, Callable[[], object]]:
         beside = torch.cuda.Stream(self.device)
         beside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(beside):
-            self.step()  # what happens once must not be captured: compiling, tables, workspaces
+            self.step(tokens)  # what happens once must not be captured: compiling, tables, workspaces
         torch.cuda.current_stream(self.device).wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = self.step()
+            logits = self.step(tokens)
         graph.replay()
         return logits, graph.replay
 
-    def step(self) -> Tensor:  # (V,)
-        return cast(Tensor, self.model(self.token.view(1, 1), cache=self.whole)[0, 0])
+    def step(self, tokens: Tensor) -> Tensor:  # (T,) -> (T, V)
+        return cast(Tensor, self.model(tokens[None], cache=self.whole)[0])
 
 
 def sees_what_is_held(model: GPT) -> bool:

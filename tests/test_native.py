@@ -26,7 +26,7 @@ from torch import Tensor
 
 from litlora import cpu
 from litlora.cpu import native
-from litlora.kernels import linear, place, rms_norm, swiglu
+from litlora.kernels import add_product, linear, place, rms_norm, swiglu
 from litlora.methods import tuning_of
 from litlora.methods.attach import attach
 from litlora.model import GPT, KVCache, Turn, rotary_table, rotate
@@ -61,7 +61,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return count
 
 
-SHAPES = [(1, 16), (3, 48), (4, 64), (7, 64), (130, 192), (97, 1024)]  # out, in
+SHAPES = [(1, 8), (5, 24), (3, 48), (4, 64), (7, 64), (130, 192), (97, 1024)]  # out, in
 
 
 @needs_native
@@ -254,6 +254,25 @@ def test_what_comes_to_a_cache_stands_where_each_row_goes_on(B: int, T: int, mon
     assert torch.equal(ours, whole)
     assert torch.equal(whole[0, :, 5], more[0, :, 0])
     assert whole.count_nonzero() == B * T * 3 * 10
+
+
+@needs_native
+@torch.inference_mode()
+@pytest.mark.parametrize(("out", "width"), SHAPES)
+def test_a_product_is_added_to_what_is_there(out: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C3, LoRA: scaled, for any number of rows; each row has the bits that it has alone. Caught: the scale left out; the sum left out."""
+    weight = random(out, width, seed=1)
+    for n in (1, 2, 3, 4, 7, 16):
+        x, y = random(n, width), random(1, n, out, seed=2)
+        alone = torch.cat([add_product(y[:, row : row + 1].clone(), x[None, row : row + 1], weight, -0.7) for row in range(n)], 1)
+        found = add_product(y.clone(), x[None], weight, -0.7)
+        assert torch.equal(found, alone)
+        exact = y.double() - 0.7 * (x.double() @ weight.double().t())
+        assert (found - exact).abs().max() <= 2e-6 * width**0.5 + 1e-6
+    assert torch.equal(add_product(y.clone(), x[None], weight, 0.0), y)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "working", lambda: None)
+        torch.testing.assert_close(add_product(y.clone(), x[None], weight, -0.7), found, rtol=1e-4, atol=1e-4)
 
 
 @needs_native

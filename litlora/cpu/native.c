@@ -15,11 +15,11 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum kind { FP32, BF16, INT8, NF4 };
-enum { BLOCK = 64, ROWS = 4 };  /* numbers of NF4 that share a scale; rows of W, or of x, in registers at once */
+enum { BLOCK = 64, TILE = 4 };  /* numbers of NF4 that share a scale; sums in registers at once */
 enum { TOGETHER = 8, KEYS = 32 };  /* queries that read keys together, so many at a time: what stays in the nearest cache */
 
 /* As native.py has it: another one, and what is called here is of another version. */
-int version(void) { return 2; }
+int version(void) { return 3; }
 
 int usable(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
@@ -145,77 +145,85 @@ INLINE __m256 eight(enum kind kind, const char *row, long i, __m256 low, __m256 
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), upper);
 }
 
-/* y[t][r] for `rows` rows of W, so many rows `apart`, and `tokens` rows of x, one of the two being 1. `per_row`: scales. */
+/* y[t][r] for `rows` rows of W, so many rows `apart`, and `tokens` rows of x: TILE sums at most. `per_row`: scales. */
 INLINE void tile(enum kind kind, int rows, int tokens, const char *W, long row_bytes, long apart, const float *scales, long per_row,
-                 const float *values, const float *x, float *y, long in, long out) {
-    __m256 even[ROWS], odd[ROWS], low = _mm256_setzero_ps(), high = low;
+                 const float *values, const float *x, float *y, long in, long out, float onto) {
+    __m256 even[TILE], odd[TILE], low = _mm256_setzero_ps(), high = low;
     if (kind == NF4)
         low = _mm256_loadu_ps(values), high = _mm256_loadu_ps(values + 8);
     for (int k = 0; k < rows * tokens; k++)
         even[k] = odd[k] = _mm256_setzero_ps();
     for (long start = 0; start < in; start += BLOCK) {
         long end = start + BLOCK < in ? start + BLOCK : in;
-        __m256 one[ROWS], two[ROWS];
+        __m256 one[TILE], two[TILE];
         for (int k = 0; k < rows * tokens; k++)
             one[k] = kind == NF4 ? _mm256_setzero_ps() : even[k], two[k] = kind == NF4 ? _mm256_setzero_ps() : odd[k];
-        for (long i = start; i < end; i += 16)
+        for (long i = start; i + 16 <= end; i += 16)
             for (int r = 0; r < rows; r++) {
                 const char *row = W + r * apart * row_bytes;
                 __m256 left = eight(kind, row, i, low, high), right = eight(kind, row, i + 8, low, high);
-                for (int t = 0; t < tokens; t++) {
-                    one[r + t] = _mm256_fmadd_ps(left, _mm256_loadu_ps(x + t * in + i), one[r + t]);
-                    two[r + t] = _mm256_fmadd_ps(right, _mm256_loadu_ps(x + t * in + i + 8), two[r + t]);
+                for (int t = 0, k = r * tokens; t < tokens; t++, k++) {
+                    one[k] = _mm256_fmadd_ps(left, _mm256_loadu_ps(x + t * in + i), one[k]);
+                    two[k] = _mm256_fmadd_ps(right, _mm256_loadu_ps(x + t * in + i + 8), two[k]);
                 }
             }
         for (int k = 0; k < rows * tokens; k++) {
-            __m256 scale = kind == NF4 ? _mm256_set1_ps(scales[(tokens == 1 ? k : 0) * apart * per_row + start / BLOCK]) : low;
+            __m256 scale = kind == NF4 ? _mm256_set1_ps(scales[k / tokens * apart * per_row + start / BLOCK]) : low;
             even[k] = kind == NF4 ? _mm256_fmadd_ps(one[k], scale, even[k]) : one[k];
             odd[k] = kind == NF4 ? _mm256_fmadd_ps(two[k], scale, odd[k]) : two[k];
         }
     }
-    for (int r = 0; r < rows; r++)
-        for (int t = 0; t < tokens; t++)
-            y[t * out + r * apart] = sum(_mm256_add_ps(even[r + t], odd[r + t])) * (kind == INT8 ? scales[r * apart] : 1);
+    for (int r = 0, k = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++, k++) {
+            if (in % 16)  /* eight more; never of NF4 */
+                even[k] = _mm256_fmadd_ps(eight(kind, W + r * apart * row_bytes, in - 8, low, high), _mm256_loadu_ps(x + t * in + in - 8), even[k]);
+            float product = sum(_mm256_add_ps(even[k], odd[k])) * (kind == INT8 ? scales[r * apart] : 1), *to = y + t * out + r * apart;
+            *to = onto == 0 ? product : *to + onto * product;
+        }
 }
 
-/* The rows of W from `first` to `last`. For one row of x, as ROWS runs of rows side by side, each of which a CPU sees as a stream of its own:
-   neighbours would be one stream that jumps, which is fetched at half the speed and less. */
+/* The rows of W from `first` to `last`, as some runs of rows side by side, each of which a CPU sees as a stream of its own: neighbours would
+   be one stream that jumps, which is fetched at half the speed and less. */
 INLINE void rows_of(enum kind kind, const char *W, const float *scales, const float *values, const float *x, float *y, long n, long in,
-                    long out, long first, long last) {
+                    long out, float onto, long first, long last) {
     long row_bytes = kind == FP32 ? 4 * in : kind == BF16 ? 2 * in : kind == INT8 ? in : in / 2;
-    long per_row = kind == INT8 ? 1 : kind == NF4 ? in / BLOCK : 0;
-    long run = n == 1 ? (last - first) / ROWS : 0;
-    for (long end = first + run; first < end; first++)
-        tile(kind, ROWS, 1, W + first * row_bytes, row_bytes, run, scales + first * per_row, per_row, values, x, y + first, in, out);
-    for (first += (ROWS - 1) * run; first < last; first++) {
+    long per_row = kind == INT8 ? 1 : kind == NF4 ? in / BLOCK : 0, runs = n == 1 ? TILE : TILE / 2, run = (last - first) / runs;
+    for (long end = first + run; first < end; first++) {
         const char *row = W + first * row_bytes;
         const float *own = scales + first * per_row;
+        if (n == 1)
+            tile(kind, TILE, 1, row, row_bytes, run, own, per_row, values, x, y + first, in, out, onto);
         long t = 0;
-        for (; t + ROWS <= n; t += ROWS)
-            tile(kind, 1, ROWS, row, row_bytes, 0, own, per_row, values, x + t * in, y + t * out + first, in, out);
-        for (; t < n; t++)
-            tile(kind, 1, 1, row, row_bytes, 0, own, per_row, values, x + t * in, y + t * out + first, in, out);
+        for (; n > 1 && t + 2 <= n; t += 2)
+            tile(kind, TILE / 2, 2, row, row_bytes, run, own, per_row, values, x + t * in, y + t * out + first, in, out, onto);
+        if (n > 1 && t < n)
+            tile(kind, TILE / 2, 1, row, row_bytes, run, own, per_row, values, x + t * in, y + t * out + first, in, out, onto);
     }
+    for (first += (runs - 1) * run; first < last; first++)
+        for (long t = 0; t < n; t++)
+            tile(kind, 1, 1, W + first * row_bytes, row_bytes, 0, scales + first * per_row, per_row, values, x + t * in,
+                 y + t * out + first, in, out, onto);
 }
 
-/* y (n, out) = x (n, in) times W (out, in) transposed; in a multiple of 16, of 64 for NF4. INT8: a scale (out,) for each row; NF4: one for
-   each 64 numbers, and its 16 `values`. */
+/* y (n, out) = x (n, in) times W (out, in) transposed, or, where `onto` is not 0, y += `onto` times that; in a multiple of 8, of 64 for NF4.
+   INT8: a scale (out,) for each row; NF4: one for each 64 numbers, and its 16 `values`. */
 struct product {
     const char *W;
     const float *scales, *values, *x;
     float *y;
     long kind, n, in, out, parts, threads;
+    double onto;
 };
 
 static void product_part(const void *job, long part) {
     struct product p = *(const struct product *)job;
-    long tiles = (p.out + ROWS - 1) / ROWS, first = part * tiles / p.parts * ROWS, last = (part + 1) * tiles / p.parts * ROWS;
+    long tiles = (p.out + TILE - 1) / TILE, first = part * tiles / p.parts * TILE, last = (part + 1) * tiles / p.parts * TILE;
     last = last < p.out ? last : p.out;
     switch (p.kind) {
-        case FP32: rows_of(FP32, p.W, p.scales, p.values, p.x, p.y, p.n, p.in, p.out, first, last); return;
-        case BF16: rows_of(BF16, p.W, p.scales, p.values, p.x, p.y, p.n, p.in, p.out, first, last); return;
-        case INT8: rows_of(INT8, p.W, p.scales, p.values, p.x, p.y, p.n, p.in, p.out, first, last); return;
-        case NF4: rows_of(NF4, p.W, p.scales, p.values, p.x, p.y, p.n, p.in, p.out, first, last); return;
+        case FP32: rows_of(FP32, p.W, p.scales, p.values, p.x, p.y, p.n, p.in, p.out, p.onto, first, last); return;
+        case BF16: rows_of(BF16, p.W, p.scales, p.values, p.x, p.y, p.n, p.in, p.out, p.onto, first, last); return;
+        case INT8: rows_of(INT8, p.W, p.scales, p.values, p.x, p.y, p.n, p.in, p.out, p.onto, first, last); return;
+        case NF4: rows_of(NF4, p.W, p.scales, p.values, p.x, p.y, p.n, p.in, p.out, p.onto, first, last); return;
     }
 }
 
@@ -259,8 +267,8 @@ static void rms_norm(struct rms_norm of) {
 
 /* gate = silu(gate) * up, `count` numbers of each; a multiple of 8. */
 struct swiglu {
-    float *gate;
     const float *up;
+    float *gate;
     long count;
 };
 
@@ -388,8 +396,8 @@ static void attend(struct query *queries, int count, const float *keys, const fl
    size + 7). */
 struct attention {
     const float *q, *keys, *values;
-    float *y, *scores;
     const int64_t *positions;
+    float *scores, *y;
     long last, B, H, K, T, size, D, Dv, window, parts, threads;
     double scale;
 };

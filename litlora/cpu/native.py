@@ -21,9 +21,9 @@ PARALLEL = 2**15  # multiplications from which on more than one thread is worth 
 PARTS = 4  # of a thread's work: who is busy with something else takes fewer
 SMALL = 2**19  # numbers up to which one thread does with them what torch would wake several for: of all rows that a product serves
 
-VERSION = 2  # to be counted up, here and in native.c, where these change
-CALLS = {  # in this order there: of each the pointers, whole numbers and others
-    "product": "5P6q",
+VERSION = 3  # to be counted up, here and in native.c, where these change
+CALLS = {  # in this order there: of each the pointers, of which the last is written to, whole numbers and others
+    "product": "5P6qd",
     "rms_norm": "3P2qd",
     "swiglu": "2Pq",
     "turned": "4P6q",
@@ -37,7 +37,7 @@ NUMBERS = {name: number for number, name in enumerate(CALLS)}
 
 
 class Recording(threading.local):
-    """Who hears of each call in this thread: a call as bytes, and the tensors that it points into."""
+    """Who hears of each call in this thread: a call as bytes, and the tensors that it points into, of which it writes to the last."""
 
     heard: Callable[[bytes, Sequence[Tensor | None]], None] | None = None
 
@@ -107,8 +107,15 @@ def product(x: Tensor, kind: str, codes: Tensor, out: int, scales: Tensor | None
     """x (..., in) times a weight (out, in) transposed, (..., out). `codes`, `scales` (fp32) and `values` as in quantized.py."""
     x, width = x.contiguous(), x.size(-1)
     y = x.new_empty((*x.shape[:-1], out))
-    call("product", (codes, scales, values, x, y), KINDS[kind], x.numel() // width, width, out, *shares(out * width))
+    call("product", (codes, scales, values, x, y), KINDS[kind], x.numel() // width, width, out, *shares(out * width), 0)
     return y
+
+
+def add_product(y: Tensor, x: Tensor, weight: Tensor, scale: float) -> None:
+    """y (..., out), which lies whole, += scale x W^T, of x (..., in) and W (out, in) in fp32 that `multiplies` has seen; scale is not 0."""
+    out, width = weight.shape
+    x = x.contiguous()
+    call("product", (weight, None, None, x, y), KINDS["fp32"], x.numel() // width, width, out, *shares(out * width), scale)
 
 
 def norms(x: Tensor, weight: Tensor) -> bool:
@@ -132,7 +139,7 @@ def gates(gate: Tensor, up: Tensor) -> bool:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, in place of the gate where that lies whole."""
     gate, up = gate.contiguous(), up.contiguous()
-    call("swiglu", (gate, up), gate.numel())
+    call("swiglu", (up, gate), gate.numel())
     return gate
 
 
@@ -192,5 +199,5 @@ def attention_of_few(positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, 
     y, scores = q.new_empty(B, T, H, Dv), q.new_empty(parts, TOGETHER, size + EIGHT - 1)
     last = None if positions is None else positions[:, -1].contiguous()
     numbers = (S - 1, B, H, K, T, size, D, Dv, window or 0, parts, threads, scale)
-    call("attention_of_few", (q, k, v, y, scores, last), *numbers)
+    call("attention_of_few", (q, k, v, last, scores, y), *numbers)
     return y

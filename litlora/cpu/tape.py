@@ -4,7 +4,8 @@ A model's step is some thousand calls of Python for some hundred products; as a 
 functions of ours, and one of torch for whatever lies between. Nothing here knows a model.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,16 +16,17 @@ from litlora.cpu import native
 
 
 class Tape(TorchDispatchMode):
-    """Records what is computed inside it, which is computed all the same. Every tensor of it lives as long as the tape.
+    """Records what is computed inside it of some tensors, and is computed all the same; of what else is computed it keeps the result.
 
-    What comes in is to be written into the tensors that came in then, and what comes out is found where it came out. No shape may depend on
-    a number, and no number may be asked for: RuntimeError.
+    `varying`: those that hold other numbers the next time, as what comes in, or that hold on to theirs until then. What comes out is found
+    where it came out. No shape may depend on a number, and no number may be asked for: RuntimeError.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *varying: Tensor) -> None:
         super().__init__()
+        self.varying = {place(tensor) for tensor in varying}
         self.steps: list[Callable[[], Any] | list[bytes]] = []  # torch's, or calls of ours in a row
-        self.kept: list[Any] = []
+        self.kept = list(varying)  # also what calls of ours point into: no memory of theirs may be somebody else's meanwhile
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -46,22 +48,29 @@ class Tape(TorchDispatchMode):
         assert isinstance(calls, list)
         calls.append(call)
         self.kept += (tensor.detach() for tensor in tensors if tensor is not None)  # it, whatever its owner's `data` will be
+        self.varying.add(place(self.kept[-1]))  # the last is written to
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        known = {place(tensor) for tensor in tensors_in((args, kwargs))}
+        if known.isdisjoint(self.varying) or "empty" in func._schema.name:
+            return func(*args, **kwargs)
         if func is torch.ops.aten.add.Tensor and isinstance(args[1], Tensor) and native.sums(*args):
             return native.summed(args[0], args[1], kwargs.get("alpha", 1))
-        made = func(*args, **kwargs)
-        self.kept.append((args, kwargs, made))
-        known = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs))}
-        if known and isinstance(made, bool | int | float):
-            raise RuntimeError(f"{func} gives a number, which may be another one the next time")
         if func._schema.is_mutable:
-            self.steps.append(lambda: func(*args, **kwargs))
-        elif "empty" not in func._schema.name:
-            new = [n for n, tensor in enumerate(tensors_in(made)) if tensor.untyped_storage().data_ptr() not in known]
-            if new:  # else views, which are still there
-                self.steps.append(lambda: again(made, new, func(*args, **kwargs)))
+            for target in written(func, args, kwargs):
+                if place(target) not in self.varying:
+                    self.steps.append(functools.partial(target.copy_, target.clone()))
+                self.varying.add(place(target))
+            self.steps.append(functools.partial(func, *args, **kwargs))
+            return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        if not isinstance(made, Tensor | tuple | list):
+            raise RuntimeError(f"{func} gives a number, which may be another one the next time")
+        new = [n for n, tensor in enumerate(tensors_in(made)) if place(tensor) not in known]
+        if new:  # else views, which are still there
+            self.steps.append(lambda: again(made, new, func(*args, **kwargs)))
+            self.varying.update(place(tensor) for tensor in tensors_in(made))
         return made
 
     def play(self) -> None:
@@ -77,6 +86,18 @@ def again(made: Any, new: Sequence[int], remade: Any) -> None:
     before, now = list(tensors_in(made)), list(tensors_in(remade))
     for n in new:
         before[n].copy_(now[n])
+
+
+def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Which of its arguments an operation writes to."""
+    for n, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from tensors_in(args[n] if n < len(args) else kwargs.get(argument.name))
+
+
+def place(tensor: Tensor) -> int:
+    """Its memory, views alike."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
