@@ -11,7 +11,7 @@ any number of conversations share one. Ids are counted against the context befor
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -115,13 +115,10 @@ class Conversation:
             return self.prefill([*self.held, token_id])[None]
         self.cache.rewind(start)  # what the last draft had wrong
         reserve(self.cache, start + 1 + len(draft), self.context)
-        tokens = torch.cat((token.view(1), token.new_tensor(draft)))
-        if self.replayed and len(tokens) <= self.replayed.most:
-            logits = self.replayed(tokens)
-        else:
-            logits = self.model(tokens[None], cache=self.cache)[0]
+        tokens = torch.cat((token.view(1), token.new_tensor(draft)))[None]
+        logits = self.replayed(tokens) if self.replayed and self.replayed.takes(tokens) else self.model(tokens, cache=self.cache)
         self.held.append(token_id)
-        return logits
+        return cast(Tensor, logits[0])
 
 
 def reserve(cache: KVCache, size: int, most: int) -> None:
@@ -183,6 +180,7 @@ def answer_side_by_side(model: GPT, vocabulary: int, answers: "Sequence[Answer]"
     longest = max(answer.prompt_tokens for answer in answers)
     cache = KVCache(min(most, max(longest, FIRST_CACHE_TOKENS)), rows=len(answers))
     samplers = [Sampler(answer.sampling, vocabulary, answer.prompt) for answer in answers]
+    replayed = ReplayedStep(model, cache) if ReplayedStep.serves(model) else None
     logits = prefill_ragged(model, cache, [answer.prompt for answer in answers])  # (B, V)
     while True:
         picked = torch.stack([sampler.pick(row) for sampler, row in zip(samplers, logits, strict=True)])  # (B,)
@@ -193,7 +191,8 @@ def answer_side_by_side(model: GPT, vocabulary: int, answers: "Sequence[Answer]"
             return
         held = [length if answer.finish_reason else length + 1 for answer, length in zip(answers, cache.lengths, strict=True)]
         reserve(cache, max(cache.lengths) + 1, most)
-        logits = model(picked[:, None], cache=cache)[:, 0]
+        tokens = picked[:, None]
+        logits = (replayed(tokens) if replayed and replayed.takes(tokens) else model(tokens, cache=cache))[:, 0]
         cache.rewind(held)  # rows that are finished stand still, so that they never outgrow the cache
 
 

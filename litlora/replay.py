@@ -1,4 +1,4 @@
-"""One more token of one text, or some, as the same work every time: nothing changes from token to token but numbers in tensors.
+"""One more token of each text, or some, as the same work every time: nothing changes from token to token but numbers in tensors.
 
 So all of it can be done again without Python: on a GPU as one CUDA graph, where a call of the model is some thousand launches that it would
 wait for; on a CPU as a tape (`cpu/tape.py`), where around small products Python takes as long as they do. The graph has not run on a GPU
@@ -24,10 +24,10 @@ class WholeCache(KVCache):
     is_ragged = True
 
     def __init__(self, cache: KVCache, device: torch.device) -> None:
-        super().__init__(cache.size)
+        super().__init__(cache.size, len(cache.lengths))
         self.held = cache.held
         self.first = next(iter(cache.held.values()))  # what is replaced first where it grows, even if memory ends before the last is
-        self.at = torch.zeros(1, dtype=torch.int64, device=device)  # (1,)
+        self.at = torch.zeros(len(cache.lengths), dtype=torch.int64, device=device)  # (B,)
 
     def starts(self, device: torch.device) -> Tensor:
         return self.at
@@ -40,13 +40,12 @@ class WholeCache(KVCache):
 
 
 class ReplayedStep:
-    """The model's step after what `cache` holds, which is one text. Made anew when that cache has grown, or the model has other parts."""
+    """The model's step after what `cache` holds. Made anew when that cache has grown, or the model has other parts."""
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
         self.model, self.cache, self.device = model, cache, next(model.parameters()).device
-        self.most = cpu.FEW if self.device.type == "cpu" else 1  # tokens
         self.whole: WholeCache | None = None
-        self.made: dict[int, tuple[Tensor, Tensor, Callable[[], object]]] = {}  # for T tokens: these, their logits, and the step once more
+        self.made: dict[torch.Size, tuple[Tensor, Tensor, Callable[[], object]]] = {}  # for (B, T): tokens, logits, and the step once more
 
     @staticmethod
     def serves(model: GPT) -> bool:
@@ -56,29 +55,35 @@ class ReplayedStep:
         varies = any(rope.depends_on_length for rope in ropes if rope) or any(isinstance(module, Experts) for module in model.modules())
         return not varies and (next(model.parameters()).is_cuda or sees_what_is_held(model))
 
+    def takes(self, tokens: Tensor) -> bool:
+        """On a GPU one token of each row; on a CPU no more than our kernels do."""
+        return tokens.numel() <= cpu.FEW if self.device.type == "cpu" else tokens.size(1) == 1
+
     @torch.inference_mode()
-    def __call__(self, tokens: Tensor) -> Tensor:  # (T,) int64 -> (T, V)
-        """Logits after each of some more tokens, for which there is room; on a GPU one at a time."""
-        self.cache.check_room(1, len(tokens))
+    def __call__(self, tokens: Tensor) -> Tensor:  # (B, T) int64 -> (B, T, V)
+        """Logits after each of some more tokens, which it takes and for which there is room."""
+        self.cache.check_room(*tokens.shape)
         if self.whole is None or self.whole.first is not next(iter(self.cache.held.values())) or self.parts != self.parts_now():
             self.prepare()
         assert self.whole is not None
-        self.whole.at.fill_(self.cache.lengths[0])
-        if len(tokens) in self.made:
-            read, logits, again = self.made[len(tokens)]
+        self.whole.at.copy_(torch.tensor(self.cache.lengths))
+        if tokens.shape in self.made:
+            read, logits, again = self.made[tokens.shape]
             read.copy_(tokens)
             again()
         else:
             read = tokens.clone()
             logits, again = self.recorded(read)
-            self.made[len(tokens)] = (read, logits, again)
-        self.cache.advance(len(tokens))
+            self.made[tokens.shape] = (read, logits, again)
+        self.cache.advance(tokens.size(1))
         return logits.clone()  # the next step writes over them
 
     def prepare(self) -> None:
         self.whole, self.made = WholeCache(self.cache, self.device), {}
-        if not sees_what_is_held(self.model):
-            for sides in self.cache.held.values():  # what is not held is weighed with 0, but no NaN may lie there
+        if len(self.cache.lengths) == 1 and not sees_what_is_held(self.model):
+            for (
+                sides
+            ) in self.cache.held.values():  # what is not held is weighed with 0, but no NaN may lie there; it never does beside others
                 for side in sides:
                     side[:, :, self.cache.lengths[0] :].zero_()
         self.modules = list(self.model.modules())
@@ -92,7 +97,7 @@ class ReplayedStep:
         return [tuple(modules), tuple(one.data_ptr() for one in held), tuple(one._version for one in held if not one.is_inference())]
 
     def recorded(self, tokens: Tensor) -> tuple[Tensor, Callable[[], object]]:
-        """The step, done; its logits (T, V), and what does it again, into them."""
+        """The step, done; its logits (B, T, V), and what does it again, into them."""
         if self.device.type == "cuda":
             try:
                 return self.captured(tokens)
@@ -117,8 +122,8 @@ class ReplayedStep:
         graph.replay()
         return logits, graph.replay
 
-    def step(self, tokens: Tensor) -> Tensor:  # (T,) -> (T, V)
-        return cast(Tensor, self.model(tokens[None], cache=self.whole)[0])
+    def step(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
+        return cast(Tensor, self.model(tokens, cache=self.whole))
 
 
 def sees_what_is_held(model: GPT) -> bool:

@@ -48,7 +48,7 @@ def replayed(gpt: GPT, tokens: Tensor) -> Tensor:
     for n, token in enumerate(tokens[9:], 9):
         assert cache.lengths == [n]
         reserve(cache, n + 1, 32)
-        found.append(step(token.view(1))[0])
+        found.append(step(token.view(1, 1))[0, 0])
     return torch.stack(found)
 
 
@@ -75,9 +75,9 @@ def test_it_goes_on_after_the_conversation_was_taken_back() -> None:
         gpt(tokens[None, :9], cache=cache)
         step = ReplayedStep(gpt, cache)
         for token in tokens[:5]:
-            step(token.view(1))
+            step(token.view(1, 1))
         cache.rewind(9)
-        found = torch.cat([step(token.view(1)) for token in tokens[9:]])
+        found = torch.cat([step(token.view(1, 1))[0] for token in tokens[9:]])
     assert relative(found, plain(gpt, tokens)) <= 1e-5
 
 
@@ -89,7 +89,7 @@ def test_it_is_made_anew_where_memory_ended_while_the_cache_grew(monkeypatch: py
         cache = KVCache(16)
         gpt(tokens[None, :9], cache=cache)
         step = ReplayedStep(gpt, cache)
-        step(tokens[9:10])
+        step(tokens[None, 9:10])
         made, sizes, new = step.whole, iter(range(4)), Tensor.new_empty
 
         def new_empty(self: Tensor, *size: int) -> Tensor:
@@ -102,7 +102,7 @@ def test_it_is_made_anew_where_memory_ended_while_the_cache_grew(monkeypatch: py
             with pytest.raises(RuntimeError, match="out of memory"):
                 reserve(cache, 17, 32)
         assert cache.size == 16
-        found = step(tokens[10:11])[0]
+        found = step(tokens[None, 10:11])[0, 0]
     assert step.whole is not made
     assert relative(found, plain(gpt, tokens)[1]) <= 1e-5
 
@@ -127,11 +127,11 @@ def test_nothing_in_a_step_asks_for_a_number_or_has_a_shape_that_grows(monkeypat
         cache = KVCache(32)
         gpt(tokens[None, :9], cache=cache)
         step = ReplayedStep(gpt, cache)
-        step(tokens[9:10])
+        step(tokens[None, 9:10])
         found = []
         for token in tokens[10:14]:
             with Operations() as operations:
-                step(token.view(1))
+                step(token.view(1, 1))
             found.append(operations.seen)
     assert found[0] == found[1] == found[2] == found[3]
     assert len(found[0]) > 50

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from litlora.cpu import native
 from litlora.cpu.tape import Tape
-from litlora.generation import Conversation, reserve
+from litlora.generation import Conversation, generate_batch, reserve
 from litlora.kernels import linear, rms_norm
 from litlora.methods import tuning_of
 from litlora.methods.attach import attach
@@ -49,7 +49,7 @@ def played(gpt: GPT, tokens: Tensor, by: int = 1) -> Tensor:  # (1, T) -> (T - 9
             for sides in cache.held.values():
                 for side in sides:
                     side[:, :, n:] = torch.nan
-        found.append(step(part))
+        found.append(step(part[None])[0])
     return torch.cat(found)
 
 
@@ -140,15 +140,44 @@ def test_a_model_that_changes_between_two_steps_is_not_the_one_of_before(change:
         cache = KVCache(16)
         gpt(tokens[None, :9], cache=cache)
         step = ReplayedStep(gpt, cache)
-        step(tokens[9:10])
-        before = step(tokens[10:11])[0]
+        step(tokens[None, 9:10])
+        before = step(tokens[None, 10:11])[0, 0]
     change(gpt)
     with torch.inference_mode():
         cache.rewind(10)
-        found = step(tokens[10:11])[0]
+        found = step(tokens[None, 10:11])[0, 0]
         cache.rewind(10)
         assert torch.equal(found, gpt(tokens[None, 10:11], cache=cache)[0, 0])
     assert not torch.equal(found, before)
+
+
+@needs_native
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma2"])
+def test_rows_of_other_lengths_too(family: str) -> None:
+    """Texts side by side, one of which stands still from some step on. Caught: one place for all rows."""
+    gpt, tokens, starts = whole_gpt(family), random_tokens(3, 24), (9, 4, 7)
+
+    def steps(step: Callable[[Tensor], Tensor], cache: KVCache) -> Tensor:  # (8, 3, V)
+        found = []
+        for n in range(8):
+            lengths = list(cache.lengths)
+            reserve(cache, max(lengths) + 1, 32)
+            found.append(step(torch.stack([row[length] for row, length in zip(tokens, lengths, strict=True)])[:, None])[:, 0])
+            cache.rewind([length + (row != 1 or n < 3) for row, length in enumerate(lengths)])
+        return torch.stack(found)
+
+    caches = KVCache(11, rows=3), KVCache(11, rows=3)
+    for cache in caches:
+        gpt(tokens[:, :9], cache=cache)
+        cache.rewind(starts)
+    found = steps(ReplayedStep(gpt, caches[0]), caches[0])
+    expected = steps(lambda tokens: gpt(tokens, cache=caches[1]), caches[1])
+    assert caches[0].lengths == caches[1].lengths == [17, 7, 15]
+    if sees_what_is_held(gpt):
+        assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_native
@@ -252,6 +281,11 @@ def test_a_conversation_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     found = said()
     assert len(plays) == len(found) - 2  # the first comes from the prompt, the second from the step that is recorded
+    first, second = generate_batch(gpt, tokenizer, (), [ids_of(6), ids_of(4)], GREEDY)
+    assert first.ids == found
+    assert len(plays) == len(found) - 2 + max(len(first.ids), len(second.ids)) - 2
     monkeypatch.setattr(ReplayedStep, "serves", staticmethod(lambda model: False))
+    made = len(plays)
     assert said() == found
-    assert len(plays) == len(found) - 2
+    assert [answer.ids for answer in generate_batch(gpt, tokenizer, (), [ids_of(6), ids_of(4)], GREEDY)] == [first.ids, second.ids]
+    assert len(plays) == made
