@@ -230,10 +230,19 @@ def test_parquet_without_its_package_says_what_to_install(tmp_path: Path, monkey
     assert caught.value.hint == 'pip install "litlora[parquet]"'
 
 
-@pytest.mark.parametrize("content", ["", "\n \n", "\ufeff", "[]", " [ ]"])
-def test_an_empty_file_is_refused(tmp_path: Path, prompts: Prompts, content: str) -> None:
-    """F14."""
-    with pytest.raises(UserError, match="the file is empty") as caught:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "the file is empty"),
+        ("\n \n", "the file is empty"),
+        ("\ufeff", "the file is empty"),
+        ("[]", "the file holds an empty list"),
+        (" [ ]", "the file holds an empty list"),
+    ],
+)
+def test_an_empty_file_is_refused(tmp_path: Path, prompts: Prompts, content: str, said: str) -> None:
+    """F14: as what it is. Caught: `[]` told as an empty file."""
+    with pytest.raises(UserError, match=said) as caught:
         load(write(tmp_path / "rows.json", content), prompts, on_error="skip")
     assert caught.value.where == str(tmp_path / "rows.json")
 

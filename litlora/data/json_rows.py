@@ -41,7 +41,7 @@ def array_rows(blocks: Iterable[bytes], name: str) -> Iterator[Row]:
     window.next_letter()  # [
     window.at += 1
     if window.next_letter() == "]":
-        raise UserError("the file is empty", where=name, hint="it needs at least one row")
+        raise UserError("the file holds an empty list", where=name, hint="it needs at least one row")
     while True:
         window.next_letter()
         value, end = window.value()
