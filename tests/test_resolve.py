@@ -15,7 +15,7 @@ from checkpoint_samples import CONFIG, add_step, base_tensors, copy, flip, make_
 from litlora.checkpoint import names
 from litlora.checkpoint.commit import commit_step
 from litlora.checkpoint.fingerprint import TensorHash, cache_path, combine, fingerprint
-from litlora.checkpoint.resolve import demo_base, kind_of, list_step_paths, list_steps, resolve, whole_steps
+from litlora.checkpoint.resolve import best_of, demo_base, kind_of, list_step_paths, list_steps, resolve, whole_steps, why_best
 from litlora.errors import UserError
 from litlora.safetensors_file import SafetensorsFile, write_safetensors
 
@@ -68,7 +68,7 @@ def test_a_run_is_its_best_step_by_validation_loss_else_its_newest(tmp_path: Pat
         add_step(run, step, val_loss=loss)
     found = resolve(run)
     assert found.path == run / "step-10"
-    assert found.why == f"lowest validation loss (0.5000) of 4 in {run}"
+    assert found.why == f"lowest validation loss (0.5000) of 3 in {run}"
     newest = tmp_path / "newest"
     for step in (9, 10):
         add_step(newest, step)
@@ -79,18 +79,35 @@ def test_a_run_is_its_best_step_by_validation_loss_else_its_newest(tmp_path: Pat
     assert [step.number for step in whole_steps(run)] == [10, 200, 300]
 
 
+def test_only_steps_that_were_compared_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`of N` is how many losses there were: without torn steps, and those that were never validated. Caught: every directory counted."""
+    run = tmp_path / "out"
+    for step, loss in ((9, 0.9), (10, 0.5), (20, 0.4), (200, 0.7), (300, None)):
+        add_step(run, step, val_loss=loss)
+    flip(run / "step-20" / names.ADAPTER_WEIGHTS, 900)
+    (run / "step-9" / names.MANIFEST).unlink()
+    told = f"lowest validation loss (0.5000) of 2 in {run}"
+    assert resolve(run).why == told
+    steps = list_steps(run)
+    best = best_of(steps)
+    assert best is not None and why_best(best, run, steps) == told
+    assert resolve(run / "last").why == f"newest of 5 in {run}"
+    flip(run / "step-300" / names.ADAPTER_WEIGHTS, 900)
+    assert resolve(run / "last").why == f"newest of 4 in {run}"
+
+
 def test_the_best_and_the_last_step_of_a_run_have_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """RUN/best and RUN/last, chosen as RUN is: torn ones passed over, and named. What really has such a name is itself."""
     run = tmp_path / "out"
     for step, loss in ((9, 0.9), (10, 0.5), (200, 0.7), (300, None)):
         add_step(run, step, val_loss=loss)
     assert resolve(run / "best").path == resolve(run).path == run / "step-10"
-    assert resolve(run / "best").why == f"lowest validation loss (0.5000) of 4 in {run}"
+    assert resolve(run / "best").why == f"lowest validation loss (0.5000) of 3 in {run}"
     assert (resolve(run / "last").path, resolve(run / "last").why) == (run / "step-300", f"newest of 4 in {run}")
     flip(run / "step-300" / names.ADAPTER_WEIGHTS, 900)
     flip(run / "step-10" / names.ADAPTER_WEIGHTS, 900)
     assert resolve(run / "last").path == resolve(run / "best").path == run / "step-200"
-    assert resolve(run / "last").why == f"newest of 4 in {run}"
+    assert resolve(run / "last").why == f"newest of 3 in {run}"
     told = capsys.readouterr().err
     assert "step-300 is torn" in told and "step-10 is torn" in told
     add_step(tmp_path / "unmeasured", 3)

@@ -3,7 +3,7 @@
 import difflib
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,25 +173,35 @@ def of_run(run: Path, base_dir: Path | None = None, *, only: str = "") -> Checkp
     paths = list_step_paths(run)
     ranks = {path: _rank(path) for path in paths}
     ranked = list(reversed(paths)) if only == names.LAST else sorted(paths, key=lambda path: ranks[path])
-    losses = [loss for loss, _ in ranks.values()]
-    if only == names.BEST and math.inf in losses and not any(map(math.isfinite, losses)):
+    losses = {path: loss for path, (loss, _) in ranks.items()}
+    if only == names.BEST and math.inf in losses.values() and not any(map(math.isfinite, losses.values())):
         hint = f"{run / names.LAST} is the newest"
         raise UserError("no step of it has a validation loss, so none is known to be the best", where=run, hint=hint)
     for path in ranked:
         step = read_step(path, with_state=False)
         if step.manifest is None or step.faults:
             warn(f"{path} is torn or was altered and is passed over: {step.faults[0]}")
+            del losses[path]
             continue
-        why = why_taken(step, run, len(paths), newest=only == names.LAST)
+        why = why_taken(step, run, losses.values(), newest=only == names.LAST)
         return Checkpoint(path, "step", why=why, manifest=step.manifest, base_dir=base_dir)
     what = f"none of its {len(paths)} checkpoints is whole" if paths else "is a run without a checkpoint yet"
     raise UserError(what, where=run, hint="train again, or name another directory")
 
 
-def why_taken(step: Step, run: Path, count: int, *, newest: bool = False) -> str:
-    """`lowest validation loss (1.2345) of 4 in out`: why a run's `step`, out of `count`, is the one that is meant."""
-    others = f" of {count}" if count > 1 else ""
+def why_best(best: Step, run: Path, steps: Iterable[Step]) -> str:
+    """Why `best_of` takes that one of a run's steps."""
+    return why_taken(best, run, [_ranked(step.number, step.manifest)[0] for step in steps if step.is_whole])
+
+
+def why_taken(step: Step, run: Path, losses: Collection[float], *, newest: bool = False) -> str:
+    """`lowest validation loss (1.2345) of 4 in out`: why a run's `step` is the one that is meant.
+
+    `losses`: of those that it was chosen from; one that is not finite was never measured, and is not counted where losses are compared.
+    """
     loss = step.manifest.val_loss if step.manifest and not newest else None
+    count = len(losses) if loss is None else sum(map(math.isfinite, losses))
+    others = f" of {count}" if count > 1 else ""
     return f"newest{others} in {run}" if loss is None else f"lowest validation loss ({loss:.4f}){others} in {run}"
 
 

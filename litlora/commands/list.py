@@ -10,7 +10,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.history import leftovers
 from litlora.checkpoint.note import first_line, read_note, tags_of
 from litlora.checkpoint.reading import READ_UNASKED, size_of
-from litlora.checkpoint.resolve import Step, best_of, kind_of, list_step_paths, list_steps, looked_at, valid_below, why_taken
+from litlora.checkpoint.resolve import Step, best_of, kind_of, list_step_paths, list_steps, looked_at, valid_below, why_best
 from litlora.console import MB, amount, count, print_table, put_json, say
 from litlora.errors import UserError, told
 from litlora.options import ListSteps
@@ -73,7 +73,7 @@ def listed(run: Path, *, check: bool = False) -> dict[str, Any]:
         "run": str(run),
         "read": hashed,  # whether every byte was; if not, the sizes were compared, and no step is said to be whole
         "best": str(best.path) if best else None,
-        "why": why_taken(best, run, len(steps)) if best else None,
+        "why": why_best(best, run, steps) if best else None,
         "last": str(last.path) if last else None,
         "steps": [row_of(step, sizes.get(step.path, 0)) | {"best": step is best} for step in steps],
         "leftovers": [{"path": str(path), "kind": one.kind, "what": one.what, "hint": one.hint} for path, one in leftovers(run)],

@@ -20,7 +20,7 @@ from litlora.checkpoint.resolve import (
     names_step_of_run,
     read_step,
     resolve,
-    why_taken,
+    why_best,
 )
 from litlora.commands.inspect.uses import uses_of, uses_of_run, whole_hint
 from litlora.commands.inspect.weights import base_of, check_shapes, counted, model_of, told, what_moved
@@ -331,7 +331,7 @@ def of_run(path: Path, *, check: bool) -> Report:
         "torn": len(steps) - len(whole),
         "resumable": sum(step.is_resumable for step in steps),
         "best": str(best.path) if best else None,
-        "why": why_taken(best, path, len(steps)) if best else None,
+        "why": why_best(best, path, steps) if best else None,
         "last": str(last.path) if last else None,
         "model": str(path / names.MODEL) if (path / names.MODEL).is_dir() else None,  # pretrain: the finished one
         "ended": state,
