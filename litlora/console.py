@@ -1,6 +1,6 @@
 """What the user sees on the way: header, warnings, one live line. All of it goes to standard error; results (a table) are printed.
 
-On a terminal progress is one line that is redrawn; elsewhere, or with TERM=dumb, it is a `key=value` line now and then.
+On a terminal progress is one line that is redrawn; elsewhere, or with TERM=dumb, it is a `key=value` line now and then, and one at the end.
 NO_COLOR (https://no-color.org) is honoured. Where it can no longer be written (its reader or the terminal is gone, the disk of a log is
 full) nothing is said, and the work goes on: what is said is not the work.
 """
@@ -19,6 +19,7 @@ from litlora.errors import WorkError, printable, told
 MB = 10**6
 NAME_WIDTH = 10  # of a header's names, so that the lines of several come to stand below each other
 WIDE = 120  # columns from which on a progress line has a bar
+BETWEEN_LINES = 10.0  # seconds, where each state of a long job is a line of its own
 STYLED = re.compile(r"(\x1b\[[\d;]*m)")  # colours and weights: ours
 STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
@@ -137,12 +138,13 @@ def amount(size: int) -> str:
 
 
 class Progress:
-    """How far a long job is: one live line (rich) on a terminal, with a bar where that is WIDE, a `key=value` line a second elsewhere."""
+    """How far a long job is: one live line (rich) on a terminal, with a bar where that is WIDE, else a `key=value` line now and then."""
 
     def __init__(self, total: int, unit: str, *, start: int = 0, quiet: bool = False) -> None:
         self.total, self.unit, self.quiet = total, unit, quiet
         self.shown = time.monotonic()
         self.bar: Any = None
+        self.unsaid = ""  # the last state, where there was no line of it
         if is_terminal() and not quiet:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -172,9 +174,17 @@ class Progress:
                 shown.pop()  # the step and the loss are never cut short for what stands behind them
             with contextlib.suppress(OSError):
                 self.bar.update(self.task, completed=done, shown="  ".join(shown))
-        elif not self.quiet and (done >= self.total or time.monotonic() - self.shown >= 1.0):
-            self.shown = time.monotonic()
-            say(" ".join([f"{self.unit}={done}/{self.total}", *(f"{name}={value.replace(' ', '')}" for name, value in fields.items())]))
+        elif not self.quiet:
+            state = [f"{self.unit}={done}/{self.total}", *(f"{name}={value.replace(' ', '')}" for name, value in fields.items())]
+            self.unsaid = " ".join(state)
+            if done >= self.total or time.monotonic() - self.shown >= BETWEEN_LINES:
+                self.say_state()
+
+    def say_state(self) -> None:
+        """The line of the last state, if it is not there yet."""
+        if self.unsaid:
+            say(self.unsaid)
+        self.unsaid, self.shown = "", time.monotonic()
 
     def line(self, text: str) -> None:
         """A lasting line above the live one."""
@@ -185,7 +195,8 @@ class Progress:
             say(text)
 
     def close(self) -> None:
-        """Leave the live line where it is and go on below it."""
+        """Leave the live line where it is and go on below it; elsewhere the last state is said."""
+        self.say_state()
         if self.bar is not None:
             with contextlib.suppress(OSError):
                 self.bar.stop()

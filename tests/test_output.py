@@ -228,3 +228,18 @@ def test_a_progress_line_is_never_cut_short(columns: int, monkeypatch: pytest.Mo
     shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
     assert "29999/30000" in shown and "loss 0.0379" in shown and "…" not in shown
     assert ("memory 10.4 GB" in shown, "━" in shown) == (columns == 200, columns == 200)
+
+
+def test_a_log_has_few_lines_of_progress_and_always_the_last(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where each state is a line for ever: one in ten seconds, and how far it came. Caught: a line a second; none of where it stopped."""
+    clock = [0.0]
+    monkeypatch.setattr("litlora.console.time.monotonic", lambda: clock[0])
+    with console.Progress(100, "step") as progress:
+        for step in range(1, 26):
+            clock[0] += 1.0
+            progress.update(step, loss="0.5")
+    assert capsys.readouterr().err.splitlines() == [f"step={step}/100 loss=0.5" for step in (10, 20, 25)]
+    with console.Progress(3, "step") as progress:
+        for step in (1, 2, 3):
+            progress.update(step)
+    assert capsys.readouterr().err == "step=3/3\n"
