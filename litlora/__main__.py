@@ -21,6 +21,8 @@ PEER_COMMANDS = {
     "sft": "finetune lora",
     "finetune qlora": "finetune lora --quantize nf4",
     "finetune dora": "finetune lora --lora.use_dora true",
+    "estimate qlora": "estimate lora --quantize nf4",
+    "estimate dora": "estimate lora --lora.use_dora true",
 }
 
 

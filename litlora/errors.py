@@ -5,6 +5,7 @@
 `UserError` is for the user's input, `WorkError` for the machine's failures; an `assert` is for us.
 """
 
+import contextlib
 import difflib
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -77,3 +78,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean X?` for the known word closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else ""
+
+
+def no_such_file(path: Path) -> UserError:
+    """What to say of a path to a file that is not there, with the name beside it that is closest."""
+    near = ""
+    with contextlib.suppress(OSError):  # no directory, or one that may not be read
+        near = did_you_mean(path.name, [beside.name for beside in path.parent.iterdir()])
+    return UserError("there is no such file", where=path, hint=near or "look at the path, from the directory you are in")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from litlora.console import put
-from litlora.errors import UserError, did_you_mean
+from litlora.errors import UserError, did_you_mean, no_such_file
 
 Options = TypeVar("Options")
 BARE = ("checkpoint_dir",)  # the option that a command's first bare word stands for, where its dataclass says nothing else
@@ -289,8 +289,11 @@ def read_yaml(path: Path, known: Mapping[str, Leaf], command: str) -> dict[str, 
     try:
         content = yaml_texts(path.read_text(encoding="utf-8"))
         flat = dict(flattened(content, known)) if isinstance(content, dict) else {}
+    except FileNotFoundError as error:
+        raise no_such_file(path) from error
     except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror})", where=path) from error
+        hint = "--config takes a YAML file of options"
+        raise UserError(f"cannot be read ({error.strerror})", where=path, hint=hint) from error
     except UnicodeDecodeError as error:
         raise UserError("is not UTF-8 text", where=path) from error
     except yaml.YAMLError as error:

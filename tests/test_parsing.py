@@ -196,8 +196,22 @@ def test_exit_codes_and_messages_on_the_command_line(capsys: pytest.CaptureFixtu
     assert "did you mean chat?" in capsys.readouterr().err
     assert main(["finetune", "qlora"]) == 2
     assert "here it is litlora finetune lora --quantize nf4" in capsys.readouterr().err
+    assert main(["estimate", "qlora"]) == 2
+    assert "here it is litlora estimate lora --quantize nf4" in capsys.readouterr().err
     assert main(["data"]) == 0
     assert "litlora data inspect rows.jsonl" in capsys.readouterr().out
+
+
+def test_a_config_that_is_not_there_has_a_hint(tmp_path: Path) -> None:
+    """A path that is not there always has one: the close name beside it, else to look again."""
+    (tmp_path / "lora.yaml").write_text("seed: 1\n")
+    for name, hint in (("lora.yml", "did you mean lora.yaml?"), ("a/b", "look at the path, from the directory you are in")):
+        with pytest.raises(UserError, match="there is no such file") as caught:
+            finetune("--config", str(tmp_path / name))
+        assert (caught.value.where, caught.value.hint) == (str(tmp_path / name), hint)
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        finetune("--config", str(tmp_path))
+    assert caught.value.hint == "--config takes a YAML file of options"
 
 
 def test_what_peers_call_a_command_leads_to_one_that_is_understood() -> None:

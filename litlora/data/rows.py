@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal
 from litlora.data.json_rows import array_rows, is_row, line_rows, one_object
 from litlora.data.places import OnBad, Row, decode, refuse
 from litlora.data.table_rows import csv_rows, parquet_rows
-from litlora.errors import UserError, did_you_mean
+from litlora.errors import UserError, no_such_file
 
 KINDS = {".json": "json", ".jsonl": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 KINDS |= {".txt": "text", ".md": "text"}
@@ -84,8 +84,7 @@ def data_file(path: Path) -> DataFile:
     if path.is_symlink() and not path.exists():
         raise UserError(f"is a link to nothing that is there ({os.readlink(path)})", where=path, hint="name the file itself")
     if not path.exists():
-        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise UserError("there is no such file", where=path, hint=near or "look at the path, from the directory you are in")
+        raise no_such_file(path)
     if path.is_dir():
         raise UserError("a directory, not a file", where=path)
     end = path.suffix.lower()
