@@ -337,7 +337,7 @@ class TalkOptions(ComputeOptions, QuantizeOptions):
 class Generate(TalkOptions, SamplingOptions):
     """Answer one prompt, or many."""
 
-    prompt: str | None = option(None, "the prompt")
+    prompt: str | None = option(None, "the prompt", unset="standard input is read, all of it one prompt")
     prompts: str | None = option(None, "a file with one prompt per line, or JSONL rows as for training")
     system: str | None = option(None, "system prompt")
     raw: bool = option(False, "no chat template: continue the text as it is")

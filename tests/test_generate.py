@@ -65,6 +65,20 @@ def test_a_prompt_may_come_on_standard_input(base: Path, run: Run) -> None:
     assert "--prompt: not UTF-8 text" in notes
 
 
+@pytest.mark.parametrize("nothing", [b"", b" \n"])
+def test_nothing_on_standard_input_is_no_prompt(nothing: bytes, run: Run) -> None:
+    """`litlora generate` in a script, forgotten --prompt: refused. Caught: the model's answer to an empty message, exit code 0."""
+    code, out, notes = run(stdin=nothing)
+    assert (code, out) == (2, "")
+    assert "there is no prompt" in notes and "--prompts FILE" in notes
+
+
+def test_help_says_where_a_prompt_comes_from_else(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    assert "the prompt (default: standard input is read, all of it one prompt)" in capsys.readouterr().out
+
+
 def test_without_a_prompt_at_a_terminal_nobody_waits(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,14 +115,14 @@ def read_questions(options: Generate) -> list[Question]:
         return questions
     if options.prompt is not None:
         return [asked("--prompt", options.prompt, options)]
-    if sys.stdin.isatty():
-        raise UserError(
-            "there is no prompt", hint='give one with --prompt "..." or --prompts FILE, or pipe it in; litlora chat is for talking'
-        )
     try:
-        return [asked("standard input", sys.stdin.read().removesuffix("\n"), options)]
+        text = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text ({error.reason} at byte {error.start})", where="standard input") from None
+    if not text.strip():  # a script, or whoever started it, has nothing there: that is no question
+        hint = 'give one with --prompt "..." or --prompts FILE, or pipe it in; litlora chat is for talking'
+        raise UserError("there is no prompt", hint=hint)
+    return [asked("standard input", text, options)]
 
 
 def questions_of(path: Path, options: Generate) -> Iterator[Question]:
