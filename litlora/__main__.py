@@ -108,6 +108,10 @@ def run(words: list[str]) -> int:
     from litlora import options
 
     parsed = parsed_options(getattr(options, table.options), words, " ".join(taken))
+    if table.first:
+        from litlora.train import before
+
+        getattr(before, table.first)(parsed)
     getattr(import_whole(table.module), table.function)(parsed)
     return 0
 

@@ -46,6 +46,7 @@ TORCH_FREE = [
     "litlora.commands.extend_vocab", "litlora.commands.generate", "litlora.commands.data",
     "litlora.commands.inspect", "litlora.commands.list", "litlora.commands.note",
     "litlora.data.rows", "litlora.data.formats", "litlora.data.samples", "litlora.data.demo",
+    "litlora.train.before",
 ]  # fmt: skip
 
 

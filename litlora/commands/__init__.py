@@ -11,14 +11,15 @@ class Command(NamedTuple):
     module: str  # where the function is
     function: str
     options: str  # the dataclass in options.py
+    first: str = ""  # in train/before.py: what looks at the options before `module` is imported, and torch with it
 
 
 def finetune(help: str, options: str) -> Command:
-    return Command(help, "litlora.commands.finetune", "finetune", options)
+    return Command(help, "litlora.commands.finetune", "finetune", options, first="check_paths")
 
 
 def estimate(help: str, options: str) -> Command:
-    return Command(help, "litlora.commands.estimate", "estimate", options)
+    return Command(help, "litlora.commands.estimate", "estimate", options, first="check_files")
 
 
 def data(help: str, options: str) -> Command:
@@ -42,7 +43,9 @@ COMMANDS: Commands = {
         "freeze": estimate("the same of finetune freeze", "FinetuneFreeze"),
         "full": estimate("the same of finetune full", "FinetuneFull"),
     },
-    "pretrain": Command("train a small model from nothing, or a given one further", "litlora.commands.pretrain", "pretrain", "Pretrain"),
+    "pretrain": Command(
+        "train a small model from nothing, or a given one further", "litlora.commands.pretrain", "pretrain", "Pretrain", first="check_paths"
+    ),
     "data": {
         "inspect": data("formats, lengths, the graded share, rows as the model sees them", "InspectData"),
         "validate": data("every row that cannot be used, with its place and the reason", "ValidateData"),

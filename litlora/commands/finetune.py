@@ -31,8 +31,9 @@ from litlora.options import AdapterOptions, Finetune, FitOptions, FreezeOptions,
 from litlora.peft import adapter_config_to_peft, prompt_to_peft
 from litlora.precision import choose_dtype
 from litlora.prompts import Prompts
+from litlora.train.before import check_run, is_first_process
 from litlora.train.guards import say_what_moved, warn_of_untrained_end
-from litlora.train.run import Job, check_run, compute_text, is_first_process, load_rows, open_run, show_samples, train
+from litlora.train.run import Job, compute_text, load_rows, open_run, show_samples, train
 from litlora.train.signals import Signals
 
 

@@ -28,7 +28,8 @@ from litlora.options import FullOptions, ModelOptions, Pretrain
 from litlora.prompts import Prompts, chosen_template
 from litlora.safetensors_file import write_safetensors
 from litlora.tokenizer import Tokenizer
-from litlora.train.run import Job, check_run, compute_text, is_first_process, load_rows, open_run, show_samples, train
+from litlora.train.before import check_run, is_first_process
+from litlora.train.run import Job, compute_text, load_rows, open_run, show_samples, train
 from litlora.train.signals import Signals
 
 RATE = 3e-3  # of a new model

@@ -5,7 +5,6 @@ A command decides what is trained on what (`Job`); `train` does the rest, the sa
 
 import hashlib
 import json
-import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from litlora.checkpoint.commit import commit_step, write_atomically
 from litlora.checkpoint.manifest import BaseRecord, Manifest
 from litlora.checkpoint.resolve import Checkpoint
 from litlora.checkpoint.run import Run as RunDirectory
-from litlora.checkpoint.run import drop_old_states, drop_old_steps, kept_number, prepare_run_directory
+from litlora.checkpoint.run import drop_old_states, drop_old_steps, prepare_run_directory
 from litlora.checkpoint.state import load_state, save_state
 from litlora.checkpoint.weights import raw_bytes, raw_tensors
 from litlora.config import Config
@@ -37,6 +36,7 @@ from litlora.parsing import to_yaml
 from litlora.precision import choose_dtype
 from litlora.prompts import Prompts
 from litlora.train.allocator import keep_freed_memory
+from litlora.train.before import is_first_process, states_kept, steps_kept
 from litlora.train.estimate import Load, Memory, largest, memory_of, seconds_of_step
 from litlora.train.lanes import lanes_of
 from litlora.train.loop import Run, fit, micro_batch_tokens
@@ -46,8 +46,6 @@ from litlora.train.plan import Plan, Position
 from litlora.train.saving import Commit, Prepared, free_memory
 from litlora.train.signals import Signals
 from litlora.train.watch import Watch
-
-STATES_OF_MODELS = 2  # training states that are kept of steps that are whole models: the newest ones'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,35 +314,6 @@ def open_run(options: FitOptions, needed_bytes: int) -> RunDirectory:
     return RunDirectory(Path(options.out_dir))
 
 
-def check_run(options: FitOptions, reads: Sequence[Path] = ()) -> None:
-    """What can be refused about the directory and what stays in it, before rows are read. Writes nothing.
-
-    `reads`: what training begins with.
-    """
-    steps_kept(options)
-    states_kept(options, of_models=False)
-    if options.train.patience and (not options.eval.interval or (options.eval.data is None and not options.eval.fraction)):
-        hint = "set --eval.interval, and --eval.fraction or --eval.data"
-        raise UserError("nothing is validated on the way, so it would wait for ever", where="--train.patience", hint=hint)
-    inside = [path for path in reads if Path(options.out_dir).resolve() in (path.resolve(), *path.resolve().parents)]
-    if options.overwrite and inside:
-        hint = "--out_dir another directory"
-        raise UserError(f"--overwrite would delete {inside[0]}, from which training begins", where=options.out_dir, hint=hint)
-    if is_first_process():
-        prepare_run_directory(options.out_dir, resume=options.resume, overwrite=options.overwrite, dry_run=True)
-
-
-def steps_kept(options: FitOptions) -> int | None:
-    """How many of the newest steps stay; None: all. (The best one always does, so `best` asks for nothing more.)"""
-    return kept_number(options.train.keep, "--train.keep", ("best", "last"))
-
-
-def states_kept(options: FitOptions, *, of_models: bool) -> int | None:
-    """How many of the newest training states stay; None: all. Those of whole models are three times as large as the models."""
-    default = str(STATES_OF_MODELS) if of_models else "all"
-    return kept_number(options.train.keep_states or default, "--train.keep_states")
-
-
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -453,11 +422,6 @@ def device_of(options: FitOptions) -> torch.device:
         hint = "--accelerator auto takes what is there"
         raise UserError(f"--accelerator {options.accelerator}: torch {torch.__version__} finds no such device here", hint=hint)
     return torch.device("cuda" if torch.cuda.is_available() and options.accelerator in ("auto", "cuda") else "cpu")
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks and writes for all (before Fabric is there to be asked)."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
 
 
 def launch(options: FitOptions) -> Any:
