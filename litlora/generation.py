@@ -67,6 +67,8 @@ class Conversation:
         sampler = Sampler(answer.sampling, self.tokenizer.size, answer.prompt)
         lookup = self.lookup(answer)
         draft: Sequence[int] = ()
+        if self.replayed:
+            self.replayed.renew()
         logits, left = self.prefill(answer.prompt)[None], answer.limit  # (1 + D, V), D: length of the draft
         while True:
             for row, guess in itertools.zip_longest(logits, draft):

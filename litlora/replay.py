@@ -40,7 +40,7 @@ class WholeCache(KVCache):
 
 
 class ReplayedStep:
-    """The model's step after what `cache` holds. Made anew when that cache has grown, or the model has other parts."""
+    """The model's step after what `cache` holds. Made anew for each answer, and when that cache has grown or the model has other parts."""
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
         self.model, self.cache, self.device = model, cache, next(model.parameters()).device
@@ -78,6 +78,11 @@ class ReplayedStep:
         self.cache.advance(tokens.size(1))
         return logits.clone()  # the next step writes over them
 
+    def renew(self) -> None:
+        """Before an answer: a tape holds what was computed of weights, and a fused optimizer and `data` write these over unseen."""
+        if self.device.type == "cpu":
+            self.whole, self.made = None, {}
+
     def prepare(self) -> None:
         self.whole, self.made = WholeCache(self.cache, self.device), {}
         if len(self.cache.lengths) == 1 and not sees_what_is_held(self.model):
@@ -88,10 +93,11 @@ class ReplayedStep:
                     side[:, :, self.cache.lengths[0] :].zero_()
         self.modules = list(self.model.modules())
         self.parts = self.parts_now()
+        self.known = [one.detach() for one in (*self.model.parameters(), *self.model.buffers())]  # no other may come to lie there
 
     def parts_now(self) -> list[tuple[int, ...]]:
         """By which the step knows a model: its modules, where its tensors lie, and how often these have been written over."""
-        modules = [id(one) for module in self.modules for one in module._modules.values()]
+        modules = [id(one) for module in self.modules for one in (*module._modules.values(), module.training)]
         tensors = [one for module in self.modules for held in (module._parameters, module._buffers) for one in held.values()]
         held = [one for one in tensors if one is not None]
         return [tuple(modules), tuple(one.data_ptr() for one in held), tuple(one._version for one in held if not one.is_inference())]

@@ -40,6 +40,7 @@ class Recording(threading.local):
     """Who hears of each call in this thread: a call as bytes, and the tensors that it points into, of which it writes to the last."""
 
     heard: Callable[[bytes, Sequence[Tensor | None]], None] | None = None
+    room: Tensor | None = None  # for scores, of which no two calls of a recording have need at once
 
 
 RECORDING = Recording()
@@ -196,8 +197,17 @@ def attention_of_few(positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, 
     q = q.contiguous()
     (B, H, T, D), (K, S), Dv, size = q.shape, k.shape[1:3], v.size(3), k.stride(1) // k.size(3)
     parts, threads = shares(B * H * T * S * D)
-    y, scores = q.new_empty(B, T, H, Dv), q.new_empty(parts, TOGETHER, size + EIGHT - 1)
+    y, scores = q.new_empty(B, T, H, Dv), room(parts * TOGETHER * (size + EIGHT - 1))
     last = None if positions is None else positions[:, -1].contiguous()
     numbers = (S - 1, B, H, K, T, size, D, Dv, window or 0, parts, threads, scale)
     call("attention_of_few", (q, k, v, last, scores, y), *numbers)
     return y
+
+
+def room(count: int) -> Tensor:
+    """Memory for so many numbers, of which nothing is left after a call: the same for all calls that are recorded together."""
+    if RECORDING.heard is None:
+        return torch.empty(count)
+    if RECORDING.room is None or RECORDING.room.numel() < count:
+        RECORDING.room = torch.empty(count)
+    return RECORDING.room

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litlora.cpu import native
+from litlora.cpu import native, native_for
 
 
 class Tape(TorchDispatchMode):
@@ -25,6 +25,7 @@ class Tape(TorchDispatchMode):
     def __init__(self, *varying: Tensor) -> None:
         super().__init__()
         self.varying = {place(tensor) for tensor in varying}
+        self.own: set[int] = set()  # memory that came to be inside, holds what does not vary, and has not been read by a step yet
         self.steps: list[Callable[[], Any] | list[bytes]] = []  # torch's, or calls of ours in a row
         self.kept = list(varying)  # also what calls of ours point into: no memory of theirs may be somebody else's meanwhile
 
@@ -34,11 +35,11 @@ class Tape(TorchDispatchMode):
         return False
 
     def __enter__(self) -> "Tape":
-        native.RECORDING.heard = self.heard
+        native.RECORDING.heard, native.RECORDING.room = self.heard, None
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
-        native.RECORDING.heard = None
+        native.RECORDING.heard, native.RECORDING.room = None, None
         super().__exit__(*exception)
 
     def heard(self, call: bytes, tensors: Sequence[Tensor | None]) -> None:
@@ -49,18 +50,23 @@ class Tape(TorchDispatchMode):
         calls.append(call)
         self.kept += (tensor.detach() for tensor in tensors if tensor is not None)  # it, whatever its owner's `data` will be
         self.varying.add(place(self.kept[-1]))  # the last is written to
+        self.own.difference_update(place(tensor) for tensor in tensors if tensor is not None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         known = {place(tensor) for tensor in tensors_in((args, kwargs))}
-        if known.isdisjoint(self.varying) or "empty" in func._schema.name:
-            return func(*args, **kwargs)
-        if func is torch.ops.aten.add.Tensor and isinstance(args[1], Tensor) and native.sums(*args):
+        targets = list(written(func, args, kwargs))
+        if "empty" in func._schema.name or (known.isdisjoint(self.varying) and self.own.issuperset(map(place, targets))):
+            made = func(*args, **kwargs)
+            self.own.update({place(tensor) for tensor in tensors_in(made)} - known)
+            return made
+        self.own -= known
+        if func is torch.ops.aten.add.Tensor and isinstance(args[1], Tensor) and native_for(args[0]) and native.sums(*args):
             return native.summed(args[0], args[1], kwargs.get("alpha", 1))
         if func._schema.is_mutable:
-            for target in written(func, args, kwargs):
-                if place(target) not in self.varying:
-                    self.steps.append(functools.partial(target.copy_, target.clone()))
+            for target in targets:
+                if place(target) not in self.varying:  # a step may have read it already
+                    self.steps.insert(0, functools.partial(target.copy_, target.clone()))
                 self.varying.add(place(target))
             self.steps.append(functools.partial(func, *args, **kwargs))
             return func(*args, **kwargs)
