@@ -40,11 +40,15 @@ class WholeCache(KVCache):
 
 
 class ReplayedStep:
-    """The model's step after what `cache` holds. Made anew for each answer, and when that cache has grown or the model has other parts."""
+    """The model's step after what `cache` holds, of the model as it was at the last `renew`. Made anew, too, when that cache has grown.
+
+    What hooks on its modules do in Python is not done again.
+    """
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
         self.model, self.cache, self.device = model, cache, next(model.parameters()).device
         self.whole: WholeCache | None = None
+        self.parts: list[int] = []
         self.made: dict[torch.Size, tuple[Tensor, Tensor, Callable[[], object]]] = {}  # for (B, T): tokens, logits, and the step once more
 
     @staticmethod
@@ -63,7 +67,7 @@ class ReplayedStep:
     def __call__(self, tokens: Tensor) -> Tensor:  # (B, T) int64 -> (B, T, V)
         """Logits after each of some more tokens, which it takes and for which there is room."""
         self.cache.check_room(*tokens.shape)
-        if self.whole is None or self.whole.first is not next(iter(self.cache.held.values())) or self.parts != self.parts_now():
+        if self.whole is None or self.whole.first is not next(iter(self.cache.held.values())):
             self.prepare()
         assert self.whole is not None
         self.whole.at.copy_(torch.tensor(self.cache.lengths))
@@ -79,42 +83,38 @@ class ReplayedStep:
         return logits.clone()  # the next step writes over them
 
     def renew(self) -> None:
-        """Before an answer: a tape holds what was computed of weights, and a fused optimizer and `data` write these over unseen."""
-        if self.device.type == "cpu":
+        """Before an answer. A tape holds what was computed of weights, and who writes these over may leave no trace (a fused optimizer,
+        `data`): it is made anew. A graph reads the weights each time, where they lay."""
+        if self.device.type == "cpu" or (self.whole is not None and self.parts != self.parts_now()):
             self.whole, self.made = None, {}
 
     def prepare(self) -> None:
         self.whole, self.made = WholeCache(self.cache, self.device), {}
-        if len(self.cache.lengths) == 1 and not sees_what_is_held(self.model):
-            for (
-                sides
-            ) in self.cache.held.values():  # what is not held is weighed with 0, but no NaN may lie there; it never does beside others
+        if len(self.cache.lengths) == 1 and not sees_what_is_held(self.model):  # rows beside each other were zero from the start
+            for sides in self.cache.held.values():
                 for side in sides:
-                    side[:, :, self.cache.lengths[0] :].zero_()
-        self.modules = list(self.model.modules())
+                    side[:, :, self.cache.lengths[0] :].zero_()  # what is not held is weighed with 0, but no NaN may lie there
         self.parts = self.parts_now()
         self.known = [one.detach() for one in (*self.model.parameters(), *self.model.buffers())]  # no other may come to lie there
 
-    def parts_now(self) -> list[tuple[int, ...]]:
-        """By which the step knows a model: its modules, where its tensors lie, and how often these have been written over."""
-        modules = [id(one) for module in self.modules for one in (*module._modules.values(), module.training)]
-        tensors = [one for module in self.modules for held in (module._parameters, module._buffers) for one in held.values()]
-        held = [one for one in tensors if one is not None]
-        return [tuple(modules), tuple(one.data_ptr() for one in held), tuple(one._version for one in held if not one.is_inference())]
+    def parts_now(self) -> list[int]:
+        """By which a graph knows its model: the modules and their modes, and where the tensors lie."""
+        modules = (number for module in self.model.modules() for number in (id(module), module.training))
+        return [*modules, *(one.data_ptr() for one in (*self.model.parameters(), *self.model.buffers()))]
 
     def recorded(self, tokens: Tensor) -> tuple[Tensor, Callable[[], object]]:
         """The step, done; its logits (B, T, V), and what does it again, into them."""
-        if self.device.type == "cuda":
-            try:
-                return self.captured(tokens)
-            except RuntimeError as error:
-                warnings.warn(f"a step cannot be captured as a graph ({error}): tokens come more slowly", stacklevel=2)
-                logits = self.step(tokens)
-                return logits, lambda: logits.copy_(self.step(tokens))
         assert self.whole is not None
-        with Tape(tokens, self.whole.at, *itertools.chain(*self.cache.held.values())) as tape:
+        try:
+            if self.device.type == "cuda":
+                return self.captured(tokens)
+            with Tape(tokens, self.whole.at, *itertools.chain(*self.cache.held.values())) as tape:
+                logits = self.step(tokens)
+            return logits, tape.play
+        except RuntimeError as error:
+            warnings.warn(f"a step cannot be recorded ({error}): tokens come more slowly", stacklevel=2)
             logits = self.step(tokens)
-        return logits, tape.play
+            return logits, lambda: logits.copy_(self.step(tokens))
 
     def captured(self, tokens: Tensor) -> tuple[Tensor, Callable[[], object]]:
         beside = torch.cuda.Stream(self.device)

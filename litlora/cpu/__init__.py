@@ -18,7 +18,12 @@ from torch import Tensor
 
 EIGHT = 8  # numbers in a register
 FEW = 16  # rows of x: an answer's token, or the guesses for some
-WIDTH = {"fp32": 8, "bf16": 8, "int8": 8, "nf4": 64}  # of which the `in` of a weight (out, in) is a multiple, in every real model
+WIDTH = {
+    "fp32": 8,
+    "bf16": 8,
+    "int8": 8,
+    "nf4": 64,
+}  # of which the `in` of a weight (out, in) is a multiple where ours serves; of 8 in every real model, of 64 in most
 
 
 def native_for(x: Tensor) -> Any:
