@@ -250,6 +250,20 @@ def test_memory_that_is_used_again_holds_each_time_what_it_held() -> None:
         assert torch.equal(found, compute())
 
 
+@needs_native
+@torch.inference_mode()
+def test_a_weight_that_is_made_inside_and_made_again_is_two() -> None:
+    """As one room for wide rows is. Caught: what our kernels read forgotten."""
+    x, two, three = random(1, 16), random(8, 16, seed=1), random(8, 16, seed=2)
+    with Tape(x) as tape:
+        room, found = torch.zeros(8, 16), []
+        for weight in (two, three):
+            found.append(linear(x, room.copy_(weight), None))
+    x.copy_(random(1, 16, seed=3))
+    tape.play()
+    assert torch.equal(found[0], linear(x, two, None)) and torch.equal(found[1], linear(x, three, None))
+
+
 @torch.inference_mode()
 def test_without_kernels_a_tape_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     """On other CPUs. Caught: a kernel that is not there called."""
@@ -271,7 +285,7 @@ def test_attentions_on_a_tape_share_room_for_scores() -> None:
     with Tape(q) as tape:
         first = native.attention_of_few(None, q, keys, keys, None, 1.0)
         second = native.attention_of_few(None, q * 2, keys, keys, None, 1.0)
-    assert len({tensor.data_ptr() for tensor in tape.kept if tensor.numel() == native.TOGETHER * (33 + 7)}) == 1
+    assert len({memory.data_ptr() for memory in tape.kept if memory.nbytes() == 4 * native.TOGETHER * (33 + 7)}) == 1
     expected = first.clone(), second.clone()
     tape.play()
     assert torch.equal(first, expected[0]) and torch.equal(second, expected[1])
@@ -344,7 +358,7 @@ def test_what_does_not_vary_is_computed_once() -> None:
         gains = torch.linalg.vector_norm(weight * 2, dim=1)
         found = linear(x, weight, None) * gains
     assert len(tape.steps) == 2
-    assert all(tensor.numel() < weight.numel() or tensor.data_ptr() == weight.data_ptr() for tensor in tape.kept)
+    assert all(memory.nbytes() < weight.nbytes or memory.data_ptr() == weight.data_ptr() for memory in tape.kept)
     expected = found.clone()
     found.zero_()
     tape.play()

@@ -27,7 +27,7 @@ class Tape(TorchDispatchMode):
         self.varying = {place(tensor) for tensor in varying}
         self.own: set[int] = set()  # memory that came to be inside, holds what does not vary, and has not been read by a step yet
         self.steps: list[Callable[[], Any] | list[bytes]] = []  # torch's, or calls of ours in a row
-        self.kept = list(varying)  # also what calls of ours point into: no memory of theirs may be somebody else's meanwhile
+        self.kept = [tensor.untyped_storage() for tensor in varying]  # also what calls of ours point into: nobody else may lie there
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -48,14 +48,15 @@ class Tape(TorchDispatchMode):
         calls = self.steps[-1]
         assert isinstance(calls, list)
         calls.append(call)
-        self.kept += (tensor.detach() for tensor in tensors if tensor is not None)  # it, whatever its owner's `data` will be
-        self.varying.add(place(self.kept[-1]))  # the last is written to
-        self.own.difference_update(place(tensor) for tensor in tensors if tensor is not None)
+        memory = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+        self.kept += memory  # it, whatever its owner's `data` will be
+        self.varying.add(memory[-1].data_ptr())  # the last is written to
+        self.own.difference_update(storage.data_ptr() for storage in memory)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         known = {place(tensor) for tensor in tensors_in((args, kwargs))}
-        targets = list(written(func, args, kwargs))
+        targets = list(written(func, args, kwargs)) if func._schema.is_mutable else []
         if "empty" in func._schema.name or (known.isdisjoint(self.varying) and self.own.issuperset(map(place, targets))):
             made = func(*args, **kwargs)
             self.own.update({place(tensor) for tensor in tensors_in(made)} - known)
