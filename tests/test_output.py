@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from talkers import make_step, make_talker
 
 from litlora import console, options
-from litlora.__main__ import main
+from litlora.__main__ import main, share_cores
 from litlora.commands import COMMANDS, Command, Commands
 from litlora.errors import printable
 from litlora.importing import import_whole
@@ -243,3 +243,11 @@ def test_a_log_has_few_lines_of_progress_and_always_the_last(monkeypatch: pytest
         for step in (1, 2, 3):
             progress.update(step)
     assert capsys.readouterr().err == "step=3/3\n"
+
+
+@pytest.mark.parametrize("said", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_threads_wait_as_who_runs_it_says(said: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caught: a word of the user's replaced."""
+    monkeypatch.setattr(os, "environ", dict(said))
+    share_cores()
+    assert os.environ == (said or {"GOMP_SPINCOUNT": "10000"})
