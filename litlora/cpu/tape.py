@@ -24,7 +24,7 @@ class Tape(TorchDispatchMode):
 
     def __init__(self, *varying: Tensor) -> None:
         super().__init__()
-        self.varying = {place(tensor) for tensor in varying}
+        self.varying = {memory(tensor) for tensor in varying}
         self.own: set[int] = set()  # memory that came to be inside, holds what does not vary, and has not been read by a step yet
         self.steps: list[Callable[[], Any] | list[bytes]] = []  # torch's, or calls of ours in a row
         self.kept = [tensor.untyped_storage() for tensor in varying]  # also what calls of ours point into: nobody else may lie there
@@ -48,36 +48,36 @@ class Tape(TorchDispatchMode):
         calls = self.steps[-1]
         assert isinstance(calls, list)
         calls.append(call)
-        memory = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
-        self.kept += memory  # it, whatever its owner's `data` will be
-        self.varying.add(memory[-1].data_ptr())  # the last is written to
-        self.own.difference_update(storage.data_ptr() for storage in memory)
+        pointed = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+        self.kept += pointed  # it, whatever its owner's `data` will be
+        self.varying.add(pointed[-1].data_ptr())  # the last is written to
+        self.own.difference_update(storage.data_ptr() for storage in pointed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = {place(tensor) for tensor in tensors_in((args, kwargs))}
+        known = {memory(tensor) for tensor in tensors_in((args, kwargs))}
         targets = list(written(func, args, kwargs)) if func._schema.is_mutable else []
-        if "empty" in func._schema.name or (known.isdisjoint(self.varying) and self.own.issuperset(map(place, targets))):
+        if "empty" in func._schema.name or (known.isdisjoint(self.varying) and self.own.issuperset(map(memory, targets))):
             made = func(*args, **kwargs)
-            self.own.update({place(tensor) for tensor in tensors_in(made)} - known)
+            self.own.update({memory(tensor) for tensor in tensors_in(made)} - known)
             return made
         self.own -= known
         if func is torch.ops.aten.add.Tensor and isinstance(args[1], Tensor) and native_for(args[0]) and native.sums(*args):
             return native.summed(args[0], args[1], kwargs.get("alpha", 1))
         if func._schema.is_mutable:
             for target in targets:
-                if place(target) not in self.varying:  # a step may have read it already
+                if memory(target) not in self.varying:  # a step may have read it already
                     self.steps.insert(0, functools.partial(target.copy_, target.clone()))
-                self.varying.add(place(target))
+                self.varying.add(memory(target))
             self.steps.append(functools.partial(func, *args, **kwargs))
             return func(*args, **kwargs)
         made = func(*args, **kwargs)
         if not isinstance(made, Tensor | tuple | list):
             raise RuntimeError(f"{func} gives a number, which may be another one the next time")
-        new = [n for n, tensor in enumerate(tensors_in(made)) if place(tensor) not in known]
+        new = [n for n, tensor in enumerate(tensors_in(made)) if memory(tensor) not in known]
         if new:  # else views, which are still there
             self.steps.append(lambda: again(made, new, func(*args, **kwargs)))
-            self.varying.update(place(tensor) for tensor in tensors_in(made))
+            self.varying.update(memory(tensor) for tensor in tensors_in(made))
         return made
 
     def play(self) -> None:
@@ -102,7 +102,7 @@ def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterat
             yield from tensors_in(args[n] if n < len(args) else kwargs.get(argument.name))
 
 
-def place(tensor: Tensor) -> int:
+def memory(tensor: Tensor) -> int:
     """Its memory, views alike."""
     return tensor.untyped_storage().data_ptr()
 
