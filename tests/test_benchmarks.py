@@ -11,15 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import shared_data
 
 from extensions.benchmarks import checkpoint_c8, decode_c3, gpu, plot
-from extensions.benchmarks.artefacts import SHAPES, flops_per_token, linears, random_samples
+from extensions.benchmarks.artefacts import SHAPES, copy_tokenizer, flops_per_token, linears, random_samples
 from extensions.benchmarks.job import IGNORE, Job, Sample
 from extensions.benchmarks.measure import percentile, run, table, write_results
 from extensions.benchmarks.plot import READERS
 from extensions.benchmarks.run_litlora import train
-from extensions.benchmarks.start import PROMPT, litgpt_answer, said_by_litgpt
+from extensions.benchmarks.start import (
+    PROMPTS,
+    Start,
+    litgpt_answer,
+    llamafactory_answer,
+    llamafactory_chat,
+    said_by_litgpt,
+    said_by_llamafactory,
+    said_by_trainer,
+    trouble,
+)
 from extensions.benchmarks.train_c1 import losses_agree
+from litlora.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,9 +74,17 @@ def test_the_training_benchmark_starts_and_its_gate_passes(tmp_path: Path) -> No
 
 
 def test_the_start_benchmarks_start_and_their_gate_passes(tmp_path: Path) -> None:
-    """C5, C6, C7."""
+    """C5, C6, C7. A peer that is absent is named, and every other one is measured."""
     done, results = benchmark("start", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    peers = {
+        "C5": {"litgpt": "litgpt --help", "trl": "trl --help"},
+        "C6": {"litgpt": "litgpt generate (32-true)", "transformers": "transformers", "llamafactory": "llamafactory-cli chat"},
+        "C7": {"litgpt": "litgpt finetune_lora", "trl": "trl sft", "llamafactory": "llamafactory-cli train"},
+    }
+    for id, lines in peers.items():
+        assert set(results[id]["absent"]) == {tool for tool, line in lines.items() if line not in results[id]["seconds"]}
+        assert all("not installed" in why for why in results[id]["absent"].values())
     assert {"python -c pass", "litlora --help", "litlora finetune lora --help"} <= set(results["C5"]["seconds"])
     assert {"import torch", "litlora generate"} <= set(results["C6"]["seconds"])
     assert {"import Fabric", "import torch, AdamW.step", "litlora finetune lora"} <= set(results["C7"]["seconds"])
@@ -335,11 +355,44 @@ def test_a_process_is_timed_up_to_the_output_that_is_waited_for() -> None:
     assert run([sys.executable, "-c", "raise SystemExit(3)"]).code == 3
 
 
-def test_litgpts_answer_is_told_from_its_settings() -> None:
-    settings = f"{{'prompt': '{PROMPT}',\n 'top_k': 50}}\n"
-    assert not said_by_litgpt(settings)
-    assert said_by_litgpt(f"{settings}{PROMPT} light\n")
-    assert litgpt_answer(f"{settings}{PROMPT} light\n") == " light"
+def test_a_process_that_never_says_what_is_waited_for_is_not_timed() -> None:
+    """C6, C7: its end would count as the moment. Caught: only the exit code looked at."""
+    silent = run([sys.executable, "-c", "print('no step')"], wanted=said_by_trainer)
+    assert "never came: no step" in str(trouble(Start([], said_by_trainer), silent))
+    assert trouble(Start([]), silent) is None
+    step = run([sys.executable, "-c", "print({'loss': '11.02'})"], wanted=said_by_trainer)
+    assert trouble(Start([], said_by_trainer), step) is None
+    failed = run([sys.executable, "-c", "print({'loss': '11.02'}); raise SystemExit('no room')"], wanted=said_by_trainer)
+    assert trouble(Start([], said_by_trainer), failed) == "exit code 1: no room"
+    assert not said_by_trainer("{'train_runtime': '87.98', 'train_loss': '11.02', 'epoch': '0.25'}")
+
+
+def test_a_tools_answer_is_told_from_what_else_it_says() -> None:
+    """C6: litgpt prints its settings, LLaMA-Factory the next question."""
+    prompt = PROMPTS["135m"]
+    settings = f"{{'prompt': '{prompt}',\n 'top_k': 50}}\n"
+    assert not said_by_litgpt(prompt, settings)
+    assert said_by_litgpt(prompt, f"{settings}{prompt} light\n")
+    assert litgpt_answer(prompt, f"{settings}{prompt} light\n") == "light"
+    asked = "Welcome to the application.\n\nUser: Assistant: "
+    assert not said_by_llamafactory(asked)
+    assert said_by_llamafactory(f"{asked} light")
+    assert llamafactory_answer(f"{asked} light\n\nUser: ") == "light"
+
+
+@pytest.mark.parametrize(("shape", "tokenizer"), [("135m", "smollm"), ("1.1b", "tinyllama-chat")])
+def test_the_prompt_of_the_first_token_has_8_tokens_for_every_tool(shape: str, tokenizer: str, tmp_path: Path) -> None:
+    """C6. LLaMA-Factory sets no beginning, so that it stands in what is typed. Caught: one prompt for both shapes, of 9 tokens in one; no
+    blank behind the beginning, another first word."""
+    transformers = pytest.importorskip("transformers")
+    copy_tokenizer(shared_data(f"tokenizers/{tokenizer}"), tmp_path, SHAPES[shape]["vocab_size"])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs.encode(PROMPTS[shape])
+    assert len(ids) == 8
+    ours = Tokenizer(tmp_path)
+    assert [ours.bos_id] * ours.adds_bos + ours.encode(PROMPTS[shape], special=True) == ids
+    typed = llamafactory_chat(argparse.Namespace(python={"llamafactory": "python"}), tmp_path, PROMPTS[shape])[4]
+    assert theirs.encode(typed.removesuffix("\nexit"), add_special_tokens=False) == ids
 
 
 def test_a_table_has_a_row_for_each_line_and_lines_up() -> None:

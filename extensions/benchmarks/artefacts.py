@@ -9,7 +9,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ def make_adapter(path: Path, config: dict[str, Any], r: int, alpha: float) -> No
 
 
 def alpaca_samples(rows: Path, tokenizer: Path, count: int, longest: int, grade: str) -> list[dict[str, Any]]:
-    """`count` rows of an Alpaca file, drawn by seed, in the Alpaca prompt (github.com/tatsu-lab/stanford_alpaca), with an end token."""
+    """`count` rows of an Alpaca file, drawn by seed, in the Alpaca prompt, with an end token."""
     from tokenizers import Tokenizer
 
     encoder = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
@@ -198,19 +198,23 @@ def alpaca_samples(rows: Path, tokenizer: Path, count: int, longest: int, grade:
     random.Random(SEED).shuffle(chosen)
     samples = []
     for row in chosen[:count]:
-        more, given = (
-            (", paired with an input that provides further context", f"### Input:\n{row['input']}\n\n") if row.get("input") else ("", "")
-        )
-        prompt = (
-            f"Below is an instruction that describes a task{more}. Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{row['instruction']}\n\n{given}### Response:\n"
-        )
-        asked = encoder.encode(prompt, add_special_tokens=False).ids
+        asked = encoder.encode(alpaca_prompt(row), add_special_tokens=False).ids
         answer = [*encoder.encode(row["output"], add_special_tokens=False).ids, end]
         graded = [False] + [grade == "all"] * (len(asked) - 1) + [True] * len(answer)
         samples.append({"ids": (asked + answer)[:longest], "graded": graded[:longest]})
     assert len(samples) == count, f"{rows.name} has {len(samples)} rows, {count} are needed"
     return samples
+
+
+def alpaca_prompt(row: Mapping[str, str]) -> str:
+    """As github.com/tatsu-lab/stanford_alpaca has it."""
+    more, given = "", ""
+    if row.get("input"):
+        more, given = ", paired with an input that provides further context", f"### Input:\n{row['input']}\n\n"
+    return (
+        f"Below is an instruction that describes a task{more}. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{row['instruction']}\n\n{given}### Response:\n"
+    )
 
 
 def random_samples(count: int, vocab: int, longest: int, grade: str) -> list[dict[str, Any]]:

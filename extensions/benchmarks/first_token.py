@@ -1,4 +1,4 @@
-"""transformers, from process start to its first token: `python -m extensions.benchmarks.first_token BASE PROMPT`."""
+"""transformers, from process start to its first token: `python -m extensions.benchmarks.first_token BASE PROMPT [DTYPE]`."""
 
 import sys
 
@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def main(base: str, prompt: str) -> None:
+def main(base: str, prompt: str, dtype: str = "auto") -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     with torch.inference_mode():
         answer = model.generate(**tokens, max_new_tokens=1, do_sample=False)  # type: ignore[misc]

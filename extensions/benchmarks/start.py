@@ -3,9 +3,11 @@
 C5: help texts, beside the interpreter alone and the import of jsonargparse. C6: process start to the first token after a
 prompt of 8 tokens, beside `import torch` alone; the gate is that all tools that compute in fp32 say the same token. C7: process
 start to the end of the first step of a LoRA fine-tuning on 64 rows, beside the import of Fabric, and of it with torch's optimizer.
+All of it on CPU.
 """
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from extensions.benchmarks.artefacts import SHAPES, alpaca_prompt
 from extensions.benchmarks.drive import artefacts, convert_for_litgpt, parser_of, resolve_places
 from extensions.benchmarks.measure import (
     Run,
@@ -28,7 +31,10 @@ from extensions.benchmarks.measure import (
     write_results,
 )
 
-PROMPT = "The capital of France is the city of"  # 8 tokens in SmolLM's vocabulary
+PROMPTS = {  # of 8 tokens, the one that stands for the beginning counted
+    "135m": "The capital of France is the city of",  # SmolLM's
+    "1.1b": "The capital of France is the city",  # Llama 2's
+}
 IDS = ("C5", "C6", "C7")
 AIM_HELP = 0.25  # seconds
 AIM_BEYOND_TORCH = 0.5  # seconds over `import torch`
@@ -61,14 +67,16 @@ def main() -> int:
 def read_arguments() -> argparse.Namespace:
     parser = parser_of(
         __doc__,
-        ("litlora", "litgpt", "transformers", "trl"),
+        ("litlora", "litgpt", "transformers", "trl", "llamafactory"),
         shape="135m",
         threads=default_threads(),
         repeats=5,
         quick="a tiny shape, once",
     )
     parser.add_argument("--ids", nargs="+", choices=IDS, default=list(IDS), help="what to measure (default: all)")
-    parser.add_argument("--tokenizer", type=Path, help="C6, C7: directory with the tokenizer.json of the shape (SmolLM's for 135m)")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="C6, C7: directory with the tokenizer.json of the shape (135m: SmolLM's, 1.1b: Llama 2's)"
+    )
     args = parser.parse_args()
     if args.quick:
         args.shape, args.repeats = "tiny", 1
@@ -82,71 +90,150 @@ def read_arguments() -> argparse.Namespace:
 
 
 def help_texts(args: argparse.Namespace) -> tuple[dict[str, Start], dict[str, str]]:
-    ours = args.python["litlora"]
+    ours, absent = args.python["litlora"], not_installed(args, "litgpt", "trl")
     starts = {
         "python -c pass": Start([ours, "-c", "pass"]),
         "import jsonargparse": Start([ours, "-c", "import jsonargparse"]),
         "litlora --help": Start([ours, "-m", "litlora", "--help"]),
         "litlora finetune lora --help": Start([ours, "-m", "litlora", "finetune", "lora", "--help"]),
     }
-    absent = {}
-    if missing(args.python["litgpt"], ["litgpt"]):
-        absent["litgpt"] = "not installed (--python litgpt=PATH)"
-    else:
+    if "litgpt" not in absent:
         starts["litgpt --help"] = Start([args.python["litgpt"], "-m", "litgpt", "--help"])
         starts["litgpt finetune_lora --help"] = Start([args.python["litgpt"], "-m", "litgpt", "finetune_lora", "--help"])
-    script = Path(args.python["trl"]).with_name("trl")
-    if missing(args.python["trl"], ["trl"]) or not script.is_file():
-        absent["trl"] = "not installed (--python trl=PATH)"
-    else:
-        starts["trl --help"] = Start([str(script), "--help"])
+    if "trl" not in absent:
+        starts["trl --help"] = Start([str(trl_script(args)), "--help"])
     return starts, absent
 
 
 def first_tokens(args: argparse.Namespace) -> tuple[dict[str, Start], dict[str, str]]:
-    place = artefacts(args)
-    base, once = str(place / "base"), ["--prompt", PROMPT, "--max_new_tokens", "1", "--temperature", "0"]
+    """Each tool at its defaults, and in fp32 where that is something else and the tool can."""
+    place, prompt = artefacts(args), prompt_of(args.shape)
+    base, once = str(place / "base"), ["--prompt", prompt, "--max_new_tokens", "1", "--temperature", "0"]
+    in_fp32 = SHAPES[args.shape]["torch_dtype"] == "float32"  # what computes as the base is stored, computes so by default
     starts = {"import torch": Start([args.python["litlora"], "-c", "import torch"])}
-    absent = {}
-    for tool in ("litgpt", "transformers", "litlora"):
-        if missing(args.python[tool], [tool]):
-            absent[tool] = f"not installed (--python {tool}=PATH)"
+    absent = not_installed(args, "litgpt", "transformers", "llamafactory", "litlora")
     if "litgpt" not in absent:
         convert_for_litgpt(args.python["litgpt"], place)
         litgpt = [args.python["litgpt"], "-m", "litgpt", "generate", str(place / "litgpt"), *once]
-        starts["litgpt generate (default)"] = Start(litgpt, said_by_litgpt)
-        starts["litgpt generate (32-true)"] = Start([*litgpt, "--precision", "32-true"], said_by_litgpt, litgpt_answer)
+        said, answer = functools.partial(said_by_litgpt, prompt), functools.partial(litgpt_answer, prompt)
+        starts["litgpt generate (default)"] = Start(litgpt, said)
+        starts["litgpt generate (32-true)"] = Start([*litgpt, "--precision", "32-true"], said, answer)
     if "transformers" not in absent:
-        transformers = [args.python["transformers"], "-m", "extensions.benchmarks.first_token", base, PROMPT]
-        starts["transformers"] = Start(transformers, bool, str.rstrip)
+        transformers = [args.python["transformers"], "-m", "extensions.benchmarks.first_token", base, prompt]
+        starts["transformers"] = Start(transformers, bool, str.strip if in_fp32 else None)
+        if not in_fp32:
+            starts["transformers (float32)"] = Start([*transformers, "float32"], bool, str.strip)
+    if "llamafactory" not in absent:
+        judged = llamafactory_answer if in_fp32 else None  # whatever is asked for, it computes as the base is stored
+        starts["llamafactory-cli chat"] = Start(llamafactory_chat(args, place / "base", prompt), said_by_llamafactory, judged)
     if "litlora" not in absent:
-        starts["litlora generate"] = Start([args.python["litlora"], "-m", "litlora", "generate", base, "--raw", *once], bool, str.rstrip)
+        litlora = [args.python["litlora"], "-m", "litlora", "generate", base, "--raw", *once]
+        starts["litlora generate"] = Start(litlora, bool, str.strip)  # in fp32 on any CPU
     return starts, absent
 
 
 def first_steps(args: argparse.Namespace) -> tuple[dict[str, Start], dict[str, str]]:
-    """Each tool at its defaults, but for one optimizer step of 16 samples in fp32 and no validation before it."""
+    """Each tool at its defaults, but for one optimizer step of 16 samples in fp32, LoRA of rank 16 on all projections, answers
+    graded only, no validation before the step, and no activations computed again: with memory enough that only costs the peers time."""
     place = artefacts(args)
-    rows = place / "rows.json"
-    rows.write_text(json.dumps([{"instruction": f"Say {n} in words.", "input": "", "output": f"It is {n}." * 8} for n in range(ROWS)]))
-    ours, absent = args.python["litlora"], {}
+    rows = [{"instruction": f"Say {n} in words.", "input": "", "output": f"It is {n}." * 8} for n in range(ROWS)]
+    (place / "rows.json").write_text(json.dumps(rows))
+    ours, absent = args.python["litlora"], not_installed(args, "litgpt", "trl", "llamafactory")
     optimizer = "import torch; p = torch.ones(1, requires_grad=True); p.grad = torch.ones(1); torch.optim.AdamW([p]).step()"
     starts = {
         "import Fabric": Start([ours, "-c", "from lightning_fabric import Fabric"]),
         "import torch, AdamW.step": Start([ours, "-c", optimizer]),
     }
-    if missing(args.python["litgpt"], ["litgpt"]):
-        absent["litgpt"] = "not installed (--python litgpt=PATH)"
-    else:
-        convert_for_litgpt(args.python["litgpt"], place)
-        words = ["finetune_lora", str(place / "litgpt"), "--precision", "32-true", "--data", "JSON", "--data.json_path", str(rows)]
-        words += ["--data.val_split_fraction", "0.1", "--train.global_batch_size", "16", "--train.micro_batch_size", "4"]
-        words += ["--train.max_steps", "1", "--train.epochs", "1", "--eval.initial_validation", "false", "--out_dir", "{new}"]
-        starts["litgpt finetune_lora"] = Start([args.python["litgpt"], "-m", "litgpt", *words], lambda stdout: "(step)" in stdout)
-    words = ["finetune", "lora", str(place / "base"), "--data", str(rows), "--chat_template", "alpaca"]
+    if "litgpt" not in absent:
+        starts["litgpt finetune_lora"] = Start(litgpt_finetune(args, place), lambda stdout: "(step)" in stdout)
+    if "trl" not in absent:
+        starts["trl sft"] = Start(trl_sft(args, place, rows), said_by_trainer)
+    if "llamafactory" not in absent:
+        starts["llamafactory-cli train"] = Start(llamafactory_train(args, place), said_by_trainer)
+    words = ["finetune", "lora", str(place / "base"), "--data", str(place / "rows.json"), "--chat_template", "alpaca"]
     words += ["--train.max_steps", "1", "--eval.fraction", "0", "--out_dir", "{new}"]
     step = Start(both_outputs([ours, "-m", "litlora", *words]), lambda stdout: "step=1/1" in stdout)
     return starts | {"litlora finetune lora": step}, absent
+
+
+# ---- the tools' commands, and what they say --------------------------------------------------------------------------
+
+
+def not_installed(args: argparse.Namespace, *tools: str) -> dict[str, str]:
+    lacking = [tool for tool in tools if missing(args.python[tool], [tool]) or (tool == "trl" and not trl_script(args).is_file())]
+    return {tool: f"not installed (--python {tool}=PATH)" for tool in lacking}
+
+
+def prompt_of(shape: str) -> str:
+    return PROMPTS.get(shape, PROMPTS["135m"])
+
+
+def trl_script(args: argparse.Namespace) -> Path:
+    return Path(args.python["trl"]).with_name("trl")
+
+
+def llamafactory_chat(args: argparse.Namespace, base: Path, prompt: str) -> list[str]:
+    """Its chat reads questions from standard input until one is `exit`. Its template `empty` sets no beginning: if the tokenizer does, it
+    is written out, with the blank that Llama's tokenizer puts before the first word by itself."""
+    words = ["chat", "--model_name_or_path", str(base), "--template", "empty", "--infer_backend", "huggingface"]
+    words += ["--infer_dtype", "float32", "--do_sample", "false", "--max_new_tokens", "1"]
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    typed = f"{settings['bos_token']} {prompt}" if settings.get("add_bos_token") else prompt
+    said = f"{typed}\nexit"
+    return ["bash", "-c", 'exec "${@:2}" <<< "$1"', "-", said, args.python["llamafactory"], "-m", "llamafactory.cli", *words]
+
+
+def litgpt_finetune(args: argparse.Namespace, place: Path) -> list[str]:
+    convert_for_litgpt(args.python["litgpt"], place)
+    words = [
+        "finetune_lora",
+        str(place / "litgpt"),
+        "--precision",
+        "32-true",
+        "--data",
+        "JSON",
+        "--data.json_path",
+        str(place / "rows.json"),
+    ]
+    words += ["--lora_r", "16", "--lora_alpha", "32", "--lora_key", "true", "--lora_projection", "true", "--lora_mlp", "true"]
+    words += [
+        "--data.mask_prompt",
+        "true",
+        "--data.val_split_fraction",
+        "0.1",
+        "--train.global_batch_size",
+        "16",
+        "--train.micro_batch_size",
+        "4",
+    ]
+    words += ["--train.max_steps", "1", "--train.epochs", "1", "--eval.initial_validation", "false", "--out_dir", "{new}"]
+    return [args.python["litgpt"], "-m", "litgpt", *words]
+
+
+def trl_sft(args: argparse.Namespace, place: Path, rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """It has no Alpaca prompt, and the base no chat template: it is given prompt and completion."""
+    (place / "trl").mkdir(exist_ok=True)
+    pairs = [{"prompt": alpaca_prompt(row), "completion": row["output"]} for row in rows]
+    (place / "trl" / "rows.json").write_text(json.dumps(pairs))
+    words = ["sft", "--model_name_or_path", str(place / "base"), "--dtype", "float32", "--dataset_name", str(place / "trl"), "--use_peft"]
+    words += ["--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", "all-linear"]
+    words += ["--bf16", "false", "--gradient_checkpointing", "false"]
+    return with_trainer([str(trl_script(args)), *words])
+
+
+def llamafactory_train(args: argparse.Namespace, place: Path) -> list[str]:
+    (place / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
+    words = ["train", "--stage", "sft", "--do_train", "--model_name_or_path", str(place / "base"), "--template", "alpaca"]
+    words += ["--dataset", "rows", "--dataset_dir", str(place), "--finetuning_type", "lora", "--lora_rank", "16", "--lora_target", "all"]
+    words += ["--disable_gradient_checkpointing", "true"]
+    return with_trainer([args.python["llamafactory"], "-m", "llamafactory.cli", *words])
+
+
+def with_trainer(command: Sequence[str]) -> list[str]:
+    """One step of transformers' Trainer; rows that were tokenized before are not found again."""
+    words = ["--max_steps", "1", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4", "--logging_steps", "1"]
+    words += ["--save_strategy", "no", "--report_to", "none", "--output_dir", "{new}"]
+    return both_outputs(["env", "HF_DATASETS_CACHE={new}-cache", *command, *words])
 
 
 def both_outputs(command: Sequence[str]) -> list[str]:
@@ -154,13 +241,27 @@ def both_outputs(command: Sequence[str]) -> list[str]:
     return ["bash", "-c", 'exec "$@" 2>&1', "-", *command]
 
 
-def said_by_litgpt(stdout: str) -> bool:
+def said_by_litgpt(prompt: str, stdout: str) -> bool:
     """It prints its settings, and later the prompt and the answer on a line of their own."""
-    return stdout.startswith(PROMPT) or f"\n{PROMPT}" in stdout
+    return stdout.startswith(prompt) or f"\n{prompt}" in stdout
 
 
-def litgpt_answer(stdout: str) -> str:
-    return f"\n{stdout}".rpartition(f"\n{PROMPT}")[2].rstrip()
+def litgpt_answer(prompt: str, stdout: str) -> str:
+    return f"\n{stdout}".rpartition(f"\n{prompt}")[2].strip()
+
+
+def said_by_llamafactory(stdout: str) -> bool:
+    return bool(stdout.partition("Assistant: ")[2])
+
+
+def llamafactory_answer(stdout: str) -> str:
+    """It asks for the next question below the answer."""
+    return stdout.partition("Assistant: ")[2].strip().removesuffix("User:").strip()
+
+
+def said_by_trainer(stdout: str) -> bool:
+    """A step's loss, not `train_loss` at the end."""
+    return "{'loss':" in stdout
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -174,10 +275,10 @@ def measure(args: argparse.Namespace, id: str, about: Mapping[str, Any], starts:
         for name, start in starts.items():
             with tempfile.TemporaryDirectory() as new:
                 command = [word.replace("{new}", f"{new}/new") for word in start.command]
-                done = run(command, env=thread_env(args.threads), wanted=start.wanted)
-            if turn > 0 or done.code != 0:
+                done = run(command, env=thread_env(args.threads) | {"CUDA_VISIBLE_DEVICES": ""}, wanted=start.wanted)
+            if turn > 0 or trouble(start, done):
                 runs[name].append(done)
-    failed = {name: " | ".join(tail(each.stderr)) for name, several in runs.items() for each in several if each.code != 0}
+    failed = {name: why for name, several in runs.items() for each in several if (why := trouble(starts[name], each))}
     for name, why in failed.items():
         print(f"  failed: {name}: {why}", file=sys.stderr)
     good = {name: several for name, several in runs.items() if name not in failed}
@@ -199,6 +300,15 @@ def measure(args: argparse.Namespace, id: str, about: Mapping[str, Any], starts:
     path = write_results(args.out_dir, id.lower(), result, markdown)
     print(f"{markdown}\n\nwritten: {path}\n")
     return same and not failed
+
+
+def trouble(start: Start, done: Run) -> str | None:
+    """Why this run does not count."""
+    if done.code != 0:
+        return f"exit code {done.code}: " + " | ".join(tail(done.stderr or done.stdout))
+    if start.wanted is not None and done.first is None:
+        return "what was waited for never came: " + " | ".join(tail(done.stdout))
+    return None
 
 
 def report(
