@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from litlora.__main__ import main
 from litlora.checkpoint import names
 from litlora.data import demo, vocabulary
 from litlora.families import config_from_hf, expected_tensors
@@ -122,3 +123,14 @@ def test_a_vocabulary_knows_every_byte_and_splits_digits() -> None:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
     again = vocabulary.train_tokenizer(["ab ab ab 1234 1234 1234"] * 9, 300)
     assert tokenizer.to_str() == again.to_str()
+
+
+def test_the_demo_base_is_named_by_its_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`demo` can be typed, and where it is installed is long. Caught: `str(self.path)` in `Checkpoint.typed`."""
+    run = tmp_path / "run"
+    assert main(["finetune", "lora", "--train.max_steps", "1", "--eval.fraction", "0", "--out_dir", str(run)]) == 0
+    capsys.readouterr()
+    for words in (["merge_lora", str(run / "step-1")], ["inspect", str(run / "step-1")], ["expand", "--out_dir", str(tmp_path / "deep")]):
+        assert main(words) == 0
+        said = "".join(capsys.readouterr())
+        assert re.search(r"^base +demo\b", said, re.MULTILINE), said

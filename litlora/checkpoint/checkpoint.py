@@ -46,6 +46,11 @@ class Checkpoint:
         return self.path == names.DEMO_BASE
 
     @property
+    def typed(self) -> str:
+        """How a command is given it, and names it: `demo`, or its path."""
+        return names.DEMO if self.is_demo else str(self.path)
+
+    @property
     def recorded_path(self) -> str:
         """How a manifest names it as a base: `demo`, or its absolute path."""
         return names.DEMO if self.is_demo else str(self.path.resolve())

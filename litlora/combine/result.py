@@ -43,7 +43,7 @@ class Plan:
         """What will be there, in words."""
         blend = self.blend
         if isinstance(blend, ModelBlend):
-            return "a whole model" + (f", relative to {blend.base.path}" if blend.base else "")
+            return "a whole model" + (f", relative to {blend.base.typed}" if blend.base else "")
         ranks = sorted({kind.r for kind in blend.tuning.slots.values() if isinstance(kind, LoRASlot)})
         shown = f" of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else ""
         exact = {

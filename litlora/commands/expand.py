@@ -25,7 +25,7 @@ def expand(options: Expand) -> None:
     before, after, new = model.base_config.num_hidden_layers, model.config.num_hidden_layers, model.new_layers
     header(
         [
-            ("base", f"{base.path}, {before} layers, {model.base_bytes / MB:,.0f} MB"),
+            ("base", f"{base.typed}, {before} layers, {model.base_bytes / MB:,.0f} MB"),
             ("result", f"{plan.out_dir}, {after} layers, {model.bytes / MB:,.0f} MB; it computes what the base does"),
             ("new", f"layers {', '.join(map(str, new))} (from 0), each a copy of the one before it whose output projections are zero"),
         ]

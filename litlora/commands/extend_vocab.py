@@ -48,7 +48,7 @@ def extend_vocab(options: ExtendVocab) -> None:
         origin = f"learnt from {sum(map(len, text)):,} of {sum(map(len, lines)):,} characters in {', '.join(options.data)}"
     header(
         [
-            ("base", f"{plan.base.path}, {plan.base_bytes / MB:,.0f} MB, {vocabulary.base_size:,} tokens ({vocabulary.kind})"),
+            ("base", f"{plan.base.typed}, {plan.base_bytes / MB:,.0f} MB, {vocabulary.base_size:,} tokens ({vocabulary.kind})"),
             ("tokens", origin),
             ("result", str(plan.out_dir)),
         ]

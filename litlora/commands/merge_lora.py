@@ -28,7 +28,7 @@ def merge_lora(options: MergeLoRA) -> None:
     header(
         [
             ("adapter", str(checkpoint.path)),
-            ("base", f"{model.base.path}, {model.base_bytes / MB:,.0f} MB"),
+            ("base", f"{model.base.typed}, {model.base_bytes / MB:,.0f} MB"),
             ("result", f"{plan.out_dir}, {model.bytes / MB:,.0f} MB; {kept}"),
         ]
     )

@@ -37,9 +37,9 @@ def chat(options: Chat) -> None:
 def banner(opened: Opened, interactive: bool) -> None:
     """What was loaded."""
     checkpoint = opened.checkpoint
-    rows = [("model", str(checkpoint.path))]
+    rows = [("model", checkpoint.typed)]
     if not checkpoint.is_model:
-        rows.append(("base", str(opened.base.path)))
+        rows.append(("base", opened.base.typed))
     if opened.quantize != "none":
         rows.append(("weights", f"held in {opened.quantize}"))
     rows += [("adapter", described(adapter, weight)) for adapter, weight in opened.on if adapter is not checkpoint]

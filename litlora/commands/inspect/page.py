@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from litlora.checkpoint import names
 from litlora.commands.inspect.report import Report
 from litlora.console import amount, count
 from litlora.errors import printable
@@ -114,7 +115,8 @@ def base_text(base: Mapping[str, Any]) -> str:
     }
     if base["state"] in words:
         held = f"; training held it in {base['quantize']}" if base["quantize"] != "none" else ""
-        return f"{base['path']} ({words[base['state']]}{held})"
+        path = names.DEMO if base["path"] == str(names.DEMO_BASE) else base["path"]
+        return f"{path} ({words[base['state']]}{held})"
     return f"{base['state']}: {base['why']}"
 
 
