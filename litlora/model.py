@@ -183,15 +183,17 @@ class Context:
         turns = {rope: turn_of(positions, rope, config.rotary_dim, segments, length) for rope in ropes if rope is not None}
         return Context(cast("dict[Rope | None, Turn]", turns), segments, prefix, cache, ragged, Packed.of(prefix, segments, device))
 
-    def kernel(self, q: Tensor, k: Tensor, v: Tensor) -> "Callable[..., Tensor] | None":
-        """What computes plain attention of q, k, v, window and scale: on a GPU where samples or rows differ in length, on a CPU for few
-        queries."""
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, cap: float | None, sinks: Tensor | None) -> "Callable[..., Tensor] | None":
+        """What computes attention of q, k, v, window and scale: on a GPU where samples or rows differ in length and scores are plain, on a
+        CPU for few queries."""
+        if self.cache is not None and (native := cpu.native_for(q)) and native.attends(q, k, v):
+            return functools.partial(native.attention_of_few, self.ragged, cap=cap, sinks=sinks)
+        if cap is not None or sinks is not None:
+            return None
         if self.packed is not None and self.packed.serves(q, v):
             return self.packed
         if self.ragged is not None and q.size(2) == 1 and (fused := gpu.triton_for(q)):
             return functools.partial(fused.attention_of_one, self.ragged)
-        if self.cache is not None and (native := cpu.native_for(q)) and native.attends(q, k, v):
-            return functools.partial(native.attention_of_few, self.ragged)
         return None
 
     def mask(self, q: Tensor, S: int, window: int | None) -> Tensor:
@@ -282,13 +284,8 @@ class Attention(nn.Module):
         return adapted(self, x, self.o_proj(y.flatten(2)))
 
     @property
-    def is_plain(self) -> bool:
-        """Whether its scores are those that every kernel for attention computes."""
-        return self.cap is None and self.sinks is None
-
-    @property
     def product(self) -> "Product":
-        if self.is_plain:
+        if self.cap is None and self.sinks is None:  # its scores are those that every kernel for attention computes
             return functools.partial(grouped_attention, scale=self.scale)
         return functools.partial(scored_attention, scale=self.scale, cap=self.cap, sinks=self.sinks)
 
@@ -309,7 +306,7 @@ class Attention(nn.Module):
         return self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k), v
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # -> (B, T, H, D)
-        if self.is_plain and (kernel := context.kernel(q, k, v)):
+        if kernel := context.kernel(q, k, v, self.cap, self.sinks):
             return kernel(q, k, v, self.window, self.scale)
         if context.segments is None or len(context.segments) == 1:
             return attend(q, k, v, self.window, context, self.product).transpose(1, 2)

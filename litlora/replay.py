@@ -15,7 +15,7 @@ from torch import Tensor
 
 from litlora import cpu
 from litlora.cpu.tape import Tape
-from litlora.model import GPT, Attention, Experts, KVCache
+from litlora.model import GPT, Experts, KVCache
 
 
 class WholeCache(KVCache):
@@ -134,9 +134,8 @@ class ReplayedStep:
 
 def sees_what_is_held(model: GPT) -> bool:
     """Whether a kernel of ours computes each attention on this CPU: where others look at all the room of a cache, it ends with the text."""
-    attentions = [module for module in model.modules() if isinstance(module, Attention)]
     whole = not model.config.head_dim % cpu.EIGHT and not model.config.value_dim % cpu.EIGHT
-    if not (cpu.working() and whole and attentions and all(attention.is_plain for attention in attentions)):
+    if not (cpu.working() and whole):
         return False
     embedding = model.model.embed_tokens.weight
     return embedding.is_cpu and (model.model.dtype or embedding.dtype) is torch.float32

@@ -169,18 +169,27 @@ def test_norm_gate_and_turn_are_those_of_many_rows(called: Counter[str]) -> None
 @pytest.mark.parametrize("window", [None, 1, 5, 64])
 @pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize(("D", "Dv"), [(16, 16), (64, 72), (24, 8), (128, 128)])
-def test_few_queries_see_what_comes_before_them_and_no_more(D: int, Dv: int, T: int, window: int | None) -> None:
-    """One row or several that differ in length, in a cache that holds what is no number beyond its end. Caught: a key too few; a window
-    one longer; a head's keys taken from the next; the last of several queries alone right."""
+@pytest.mark.parametrize(("cap", "sinking"), [(None, False), (2.0, False), (1000.0, False), (None, True), (2.0, True)])
+def test_few_queries_see_what_comes_before_them_and_no_more(
+    cap: float | None, sinking: bool, D: int, Dv: int, T: int, window: int | None
+) -> None:
+    """One row or several that differ in length, in a cache that holds what is no number beyond its end; scores plain, capped near the cap
+    and far below it, with sinks. Caught: a key too few; a window one longer; a head's keys taken from the next; the last of several queries
+    alone right; tanh without its sign, by one of its two ways alone; a sink left out, or another head's."""
     B, H, K, size = 3, 10, 2, 101
     keys, values = random(B, K, size, D, seed=1), random(B, K, size, Dv, seed=2)
     q, positions = random(B, T, H, D, seed=3).transpose(1, 2), torch.tensor([[20], [97], [8]]) + torch.arange(T) - (T - 1)
+    sinks = 3 * random(H, seed=4) if sinking else None
     scores = (q.double() @ keys.double().repeat_interleave(H // K, 1).transpose(-2, -1)) * 0.3  # (B, H, T, size)
+    if cap is not None:
+        scores = cap * (scores / cap).tanh()
     at = torch.arange(size)
     hidden = at > positions[:, None, :, None]
     if window is not None:
         hidden |= at <= positions[:, None, :, None] - window
-    wanted = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values.double().repeat_interleave(H // K, 1)
+    column = torch.full((H,), -torch.inf) if sinks is None else sinks
+    scores = torch.cat((scores.masked_fill(hidden, -torch.inf), column.double().view(H, 1, 1).expand(B, H, T, 1)), -1)
+    wanted = scores.softmax(-1)[..., :-1] @ values.double().repeat_interleave(H // K, 1)
     for row, last in enumerate(positions[:, -1].tolist()):
         keys[row, :, last + 1 :], values[row, :, last + 1 :] = torch.nan, torch.nan
     S = int(positions.max()) + 1
@@ -188,11 +197,11 @@ def test_few_queries_see_what_comes_before_them_and_no_more(D: int, Dv: int, T: 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(native, "PARALLEL", 0)
             patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            found = native.attention_of_few(positions, q, keys[:, :, :S], values[:, :, :S], window, 0.3)
+            found = native.attention_of_few(positions, q, keys[:, :, :S], values[:, :, :S], window, 0.3, cap, sinks)
             assert relative(found, wanted.transpose(1, 2).float()) <= 2e-6
-            one = native.attention_of_few(None, q[2:], keys[2:, :, :9], values[2:, :, :9], window, 0.3)
+            one = native.attention_of_few(None, q[2:], keys[2:, :, :9], values[2:, :, :9], window, 0.3, cap, sinks)
             assert torch.equal(one, found[2:])
-            alone = native.attention_of_few(positions, q[:, :, T - 1 :], keys[:, :, :S], values[:, :, :S], window, 0.3)
+            alone = native.attention_of_few(positions, q[:, :, T - 1 :], keys[:, :, :S], values[:, :, :S], window, 0.3, cap, sinks)
             assert torch.equal(alone, found[:, T - 1 :])
 
 
@@ -236,7 +245,9 @@ def test_what_is_no_number_stays_none() -> None:
     assert linear(x, torch.ones(16, 64), None).isnan().all() and rms_norm(x, ones, 1e-5).isnan().all()
     assert swiglu(x.clone(), x).isnan().all() and swiglu(x.clone(), ones[None]).isnan().all()
     q = torch.full((1, 2, 1, 16), torch.nan)
-    assert native.attention_of_few(None, q, torch.ones(1, 1, 3, 16), torch.ones(1, 1, 3, 16), None, 1.0).isnan().all()
+    for cap, sinks in ((None, None), (2.0, None), (None, torch.ones(2))):
+        found = native.attention_of_few(None, q, torch.ones(1, 1, 3, 16), torch.ones(1, 1, 3, 16), None, 1.0, cap, sinks)
+        assert found.isnan().all()
 
 
 @needs_native
@@ -301,6 +312,8 @@ def test_an_answer_is_the_same_with_and_without(family: str, called: Counter[str
     gpt, tokens = tiny_gpt(family, **sizes), random_tokens(1, 24)
     ours = {by: decoded(gpt, tokens, by) for by in (1, 3)}
     assert called["product"]
+    if family in ("gemma2", "gpt_oss"):
+        assert called["attention_of_few"] >= 15
     if family in ("llama", "llama3", "qwen2", "mistral"):
         assert min(called[name] for name in ("product", "rms_norm", "swiglu", "turned", "attention_of_few")) >= 15
     monkeypatch.setattr(cpu, "working", lambda: None)

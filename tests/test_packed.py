@@ -84,7 +84,7 @@ def test_all_samples_at_once_give_the_loss_and_gradients_of_one_after_another(fa
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "deepseek_v2"])
 def test_what_no_kernel_computes_is_computed_one_after_another(family: str, reference: Reference) -> None:
-    """Capped scores, scores with sinks, values of another size than keys. Caught: is_plain always true; serves always true."""
+    """Capped scores, scores with sinks, values of another size than keys. Caught: caps and sinks not looked at; serves always true."""
     loss_and_gradients(tiny_gpt(family), 0)
     assert not reference.calls
 

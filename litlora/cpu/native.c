@@ -19,7 +19,7 @@ enum { BLOCK = 64, TILE = 4 };  /* numbers of NF4 that share a scale; sums in re
 enum { TOGETHER = 8, KEYS = 32 };  /* queries that read keys together, so many at a time: what stays in the nearest cache */
 
 /* As native.py has it: another one, and what is called here is of another version. */
-int version(void) { return 3; }
+int version(void) { return 4; }
 
 int usable(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
@@ -242,6 +242,22 @@ INLINE __m256 exponential(__m256 x) {
     return _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)));
 }
 
+/* cap tanh(x / cap), or x where the cap is 0; tanh to three units in the last place: near 0, where 1 - 2 / (e^2x + 1) would lose digits, by the
+   first five terms of its continued fraction, x / (1 + x^2 / (3 + x^2 / (5 + ...))). */
+INLINE __m256 capped(__m256 x, float cap) {
+    if (cap == 0)
+        return x;
+    const __m256 one = _mm256_set1_ps(1), sign = _mm256_set1_ps(-0.0f);
+    x = _mm256_div_ps(x, _mm256_set1_ps(cap));
+    __m256 size = _mm256_andnot_ps(sign, x), square = _mm256_mul_ps(x, x);
+    __m256 far = _mm256_sub_ps(one, _mm256_div_ps(_mm256_set1_ps(2), _mm256_add_ps(exponential(_mm256_add_ps(size, size)), one)));
+    __m256 over = _mm256_fmadd_ps(_mm256_add_ps(square, _mm256_set1_ps(105)), square, _mm256_set1_ps(945));
+    __m256 under = _mm256_fmadd_ps(_mm256_fmadd_ps(_mm256_set1_ps(15), square, _mm256_set1_ps(420)), square, _mm256_set1_ps(945));
+    __m256 near = _mm256_div_ps(_mm256_mul_ps(x, over), under);
+    __m256 tanh = _mm256_blendv_ps(near, _mm256_or_ps(far, _mm256_and_ps(sign, x)), _mm256_cmp_ps(size, one, _CMP_GT_OQ));
+    return _mm256_mul_ps(tanh, _mm256_set1_ps(cap));
+}
+
 /* y (n, C) = x / sqrt(mean(x^2) + eps) * gains (C,); C a multiple of 8. */
 struct rms_norm {
     const float *x, *gains;
@@ -341,15 +357,16 @@ INLINE void weighted(const float *values, const float *weights, float *y, long s
         _mm256_storeu_ps(y + 8 * k, total[k]);
 }
 
-/* A query over keys (S, D) and values (S, Dv) from `start` to `end`, with scores (S + 7,) of its own that are written over. */
+/* A query over keys (S, D) and values (S, Dv) from `start` to `end`, with scores (S + 7,) of its own that are written over, and one more of
+   its head, the `sink`, which takes a share and gives no value (-inf: none). */
 struct query {
     const float *q;
-    float *y, *scores, most;
+    float *y, *scores, most, sink;
     long start, end;
 };
 
 /* Several queries over the same keys and values, which are read once: some at a time, by each of them. */
-static void attend(struct query *queries, int count, const float *keys, const float *values, long D, long Dv, float scale) {
+static void attend(struct query *queries, int count, const float *keys, const float *values, long D, long Dv, float scale, float cap) {
     long first = queries[0].start, last = queries[0].end;
     for (int j = 0; j < count; j++) {
         first = queries[j].start < first ? queries[j].start : first;
@@ -372,9 +389,10 @@ static void attend(struct query *queries, int count, const float *keys, const fl
         }
     for (int j = 0; j < count; j++) {
         struct query *one = queries + j;
-        double weights = 0;
+        __m256 most = capped(_mm256_set1_ps(one->most), cap);  /* a cap keeps their order */
+        double weights = _mm256_cvtss_f32(exponential(_mm256_sub_ps(_mm256_set1_ps(one->sink), most)));  /* none: e^-87, lost beside 1 */
         for (long s = one->start; s < one->end; s += 8)  /* beyond the end: what is there is no weight */
-            _mm256_storeu_ps(one->scores + s, exponential(_mm256_sub_ps(_mm256_loadu_ps(one->scores + s), _mm256_set1_ps(one->most))));
+            _mm256_storeu_ps(one->scores + s, exponential(_mm256_sub_ps(capped(_mm256_loadu_ps(one->scores + s), cap), most)));
         for (long s = one->start; s < one->end; s++)
             weights += one->scores[s];
         for (long s = one->start; s < one->end; s++)
@@ -392,14 +410,15 @@ static void attend(struct query *queries, int count, const float *keys, const fl
 }
 
 /* y (B, T, H, Dv): of queries q (B, H, T, D) over keys and values (B, K, size, D or Dv). The last query of a row is at `positions` (B,) or,
-   where that is NULL, at `last`; each sees itself and what comes before it, of these the `window` last (0: all). `scores`: (parts, TOGETHER,
-   size + 7). */
+   where that is NULL, at `last`; each sees itself and what comes before it, of these the `window` last (0: all). Scores are `capped`, and
+   heads have `sinks` (H,), or NULL. `scores`: (parts, TOGETHER, size + 7). */
 struct attention {
     const float *q, *keys, *values;
     const int64_t *positions;
+    const float *sinks;
     float *scores, *y;
     long last, B, H, K, T, size, D, Dv, window, parts, threads;
-    double scale;
+    double scale, cap;
 };
 
 static void attention_part(const void *job, long part) {
@@ -413,12 +432,13 @@ static void attention_part(const void *job, long part) {
         queries[count] = (struct query){
             .q = a.q + ((b * a.H + h) * a.T + t) * a.D,
             .y = a.y + ((b * a.T + t) * a.H + h) * a.Dv,
+            .sink = a.sinks ? a.sinks[h] : -__builtin_inff(),
             .scores = a.scores + (part * TOGETHER + count) * (a.size + 7),
             .start = a.window && end > a.window ? end - a.window : 0,
             .end = end,
         };
         if (++count == TOGETHER || n + 1 == last || (n + 1) / group != head) {
-            attend(queries, count, a.keys + head * a.size * a.D, a.values + head * a.size * a.Dv, a.D, a.Dv, (float)a.scale);
+            attend(queries, count, a.keys + head * a.size * a.D, a.values + head * a.size * a.Dv, a.D, a.Dv, (float)a.scale, (float)a.cap);
             count = 0;
         }
     }

@@ -21,7 +21,7 @@ PARALLEL = 2**15  # multiplications from which on more than one thread is worth 
 PARTS = 4  # of a thread's work: who is busy with something else takes fewer
 SMALL = 2**19  # numbers up to which one thread does with them what torch would wake several for: of all rows that a product serves
 
-VERSION = 3  # to be counted up, here and in native.c, where these change
+VERSION = 4  # to be counted up, here and in native.c, where these change
 CALLS = {  # in this order there: of each the pointers, of which the last is written to, whole numbers and others
     "product": "5P6qd",
     "rms_norm": "3P2qd",
@@ -29,9 +29,9 @@ CALLS = {  # in this order there: of each the pointers, of which the last is wri
     "turned": "4P6q",
     "summed": "3Pqd",
     "placed": "3P8q",
-    "attention_of_few": "6P11qd",
+    "attention_of_few": "7P11q2d",
 }
-CALL_SIZE = 8 * 19  # bytes, of the largest
+CALL_SIZE = 8 * 21  # bytes, of the largest
 FORMS = {name: struct.Struct(f"q{form}{CALL_SIZE - struct.calcsize('q' + form)}x") for name, form in CALLS.items()}
 NUMBERS = {name: number for number, name in enumerate(CALLS)}
 
@@ -189,18 +189,29 @@ def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return q.size(2) <= FEW and not D % EIGHT and not Dv % EIGHT and whole and alike
 
 
-def attention_of_few(positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
-    """Plain attention of q (B, H, T, D) over k (B, K, S, D) and v (B, K, S, Dv), which are a cache's; (B, T, H, Dv).
+def attention_of_few(
+    positions: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    scale: float,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of q (B, H, T, D) over k (B, K, S, D) and v (B, K, S, Dv), which are a cache's; (B, T, H, Dv).
 
     A row's last query stands at its last `positions` (B, T) int64, or, None, at S - 1. Each sees so many as `window` says, itself the last.
+    `cap` and `sinks` (H,) as in `model.scored_attention`.
     """
     q = q.contiguous()
     (B, H, T, D), (K, S), Dv, size = q.shape, k.shape[1:3], v.size(3), k.stride(1) // k.size(3)
     parts, threads = shares(B * H * T * S * D)
     y, scores = q.new_empty(B, T, H, Dv), room(parts * TOGETHER * (size + EIGHT - 1))
     last = None if positions is None else positions[:, -1].contiguous()
-    numbers = (S - 1, B, H, K, T, size, D, Dv, window or 0, parts, threads, scale)
-    call("attention_of_few", (q, k, v, last, scores, y), *numbers)
+    sinks = None if sinks is None else sinks.to(q.dtype).contiguous()
+    numbers = (S - 1, B, H, K, T, size, D, Dv, window or 0, parts, threads, scale, cap or 0)
+    call("attention_of_few", (q, k, v, last, sinks, scores, y), *numbers)
     return y
 
 
