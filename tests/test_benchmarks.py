@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 from conftest import shared_data
 
-from extensions.benchmarks import checkpoint_c8, decode_c3, gpu, plot
+from extensions.benchmarks import checkpoint_c8, decode_c3, gpu, merge, merge_files, plot
 from extensions.benchmarks.artefacts import SHAPES, copy_tokenizer, flops_per_token, linears, random_samples
 from extensions.benchmarks.job import IGNORE, Job, Sample
-from extensions.benchmarks.measure import percentile, run, table, write_results
+from extensions.benchmarks.measure import Run, percentile, run, table, write_results
 from extensions.benchmarks.plot import READERS
 from extensions.benchmarks.run_litlora import train
 from extensions.benchmarks.start import (
@@ -31,6 +32,7 @@ from extensions.benchmarks.start import (
     trouble,
 )
 from extensions.benchmarks.train_c1 import losses_agree
+from litlora.safetensors_file import SafetensorsFile
 from litlora.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -215,14 +217,88 @@ def test_decoding_is_compared_with_the_best_peer_of_the_same_turn() -> None:
     assert "aim 80%" in decode_c3.verdicts("135m", summary)[1]
 
 
+def test_the_merging_benchmark_starts_and_its_gate_sees_what_was_not_merged(tmp_path: Path) -> None:
+    """C4. Ours is rounded once; an absent peer is named. Caught: a nan that max() passes over; another embedding."""
+    done, results = benchmark("merge", tmp_path, "--python", f"litgpt={sys.executable}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = results["C4"]
+    assert {"cp + fsync", "litlora", "litlora-unseen"} <= set(result["tools"])
+    assert set(result["tools"]) | set(result["absent"]) == {"cp + fsync", *merge.LINES}
+    assert result["gate"]["checks"].keys() == result["tools"].keys() - {"cp + fsync"}
+    for name in ("litlora", "litlora-unseen"):
+        assert result["gate"]["checks"][name]["dtype"] == "BF16"
+        assert 0.4 < result["gate"]["checks"][name]["of_bound"] <= 1
+    assert result["tools"]["litlora"]["over_litlora"] == 1
+    places = merge.Places(tmp_path / "work" / "tiny-bf16")
+    assert not places.out.exists()
+
+    found = merge_files.check(places.base, places.step, places.base)
+    assert found["units"] > merge.TOLERATED and found["untouched_same"]
+    with SafetensorsFile(places.weights) as file:
+        for name, what in (("model.layers.1.mlp.up_proj.weight", "units"), ("model.embed_tokens.weight", "untouched_same")):
+            spoilt = tmp_path / what
+            spoilt.mkdir()
+            content = bytearray(places.weights.read_bytes())
+            content[file.tensors[name].start : file.tensors[name].start + 2] = b"\xc0\x7f"
+            (spoilt / "model.safetensors").write_bytes(content)
+    assert math.isnan(merge_files.check(places.base, places.step, tmp_path / "units")["units"])
+    assert not merge_files.check(places.base, places.step, tmp_path / "untouched_same")["untouched_same"]
+
+
+def test_the_gate_of_merging_refuses_a_wrong_file_of_any_tool() -> None:
+    """Ours by its own bound, peers by steps of bf16. Caught: no look at what nothing was merged into; nan passed."""
+    ours = {"dtype": "BF16", "units": 0.5, "of_bound": 0.99, "untouched_same": True}
+    peer = {"dtype": "BF16", "units": 1.0, "of_bound": 3.0, "untouched_same": True}
+    assert merge.judge({"peft": peer, "litlora": ours})["passed"]
+    for wrong in (peer, ours | {"of_bound": float("nan")}, ours | {"untouched_same": False}, {"failed": "exit code 1"}):
+        assert merge.judge({"litlora": wrong})["wrong"] == ["litlora"]
+    for wrong in (peer | {"units": 7.0}, peer | {"units": float("nan")}, peer | {"untouched_same": False}, {"failed": "exit code 1"}):
+        gate = merge.judge({"peft": wrong, "litlora": ours})
+        assert gate["wrong"] == ["peft"] and not gate["passed"]
+    assert not merge.judge({"peft": peer})["passed"]
+
+
+def test_merging_is_compared_within_a_turn() -> None:
+    """C4: the median of ratios, not the ratio of medians. Caught: memory of the last turn alone."""
+
+    def took(wall: float, peak_mb: float) -> Run:
+        return Run(code=0, wall=wall, cpu=1.0, peak_mb=peak_mb, first=None, stdout="", stderr="")
+
+    runs = {
+        "cp + fsync": [took(1.0, 1), took(2.0, 1), took(4.0, 1)],
+        "peft": [took(20.0, 1), took(20.0, 1), took(80.0, 1)],
+        "litlora": [took(2.0, 200), took(5.0, 60), took(4.0, 60)],
+    }
+    summary = merge.summarise(runs, dict.fromkeys(runs, 7))
+    assert summary["litlora"]["ratio"] == 2.0
+    assert summary["peft"]["over_litlora"] == 10.0
+    assert merge.verdicts(summary) == ["litlora: 2.00x cp + fsync, aim 2x: reached; 200 MB, aim 150 MB: MISSED."]
+
+
+def test_the_checkpoint_benchmark_starts(tmp_path: Path) -> None:
+    """C8. A peer that is absent is named; from ours training can go on."""
+    done, results = benchmark("checkpoint_c8", tmp_path, "--python", f"litgpt={sys.executable}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = results["C8"]
+    assert set(result["summary"]) | set(result["absent"]) == {"litgpt", "trainer", "litlora-waiting", "litlora"}
+    for run_of in result["runs"]:
+        assert len(run_of["steps"]) == 5 and len(run_of["stood"]) == 2, run_of["line"]  # those at steps 2 and 4
+    assert result["summary"]["litlora"]["resumable"] and result["summary"]["litlora-waiting"]["resumable"]
+    assert "says only that it starts" in next((tmp_path / "results").glob("*-c8.md")).read_text()
+
+
 def test_the_checkpoint_benchmark_counts_every_byte_and_leaves_the_first_step_out() -> None:
     """C8: medians over all runs of a line; bytes against adapter and moments, three times the adapter's file."""
-    files = {"adapter_model.safetensors": 100, "training_state.safetensors": 200, "litlora.json": 3}
-    result = {"steps": [9.0, 2.0, 2.0], "stood": [0.5, 1.5, 1.0], "files": files}
-    shown = checkpoint_c8.shown({"litlora": [result], "trainer": [{"failed": "exit code 1: no such thing"}]})
-    row = [cell.strip() for cell in shown.splitlines()[2].strip("|").split("|")]
-    assert row == ["litlora", "2.000", "1.000", "1.500", "0.50", "0.00", "+1.00%"]
-    assert "trainer: exit code 1" in shown
+    files = {"adapter_model.safetensors": 100, "training_state.safetensors": 200, "litlora.json": 2}
+    ours = {"line": "litlora", "steps": [9.0, 2.0, 2.0], "stood": [0.5, 1.5, 1.0], "files": files}
+    again = ours | {"steps": [9.0, 2.0, 2.0], "stood": [4.0]}
+    theirs = {"line": "litgpt", "steps": [3.0, 3.0], "stood": [1.0], "files": {"lit_model.pth.lora": 100, "config.json": 5}}
+    summary = checkpoint_c8.summarise([ours, again, theirs, {"line": "trainer", "failed": "exit code 1: no such thing"}])
+    assert summary.keys() == {"litlora", "litgpt"}
+    assert summary["litlora"]["stood_seconds"] == 1.25 and summary["litlora"]["stood_at_most"] == 4.0
+    assert summary["litlora"]["in_steps"] == 0.625 and summary["litlora"]["resumable"]
+    assert summary["litgpt"]["over_adapter_and_moments"] == pytest.approx(-0.65) and not summary["litgpt"]["resumable"]
+    assert checkpoint_c8.verdicts(summary) == ["litlora: stands still 0.62 steps, aim 1: reached; +0.67% bytes, aim +1%: reached."]
 
 
 def tiny_job(tmp_path: Path, grade: str = "all") -> Job:

@@ -58,6 +58,7 @@ def shape(
 
 SHAPES = {
     "tiny": shape(48, 2, 3, 1, 96, 320, 256, 10_000.0, True, "float32"),  # for the tests: unlike any real one
+    "tiny-bf16": shape(48, 2, 3, 1, 96, 320, 256, 10_000.0, False, "bfloat16"),  # where the matter is how a file is rounded
     "135m": shape(576, 30, 9, 3, 1536, 49_152, 8192, 100_000.0, True, "float32"),  # SmolLM2-135M
     "1.1b": shape(2048, 22, 32, 4, 5632, 32_000, 2048, 10_000.0, False, "bfloat16"),  # TinyLlama-1.1B
     "8b": shape(4096, 32, 32, 8, 14_336, 128_256, 131_072, 500_000.0, False, "bfloat16"),  # Llama-3.1-8B, its rope not stretched

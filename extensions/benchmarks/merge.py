@@ -1,240 +1,292 @@
-"""C4 of PERFORMANCE.md: merging a LoRA on all linears into a 1.1B bf16 base, against `cp` and fsync of the same file.
+"""C4: merging a LoRA on all linears into a 1.1B bf16 base, litlora against its peers, beside `cp` and fsync of the base's file.
 
-    python -m extensions.benchmarks.merge --work /somewhere/with/7/GB
-
-Each tool runs in a process of its own, interpreter start included, in turn with the others; the files are in the cache of the
-system for all of them. Beside the time: CPU seconds, peak memory, bytes written, and a check of the result against fp64.
+Each tool runs in a process of its own, interpreter start included, in turn with the others, and everything that it reads is in the
+system's cache. Peers end when the last byte is handed to the system; ours waits for the disk, as `cp + fsync` does, and hashes what it
+wrote. The gate: what every tool has written is compared with fp64, and ours must be rounded once.
 """
 
 import argparse
-import json
 import shutil
-import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from extensions.benchmarks.drive import artefacts, convert_for_litgpt, must, parser_of, present, resolve_places
+from extensions.benchmarks.measure import Run, default_threads, median, run, run_json, table, tail, thread_env, write_results
 
-from extensions.benchmarks.artefacts import shape
-from extensions.benchmarks.measure import Run, default_threads, default_work_dir, run, run_json, table, tail, thread_env, write_results
-
-SHAPES = {  # of Llamas: hidden, layers, heads, kv heads, MLP, vocabulary
-    "1.1b": (2048, 22, 32, 4, 5632, 32000),
-    "tiny": (64, 2, 4, 2, 160, 512),
-}
-RANK, ALPHA, SEED = 16, 32, 1234
-SAMPLED = 64  # rows of each sampled module that are checked against fp64
+OURS = "litlora"
+LIMIT = "cp + fsync"
+AIM_TIMES, AIM_MB = 2.0, 150  # of the limit's time; of memory
+TOLERATED = 2.0  # steps of bf16 that a peer may be off: rounding the change and the sum apart makes one, and not merging many
 MB = 10**6
 
 
-@dataclass
-class Job:
-    """The directories of one benchmark."""
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a tool with its settings."""
 
-    work: Path
+    tool: str
+    needs: tuple[str, ...]  # modules
+    what: str
+    precision: str = ""  # litgpt's, that the adapter was trained in
+
+
+LINES = {
+    "litgpt": Line("litgpt", ("litgpt",), "merge_lora, adapter in fp32 as its default leaves it", "bf16-mixed"),
+    "litgpt-bf16": Line("litgpt", ("litgpt",), "merge_lora, adapter in bf16", "bf16-true"),
+    "peft": Line("peft", ("transformers", "peft"), "merge_and_unload, save_pretrained"),
+    "llamafactory": Line("llamafactory", ("llamafactory",), "export"),
+    OURS: Line(OURS, (OURS,), "merge_lora"),
+    "litlora-unseen": Line(OURS, (OURS,), "base not seen before: it is read twice"),
+}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things lie: the base and litgpt's copy of it as every benchmark shares them, and what is merged beside them."""
+
+    shared: Path
 
     @property
     def base(self) -> Path:
-        return self.work / "base"
-
-    @property
-    def step(self) -> Path:
-        return self.work / "run" / "step-100"
-
-    @property
-    def target(self) -> Path:
-        return self.work / "result"
+        return self.shared / "base"
 
     @property
     def weights(self) -> Path:
         return self.base / "model.safetensors"
 
+    @property
+    def step(self) -> Path:
+        return self.shared / "merge" / "run" / "step-100"
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--work", type=Path, default=default_work_dir() / "merge", help="where base, adapter and results go (about three bases)"
-    )
-    parser.add_argument("--shape", choices=SHAPES, default="1.1b")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="directory for the results' JSON and table (default: only printed)")
-    parser.add_argument("--keep", action="store_true", help="keep base and adapter for the next time")
-    parser.add_argument("--make", action="store_true", help="make base and adapter, and measure nothing")
-    arguments = parser.parse_args()
-    job = Job(arguments.work / arguments.shape)
-    if arguments.make:
-        make_base(job, SHAPES[arguments.shape])
-        make_step(job)
-        return
-    # in a process of its own: Linux counts what this one once held as the peak of every process that it starts later
-    made = run([sys.executable, "-m", "extensions.benchmarks.merge", "--make", "--work", str(arguments.work), "--shape", arguments.shape])
-    if made.code != 0:
-        raise SystemExit("no base: " + "\n".join(tail(made.stderr, 20)))
-    runs: dict[str, list[Run]] = {}
-    for repeat in range(arguments.repeats):
-        for name in commands(job):
-            print(f"repeat {repeat + 1} of {arguments.repeats}: {name}", file=sys.stderr, flush=True)
-            runs.setdefault(name, []).append(measured(job, name))
-    result = summary(job, arguments.shape, runs, check(job))  # of the last run's result
-    text = table(rows(result["tools"]))
-    if arguments.out:
-        write_results(arguments.out, "C4", result, text)
-    print(json.dumps(result, indent=1))
-    print(text)
-    shutil.rmtree(job.target, ignore_errors=True)
-    if not arguments.keep:
-        shutil.rmtree(job.work)
+    @property
+    def cache(self) -> Path:
+        return self.shared / "merge" / "cache"
+
+    @property
+    def out(self) -> Path:
+        return self.shared / "merge" / "out"
+
+    def of_litgpt(self, line: str) -> Path:
+        return self.shared / "merge" / line
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------
-
-
-def commands(job: Job) -> dict[str, list[str]]:
-    """The tools by name. `litlora, base not seen before`: its fingerprint is in no cache, so the base is read twice."""
-    merge = [sys.executable, "-m", "litlora", "merge_lora", str(job.step), "--out_dir", str(job.target / "merged")]
-    copied = job.target / job.weights.name
-    return {
-        "cp + fsync": ["sh", "-c", 'mkdir -p "$1" && cp "$2" "$3" && sync "$3"', "sh", str(job.target), str(job.weights), str(copied)],
-        "litlora": merge,
-        "litlora, base not seen before": merge,
+def main() -> int:
+    args = read_arguments()
+    lines, absent = present(args, {name: (LINES[name].tool, LINES[name].needs) for name in args.lines})
+    places = prepare(args, lines)
+    about = run_json([sys.executable, "-m", "extensions.benchmarks.measure", str(args.threads)], env=thread_env(args.threads))
+    runs: dict[str, list[Run]] = {name: [] for name in (LIMIT, *lines)}
+    written, checks, failed = {}, {}, {}
+    for turn in range(args.repeats):
+        for name in runs:
+            if name in failed:
+                continue
+            print(f"turn {turn + 1}/{args.repeats}: {name}", file=sys.stderr, flush=True)
+            done, written[name] = measured(args, places, name)
+            runs[name].append(done)
+            if done.code != 0:
+                failed[name] = f"exit code {done.code}: " + " | ".join(tail(done.stderr or done.stdout))
+                print(f"  failed: {failed[name]}", file=sys.stderr)
+            elif name != LIMIT and turn == args.repeats - 1:
+                checks[name] = checked(places)
+    shutil.rmtree(places.out)
+    good = {name: several for name, several in runs.items() if name not in failed}
+    summary, gate = summarise(good, written), judge(checks)
+    markdown = report(args, about, {**absent, **failed}, summary, gate)
+    result = {
+        "id": "C4",
+        "machine": about,
+        "versions": {name: versions_of(args.python[LINES[name].tool]) for name in lines},
+        "shape": args.shape,
+        "options": {key: getattr(args, key) for key in ("repeats", "threads", "quick")},
+        "absent": absent,
+        "failed": failed,
+        "gate": gate,
+        "tools": summary,
     }
+    path = write_results(args.out_dir, "c4", result, markdown)
+    print(f"{markdown}\n\nwritten: {path}")
+    return 0 if gate["passed"] and not failed else 1
 
 
-def measured(job: Job, name: str) -> Run:
-    """One run with everything before it written back, its output removed, and the base in the system's cache."""
-    shutil.rmtree(job.target, ignore_errors=True)
-    cache = job.work / "cache"
-    if name.endswith("not seen before"):
-        shutil.rmtree(cache, ignore_errors=True)
+# ---- before ----------------------------------------------------------------------------------------------------------
+
+
+def read_arguments() -> argparse.Namespace:
+    tools = [line.tool for line in LINES.values()]
+    parser = parser_of(__doc__, tools, shape="1.1b", threads=default_threads(), repeats=3, quick="a tiny shape in bf16, once")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="directory with a tokenizer.json to lie beside the base (default: a tiny one is made)"
+    )
+    parser.add_argument(
+        "--lines", nargs="+", choices=LINES, default=list(LINES), help="what to run beside cp, in this order (default: all)"
+    )
+    args = parser.parse_args()
+    if args.quick:
+        args.shape, args.repeats = "tiny-bf16", 1
+    resolve_places(parser, args)
+    return args
+
+
+def prepare(args: argparse.Namespace, lines: Sequence[str]) -> Places:
+    """The base, the adapter as ours and PEFT read it, and for litgpt both of them in its layout."""
+    places = Places(artefacts(args))
+    shutil.rmtree(places.shared / "merge", ignore_errors=True)
+    must([sys.executable, "-m", "extensions.benchmarks.merge_files", "step", str(places.base), str(places.step)])
+    for name in (name for name in lines if LINES[name].tool == "litgpt"):
+        python = args.python["litgpt"]
+        convert_for_litgpt(python, places.shared)
+        words = [str(places.shared / "litgpt"), str(places.step), str(places.of_litgpt(name)), LINES[name].precision]
+        must([python, "-m", "extensions.benchmarks.run_merge", "litgpt-adapter", *words])
+    return places
+
+
+def versions_of(python: str) -> dict[str, Any]:
+    return run_json([python, "-c", "import json; from extensions.benchmarks.measure import versions; print(json.dumps(versions()))"])
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def command_of(args: argparse.Namespace, places: Places, name: str) -> list[str]:
+    base, step, out = str(places.base), str(places.step), str(places.out / "merged")
+    if name == LIMIT:
+        return ["sh", "-c", 'cp "$1" "$2" && sync "$2"', "sh", str(places.weights), str(places.out / "copy")]
+    tool = LINES[name].tool
+    words = {
+        "litgpt": ["litgpt", "merge_lora", out],
+        "peft": ["extensions.benchmarks.run_merge", "peft", base, step, out],
+        "llamafactory": [
+            *("llamafactory.cli", "export", "--model_name_or_path", base, "--adapter_name_or_path", step),
+            *("--template", "default", "--export_dir", out),
+        ],
+        OURS: ["litlora", "merge_lora", step, "--out_dir", out],
+    }[tool]
+    return [args.python[tool], "-m", *words]
+
+
+def measured(args: argparse.Namespace, places: Places, name: str) -> tuple[Run, int]:
+    """One run, and the bytes it wrote: before it what is still unwritten goes to the disk, and what it reads into the cache."""
+    shutil.rmtree(places.out, ignore_errors=True)
+    places.out.mkdir()
+    if name == "litlora-unseen":
+        shutil.rmtree(places.cache, ignore_errors=True)
+    litgpt = name in LINES and LINES[name].tool == "litgpt"
+    if litgpt:  # it writes beside the adapter
+        shutil.copytree(places.of_litgpt(name), places.out / "merged")
+    before = size_of(places.out)
     run(["sync"])
-    with open(job.weights, "rb", buffering=0) as file:
+    with open(places.shared / "litgpt" / "lit_model.pth" if litgpt else places.weights, "rb", buffering=0) as file:
         while file.read(2**22):
             pass
-    done = run(commands(job)[name], env={"XDG_CACHE_HOME": str(cache), **thread_env(default_threads())})
-    if done.code != 0:
-        raise SystemExit(f"{name} failed: " + "\n".join(tail(done.stderr, 20)))
-    return done
+    done = run(command_of(args, places, name), env={"XDG_CACHE_HOME": str(places.cache), **thread_env(args.threads)})
+    return done, size_of(places.out) - before
 
 
-def summary(job: Job, shape: str, runs: Mapping[str, list[Run]], checked: Mapping[str, Any]) -> dict[str, Any]:
-    first = next(iter(runs))
-    written = {name: job.weights.stat().st_size if name == first else checked["bytes_written"] for name in runs}
-    tools = {
+def size_of(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def checked(places: Places) -> dict[str, Any]:
+    words = [str(place) for place in (places.base, places.step, places.out / "merged")]
+    return run_json([sys.executable, "-m", "extensions.benchmarks.merge_files", "check", *words])
+
+
+def judge(checks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Ours is rounded once and changes nothing else; a peer has at least merged. What a tool wrote and how far it is off is told of all."""
+
+    def right(name: str, found: Mapping[str, Any]) -> bool:
+        close = found.get("of_bound", 2) <= 1 if name.startswith(OURS) else found.get("units", 2 * TOLERATED) <= TOLERATED
+        return close and found["untouched_same"]
+
+    wrong = [name for name, found in checks.items() if not right(name, found)]
+    return {"passed": not wrong and any(name.startswith(OURS) for name in checks), "wrong": wrong, "checks": dict(checks)}
+
+
+# ---- reporting -------------------------------------------------------------------------------------------------------
+
+
+def summarise(runs: Mapping[str, Sequence[Run]], written: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Ratios are taken within a turn."""
+
+    def over(several: Sequence[Run], beside: str) -> float | None:
+        if beside not in runs:
+            return None
+        return round(median([one.wall / other.wall for one, other in zip(several, runs[beside], strict=True)]), 3)
+
+    return {
         name: {
-            "wall_s": [round(one.wall, 3) for one in of_tool],
-            "ratio": round(statistics.median(one.wall / limit.wall for one, limit in zip(of_tool, runs[first], strict=True)), 3),
-            "cpu_s": round(statistics.median(one.cpu for one in of_tool), 2),
-            "peak_mb": round(max(one.peak_mb for one in of_tool), 1),
+            "wall_s": [round(one.wall, 3) for one in several],
+            "ratio": over(several, LIMIT),
+            "over_litlora": over(several, OURS),
+            "cpu_s": round(median([one.cpu for one in several]), 2),
+            "peak_mb": round(max(one.peak_mb for one in several), 1),
             "bytes_written": written[name],
         }
-        for name, of_tool in runs.items()
+        for name, several in runs.items()
     }
-    machine = run_json([sys.executable, "-m", "extensions.benchmarks.measure", str(default_threads())])
-    return {"id": "C4", "shape": shape, "rank": RANK, "tools": tools, "check": dict(checked), "machine": machine}
 
 
-def rows(tools: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
-    return [
-        {
-            "tool": name,
-            "wall, median": f"{statistics.median(tool['wall_s']):.2f} s",
-            "x cp + fsync": f"{tool['ratio']:.2f}",
+def report(
+    args: argparse.Namespace,
+    about: Mapping[str, Any],
+    left_out: Mapping[str, str],
+    summary: Mapping[str, Mapping[str, Any]],
+    gate: Mapping[str, Any],
+) -> str:
+    rows = []
+    for name, tool in summary.items():
+        found = gate["checks"].get(name, {})
+        times = {key: "-" if tool[key] is None else f"{tool[key]:.2f}" for key in ("ratio", "over_litlora")}
+        row = {
+            "": f"{name} ({LINES[name].what})" if name in LINES else name,
+            "wall, median": f"{median(tool['wall_s']):.2f} s",
+            "x cp + fsync": times["ratio"],
+            "over litlora": times["over_litlora"],
             "CPU": f"{tool['cpu_s']:.2f} s",
-            "peak memory": f"{tool['peak_mb']:.0f} MB",
+            "peak memory": f"{tool['peak_mb']:,.0f} MB",
             "written": f"{tool['bytes_written'] / MB:,.0f} MB",
+            "as": found.get("dtype", "-"),
+            "worst error": f"{found['units']:.2f}" if "units" in found else "-",
         }
-        for name, tool in tools.items()
+        rows.append(row)
+    ours = {name: each for name, each in gate["checks"].items() if name.startswith(OURS) and "of_bound" in each}
+    bounds = ", ".join(f"{name} {each['of_bound']:.4f}" for name, each in ours.items())
+    return "\n".join(
+        [
+            f"# C4: merging a LoRA, {args.shape}{' (quick: says only that it starts)' if args.quick else ''}",
+            "",
+            f"{about.get('cpu', '?')}, {args.threads} threads; {args.repeats} turns, warm file cache, process start included.",
+            "",
+            table(rows),
+            "",
+            "`worst error`: the farthest from fp64 among the rows looked at, in steps of bf16; rounded once it is at most 0.5.",
+            "",
+            *verdicts(summary),
+            f"Gate (ours within one rounding, peers within {TOLERATED:.0f} steps, an untouched tensor as it was): "
+            f"{'passed' if gate['passed'] else 'FAILED'}; error over its bound: {bounds}.",
+            *[f"Wrong: {name}: {gate['checks'][name]}" for name in gate["wrong"]],
+            *[f"Left out: {name}: {why}" for name, why in left_out.items()],
+        ]
+    )
+
+
+def verdicts(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the aims of PERFORMANCE.md say about ours."""
+
+    def word(reached: bool) -> str:
+        return "reached" if reached else "MISSED"
+
+    return [
+        f"{name}: {tool['ratio']:.2f}x {LIMIT}, aim {AIM_TIMES:.0f}x: {word(tool['ratio'] <= AIM_TIMES)}; "
+        f"{tool['peak_mb']:.0f} MB, aim {AIM_MB} MB: {word(tool['peak_mb'] <= AIM_MB)}."
+        for name, tool in summary.items()
+        if name.startswith(OURS) and tool["ratio"] is not None
     ]
 
 
-def check(job: Job) -> dict[str, Any]:
-    """Rows of some merged modules against fp64, within half a unit of bf16 and fp32's own error; an untouched tensor bit for bit."""
-    from litlora.safetensors_file import SafetensorsFile
-
-    merged = job.target / "merged"
-    worst = 0.0
-    with (
-        SafetensorsFile(job.weights) as base,
-        SafetensorsFile(merged / job.weights.name) as result,
-        SafetensorsFile(job.step / "adapter_model.safetensors") as adapter,
-    ):
-        assert result.bytes("model.embed_tokens.weight") == base.bytes("model.embed_tokens.weight"), "an untouched tensor changed"
-        modules = [name.removesuffix(".weight") for name in base.tensors if name.startswith("model.layers.1.") and "proj" in name]
-        for module in modules:
-            a, b = (adapter.float32(f"base_model.model.{module}.lora_{side}.weight").astype(np.float64) for side in "AB")
-            old, new = (file.float32(f"{module}.weight")[:SAMPLED].astype(np.float64) for file in (base, result))
-            exact = old + ALPHA / RANK * b[:SAMPLED] @ a
-            own = (RANK + 2) * 2.0**-24 * (np.abs(old) + ALPHA / RANK * np.abs(b[:SAMPLED]) @ np.abs(a))
-            half_unit = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(new), 2.0**-126))) - 8)
-            worst = max(worst, float((np.abs(new - exact) / (half_unit + own)).max()))
-    assert worst <= 1, f"an element is {worst} times as far from the exact result as it may be"
-    written = sum(path.stat().st_size for path in merged.iterdir())
-    return {"modules": len(modules), "worst_error_of_bound": round(worst, 4), "bytes_written": written}
-
-
-# ---- what is merged --------------------------------------------------------------------------------------------------
-
-
-def make_base(job: Job, sizes: tuple[int, ...]) -> None:
-    """A Llama of a true shape with random bf16 weights, in one file."""
-    from litlora.families import expected_tensors
-    from litlora.safetensors_file import from_float32, header_bytes
-
-    config = shape(*sizes, context=2048, theta=10_000.0, tied=False, dtype="bfloat16")
-    if job.weights.exists() and json.loads((job.base / "config.json").read_text()) == config:
-        return
-    shutil.rmtree(job.work, ignore_errors=True)
-    job.base.mkdir(parents=True)
-    (job.base / "config.json").write_text(json.dumps(config))
-    header, places = header_bytes({name: ("BF16", shape) for name, shape in expected_tensors(llama(config)).items()}, {"format": "pt"})
-    generator = np.random.default_rng(SEED)
-    with open(job.weights, "wb") as file:
-        file.write(header)
-        for place in places.values():
-            file.write(from_float32(generator.standard_normal(place.shape, np.float32) * np.float32(0.02), "BF16"))
-
-
-def make_step(job: Job) -> None:
-    """A step as training commits it: LoRA on every projection, and a manifest with the base's fingerprint."""
-    from litlora import peft
-    from litlora.checkpoint import BaseRecord, Manifest, commit_step
-    from litlora.checkpoint.fingerprint import fingerprint
-    from litlora.methods import from_peft
-
-    shutil.rmtree(job.work / "run", ignore_errors=True)
-    job.step.parent.mkdir()
-    from litlora.safetensors_file import SafetensorsFile
-
-    with SafetensorsFile(job.weights) as file:
-        base = fingerprint(dict.fromkeys(file.tensors, job.weights))
-    adapter = peft.AdapterConfig(r=RANK, alpha=ALPHA, target_modules=peft.ALL_LINEAR, base_model_name_or_path=str(job.base))
-    config = llama(json.loads((job.base / "config.json").read_text()))
-    shapes = from_peft(adapter, config).file_shapes(config)
-    generator = np.random.default_rng(SEED + 1)
-    tensors = {name: ("F32", shape, generator.standard_normal(shape, np.float32) * np.float32(0.01)) for name, shape in shapes.items()}
-    commit_step(
-        job.step.parent,
-        Manifest(
-            method="lora",
-            options={"r": RANK},
-            step=100,
-            epoch=1.0,
-            tokens=0,
-            base=BaseRecord(path=str(job.base), model_type="llama", fingerprint=base),
-        ),
-        tensors={"adapter_model.safetensors": tensors},
-        files={"adapter_config.json": json.dumps(peft.adapter_config_to_peft(adapter)).encode()},
-    )
-
-
-def llama(config: Mapping[str, Any]) -> Any:
-    from litlora.families import config_from_hf
-
-    return config_from_hf(config, "the benchmark's base")
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

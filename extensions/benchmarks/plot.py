@@ -120,13 +120,13 @@ def draw(bars: Bars, caption: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     names = sorted(bars.values, key=lambda name: bars.values[name], reverse=not bars.more_is_better)
-    best = bars.values[next(name for name in names if name.startswith("litlora"))]
+    ours = bars.values["litlora" if "litlora" in names else next(name for name in names if name.startswith("litlora"))]
     figure = Figure(figsize=(8, 1.3 + 0.42 * len(names)), layout="constrained")
     axes = figure.add_subplot()
     values = [bars.values[name] for name in names]
     axes.barh(names, values, color=[OURS if name.startswith("litlora") else PEER for name in names])
     for row, value in enumerate(values):
-        ours_over_it = best / value if bars.more_is_better else value / best
+        ours_over_it = ours / value if bars.more_is_better else value / ours
         compared = "" if names[row].startswith("litlora") else f"  (litlora: {ours_over_it:.2f}x)"
         axes.annotate(f" {value:.3g}{compared}", (value, row), va="center")
     if bars.limit is not None:

@@ -1,6 +1,6 @@
 """One tool trains LoRA and saves now and then; how long it stands still for that, and what lies on the disk. One JSON line on stdout.
 
-python -m extensions.benchmarks.run_checkpoint litlora --base DIR --samples FILE --out DIR --steps 12 --every 3
+python extensions/benchmarks/run_checkpoint.py litlora --base DIR --rows FILE --out DIR --steps 13 --every 3 --longest 128 --threads 2
 """
 
 import argparse
@@ -16,7 +16,7 @@ BATCH = 4  # samples a step
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tool", choices=("litlora", "litlora-waiting", "trainer"))
+    parser.add_argument("tool", choices=("litlora", "litlora-waiting", "trainer", "litgpt"))
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
-    found = trainer(args) if args.tool == "trainer" else litlora(args)
+    found = {"trainer": trainer, "litgpt": litgpt}.get(args.tool, litlora)(args)
     step = max(args.out.glob("*-*"), key=lambda path: path.stat().st_mtime)
     found["files"] = {path.name: path.stat().st_size for path in sorted(step.iterdir())}
     print(json.dumps(found))
@@ -120,6 +120,57 @@ def trainer(args: argparse.Namespace) -> dict[str, Any]:
         logging_strategy="no", use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     Timed(model=model, args=settings, train_dataset=rows, data_collator=collate, callbacks=[Clock()]).train()
+    return {"steps": steps, "stood": stood[:-1]}
+
+
+def litgpt(args: argparse.Namespace) -> dict[str, Any]:
+    """`litgpt finetune_lora` in this process: the same base (in its layout), rank, targets, rows and batch; its own way to save.
+
+    A checkpoint is there when it has written the adapter and, after that, copied the base's small files and noted its settings.
+    """
+    from litgpt.__main__ import main as command
+    from litgpt.finetune import lora as finetune
+
+    stood: list[float] = []
+    steps: list[float] = []
+    began = {"save": 0.0, "step": 0.0}
+    write, note, schedule = finetune.save_lora_checkpoint, finetune.save_prompt_style, finetune.get_lr_scheduler
+
+    def save(*given: Any) -> None:
+        began["save"] = time.perf_counter()
+        write(*given)
+
+    def end_of_save(*given: Any) -> None:
+        note(*given)
+        stood.append(time.perf_counter() - began["save"])
+
+    class Rows(finetune.CycleIterator):  # type: ignore[misc]
+        def __next__(self) -> Any:
+            began["step"] = time.perf_counter()
+            return super().__next__()
+
+    def scheduler(*given: Any, **named: Any) -> Any:
+        made = schedule(*given, **named)
+        advance = made.step
+
+        def stepped() -> None:
+            advance()
+            steps.append(time.perf_counter() - began["step"])
+
+        made.step = stepped
+        return made
+
+    finetune.save_lora_checkpoint, finetune.save_prompt_style = save, end_of_save
+    finetune.CycleIterator, finetune.get_lr_scheduler = Rows, scheduler
+    finetune.merge_lora = lambda **_: None  # of its last checkpoint, when training is over: C4 has it
+    words = f"finetune_lora {args.base} --out_dir {args.out} --precision 32-true --lora_r 16 --lora_alpha 32 --lora_dropout 0"
+    words += "".join(f" --lora_{part} true" for part in ("query", "key", "value", "projection", "mlp"))
+    words += f" --data JSON --data.json_path {args.rows} --data.val_split_fraction 0.1 --train.max_seq_length {args.longest}"
+    words += f" --train.global_batch_size {BATCH} --train.micro_batch_size {BATCH} --train.max_steps {args.steps}"
+    words += f" --train.save_interval {args.every} --train.lr_warmup_steps 1 --eval.interval {args.steps + 1}"
+    words += " --eval.initial_validation false --eval.final_validation false"
+    sys.argv = ["litgpt", *words.split()]
+    command()
     return {"steps": steps, "stood": stood[:-1]}
 
 

@@ -9,6 +9,7 @@ loss, whose update depends on how a batch is cut). So its losses can be compared
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def train(job: Job) -> dict[str, Any]:
     )
     # as litgpt's own fine-tuning loads it: the file has no LoRA; the gate's losses would tell of a weight that was not loaded
     load_checkpoint(fabric, model, Path(job.litgpt_base) / "lit_model.pth", strict=False)
-    load_adapter(model, Path(job.adapter))
+    load_adapter(dict(model.named_parameters()), Path(job.adapter))
     clock = fit(job, fabric, model, optimizer)
     computed = sum(padded_positions(step, job.micro_batch) for step in read_steps(job))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -125,10 +126,9 @@ def padded_positions(samples: list[Sample], micro_batch: int) -> int:
     return sum(len(cut) * max(len(sample.ids) for sample in cut) for cut in cuts)
 
 
-def load_adapter(model: torch.nn.Module, directory: Path) -> None:
+def load_adapter(parameters: Mapping[str, torch.Tensor], directory: Path) -> None:
     """Copy a PEFT adapter into litgpt's parameters: its q, k and v share one A (3R, C) and one B (out, R), stacked in that order."""
     tensors = load_file(directory / "adapter_model.safetensors")
-    parameters = dict(model.named_parameters())
     layers = 1 + max(int(name.split(".")[4]) for name in tensors)
     theirs = {"attn.qkv": ["q", "k", "v"], "attn.proj": ["o"], "mlp.fc_1": ["gate"], "mlp.fc_2": ["up"], "mlp.proj": ["down"]}
     for layer in range(layers):
