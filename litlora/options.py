@@ -213,7 +213,7 @@ class ComputeOptions:
     """Shared by every command that computes with torch; inherited, so that they stand at the top level."""
 
     precision: Literal["auto", "fp32", "bf16"] = option(
-        "auto", "dtype of the frozen weights and the arithmetic (auto: what this machine computes fast)"
+        "auto", "dtype of the frozen weights and the arithmetic (auto: fp32 on a CPU, bf16 on a GPU that has it)"
     )
     threads: int | None = option(None, "CPU threads", unset="torch's choice", least=1)
 

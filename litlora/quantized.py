@@ -29,7 +29,7 @@ from litlora.errors import UserError
 
 BLOCK = 64  # numbers of a weight that share a scale in nf4
 SCALES_BLOCK = 256  # scales that share one of theirs in nf4-dq
-FEW_IN_BF16 = 2  # the same for torch's product in bf16
+FEW_IN_BF16 = 2  # rows for which torch's product in bf16 costs less than one in fp32 with the weight made wide
 FEW_ON_GPU = 4  # rows for which reading the codes once for each costs less than a weight that is written wide and read again
 AT_ONCE = 2**20  # numbers that are wide at once on a CPU: 4 MB in fp32, which stay in its cache; a GPU takes a whole weight
 

@@ -25,6 +25,7 @@ from talkers import byte_tokenizer, make_talker
 
 from litlora.__main__ import main
 from litlora.checkpoint import names
+from litlora.commands import COMMANDS, Command
 from litlora.data import demo
 from litlora.methods import METHODS
 
@@ -119,6 +120,15 @@ def test_the_readme_names_the_three_commands() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for command in ("litlora finetune lora", "litlora merge_lora --checkpoint_dir out/step-200", "litlora chat"):
         assert f"    {command}\n" in text
+
+
+def test_the_readme_lists_every_command() -> None:
+    """Caught: a command's row taken out."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for word, inside in COMMANDS.items():
+        of_method = word == "estimate"  # its row names one method whole, and the others after it
+        names = [word] if isinstance(inside, Command) else [f"{word} {name}" for name in inside][: 1 if of_method else None]
+        assert [name for name in names if f"`litlora {name}`" not in text] == []
 
 
 # ---- the three commands on another base, and what others make of their results ----------------------------------------

@@ -293,7 +293,7 @@ def test_a_sum_is_torchs_to_the_bit() -> None:
     for size in (1, 7, 64, 999):
         a, b = random(size), random(size, seed=1)
         for scale in (1.0, 0.22, -3.0):
-            assert torch.equal(native.summed(a, b, scale), torch.add(a, b, alpha=scale))
+            assert torch.equal(native.summed(a, b, scale, torch.empty_like(a)), torch.add(a, b, alpha=scale))
 
 
 @torch.inference_mode()

@@ -16,12 +16,12 @@ from litlora.cpu import EIGHT, FEW, WIDTH
 
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "nf4": 3}  # as in native.c
 CODES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "nf4": torch.uint8}
-TOGETHER = 8  # as in native.c
+TOGETHER = 8  # queries that read keys together, as in native.c: each with scores of its own
 PARALLEL = 2**15  # multiplications from which on more than one thread is worth waking
 PARTS = 4  # of a thread's work: who is busy with something else takes fewer
 SMALL = 2**19  # numbers up to which one thread does with them what torch would wake several for: of all rows that a product serves
 
-VERSION = 4  # to be counted up, here and in native.c, where these change
+VERSION = 5  # to be counted up, here and in native.c, where these change
 CALLS = {  # in this order there: of each the pointers, of which the last is written to, whole numbers and others
     "product": "5P6qd",
     "rms_norm": "3P2qd",
@@ -37,7 +37,7 @@ NUMBERS = {name: number for number, name in enumerate(CALLS)}
 
 
 class Recording(threading.local):
-    """Who hears of each call in this thread: a call as bytes, and the tensors that it points into, of which it writes to the last."""
+    """Who hears of each call in this thread, before it: a call as bytes, and the tensors it points into, of which it writes to the last."""
 
     heard: Callable[[bytes, Sequence[Tensor | None]], None] | None = None
     room: Tensor | None = None  # for scores, of which no two calls of a recording have need at once
@@ -62,7 +62,7 @@ def library() -> ctypes.CDLL:
     found = loaded.version() if hasattr(loaded, "version") else None
     if found != VERSION:
         raise OSError(f"{path} is of version {found}, not {VERSION}: install litlora again")
-    assert loaded.call_size() == CALL_SIZE
+    assert loaded.call_size() == CALL_SIZE and loaded.together() == TOGETHER
     loaded.run.argtypes, loaded.run.restype = [c_char_p, c_long], None
     return loaded
 
@@ -75,9 +75,9 @@ def call(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
     """One function of native.c, now; tensors and numbers in the order of its struct there."""
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     record = FORMS[name].pack(NUMBERS[name], *pointers, *numbers)
-    library().run(record, 1)
     if RECORDING.heard is not None:
         RECORDING.heard(record, tensors)
+    library().run(record, 1)
 
 
 def is_usable() -> bool:
@@ -163,9 +163,8 @@ def sums(a: Tensor, b: Tensor) -> bool:
     return alike and a.is_cpu and a.numel() <= SMALL
 
 
-def summed(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """a + scale b."""
-    y = torch.empty_like(a)
+def summed(a: Tensor, b: Tensor, scale: float, y: Tensor) -> Tensor:
+    """a + scale b, in y."""
     call("summed", (a, b, y), a.numel(), scale)
     return y
 

@@ -4,6 +4,7 @@ A model's step is some thousand calls of Python for some hundred products; as a 
 functions of ours, and one of torch for whatever lies between. Nothing here knows a model.
 """
 
+import ctypes
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ class Tape(TorchDispatchMode):
     def __init__(self, *varying: Tensor) -> None:
         super().__init__()
         self.varying = {memory(tensor) for tensor in varying}
+        self.fresh: set[int] = set()  # memory that came to be inside, and nothing was written to yet
         self.own: set[int] = set()  # memory that came to be inside, holds what does not vary, and has not been read by a step yet
         self.steps: list[Callable[[], Any] | list[bytes]] = []  # torch's, or calls of ours in a row
         self.kept = [tensor.untyped_storage() for tensor in varying]  # also what calls of ours point into: nobody else may lie there
@@ -43,15 +45,28 @@ class Tape(TorchDispatchMode):
         super().__exit__(*exception)
 
     def heard(self, call: bytes, tensors: Sequence[Tensor | None]) -> None:
+        pointed = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+        places = [storage.data_ptr() for storage in pointed]
+        if self.varying.isdisjoint(places) and places[-1] in self.own:  # to be computed this once
+            self.fresh.discard(places[-1])
+            return
+        self.prepare(pointed[-1])
         if not self.steps or not isinstance(self.steps[-1], list):
             self.steps.append([])
         calls = self.steps[-1]
         assert isinstance(calls, list)
         calls.append(call)
-        pointed = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
         self.kept += pointed  # it, whatever its owner's `data` will be
-        self.varying.add(pointed[-1].data_ptr())  # the last is written to
-        self.own.difference_update(storage.data_ptr() for storage in pointed)
+        self.own.difference_update(places)
+
+    def prepare(self, storage: torch.UntypedStorage) -> None:
+        """For a step that writes to this memory: what does not vary, and an earlier step may have read, is put back at the beginning."""
+        place = storage.data_ptr()
+        if place not in self.varying and place not in self.fresh:
+            self.kept.append(storage)
+            saved = ctypes.string_at(place, storage.nbytes())  # no operation of torch's, which would be heard
+            self.steps.insert(0, functools.partial(ctypes.memmove, place, saved, len(saved)))
+        self.varying.add(place)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -59,16 +74,18 @@ class Tape(TorchDispatchMode):
         targets = list(written(func, args, kwargs)) if func._schema.is_mutable else []
         if "empty" in func._schema.name or (known.isdisjoint(self.varying) and self.own.issuperset(map(memory, targets))):
             made = func(*args, **kwargs)
-            self.own.update({memory(tensor) for tensor in tensors_in(made)} - known)
+            come = {memory(tensor) for tensor in tensors_in(made)} - known
+            self.own |= come
+            self.fresh = self.fresh | come if "empty" in func._schema.name else self.fresh - known - come
             return made
         self.own -= known
         if func is torch.ops.aten.add.Tensor and isinstance(args[1], Tensor) and native_for(args[0]) and native.sums(*args):
-            return native.summed(args[0], args[1], kwargs.get("alpha", 1))
+            y = torch.empty_like(args[0])
+            self.fresh.add(memory(y))
+            return native.summed(args[0], args[1], kwargs.get("alpha", 1), y)
         if func._schema.is_mutable:
             for target in targets:
-                if memory(target) not in self.varying:  # a step may have read it already
-                    self.steps.insert(0, functools.partial(target.copy_, target.clone()))
-                self.varying.add(memory(target))
+                self.prepare(target.untyped_storage())
             self.steps.append(functools.partial(func, *args, **kwargs))
             return func(*args, **kwargs)
         made = func(*args, **kwargs)
