@@ -65,6 +65,10 @@ def take_turns(args: argparse.Namespace, id: str, lines: Sequence[str], command_
     return runs
 
 
+def versions_of(python: str) -> dict[str, Any]:
+    return run_json([python, "-c", "import json; from extensions.benchmarks.measure import versions; print(json.dumps(versions()))"])
+
+
 # ---- what they run on ------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +88,7 @@ def convert_for_litgpt(python: str, place: Path) -> None:
         copy.write_text(made_of)
 
 
-def must(command: Sequence[str]) -> None:
-    done = run(command)
+def must(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> None:
+    done = run(command, env=env)
     if done.code != 0:
         sys.exit(f"{' '.join(command[1:4])} failed: " + "\n".join(tail(done.stderr, 20)))

@@ -280,6 +280,11 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join([line(columns), rule, *(line([row[name] for name in columns]) for row in rows)])
 
 
+def word(reached: bool) -> str:
+    """What a verdict says of an aim."""
+    return "reached" if reached else "MISSED"
+
+
 def write_results(out_dir: Path, id: str, result: Mapping[str, Any], markdown: str) -> Path:
     """DATE-ID.json and DATE-ID.md; an earlier result of the same day is kept, and this one gets a number."""
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ In processes of their own: Linux counts what a driver once held as the peak of e
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from litlora.safetensors_file import SafetensorsFile, from_float32, to_float32
 
 RANK, ALPHA, SEED = 16, 32, 1235
 SAMPLED = 64  # rows of each sampled module that are compared with fp64
+ALL = 2**31  # more rows than there are
 DIGITS = {"BF16": 8, "F32": 24}  # binary ones of a number, the leading one included
 WEIGHTS = "model.safetensors"  # of the base
+SETTLED = 3.0  # seconds after its last change; hashes of a younger file are not remembered
 
 Read = Callable[[str, int], tuple[str, npt.NDArray[np.float32]]]  # of a module its dtype and its first rows
 
@@ -48,6 +51,7 @@ def make_step(base: Path, step: Path) -> None:
         return to_float32(from_float32(generator.standard_normal(shape, np.float32) * np.float32(0.01), "BF16"), "BF16", shape)
 
     tensors = {name: ("F32", shape, drawn(shape)) for name, shape in from_peft(adapter, config).file_shapes(config).items()}
+    time.sleep(max(0.0, (base / WEIGHTS).stat().st_ctime + SETTLED - time.time()))
     with SafetensorsFile(base / WEIGHTS) as file:
         seen = fingerprint(dict.fromkeys(file.tensors, base / WEIGHTS))
     of_base = BaseRecord(path=str(base), model_type="llama", fingerprint=seen)
@@ -60,7 +64,8 @@ def make_step(base: Path, step: Path) -> None:
 
 
 def check(base: Path, step: Path, merged: Path) -> dict[str, Any]:
-    """Rows of every projection of one block against fp64, and the embedding, which nothing was merged into, bit for bit.
+    """Rows of every projection of the first and the last block against fp64; and what nothing was merged into, bit for bit: the
+    embedding, the last block's first norm, the last norm, and the head where it is not the embedding.
 
     `units`: the worst error, counted in steps of bf16 at the largest of base, change and sum; rounded once it is at most a half.
     `of_bound`: the same over half a step of what was written and what products in fp32 may lose; at most 1 for what adds in fp32.
@@ -68,8 +73,12 @@ def check(base: Path, step: Path, merged: Path) -> dict[str, Any]:
     config = json.loads((base / "config.json").read_text())
     read = read_litgpt(merged, config) if (merged / "lit_model.pth").is_file() else read_safetensors(merged)
     units, of_bound, dtypes = [], [], set()
+    last = config["num_hidden_layers"] - 1
+    untouched = ["model.embed_tokens", f"model.layers.{last}.input_layernorm", "model.norm"]
+    if not config["tie_word_embeddings"]:
+        untouched.append("lm_head")
     with SafetensorsFile(base / WEIGHTS) as before, SafetensorsFile(step / "adapter_model.safetensors") as adapter:
-        for module in (f"model.layers.1.{name}" for name in PROJECTIONS):
+        for module in (f"model.layers.{layer}.{name}" for layer in (0, last) for name in PROJECTIONS):
             a, b = (adapter.float32(f"base_model.model.{module}.lora_{side}.weight").astype(np.float64) for side in "AB")
             old, b = before.float32(f"{module}.weight")[:SAMPLED].astype(np.float64), ALPHA / RANK * b[:SAMPLED]
             dtype, found = read(module, len(old))
@@ -79,10 +88,13 @@ def check(base: Path, step: Path, merged: Path) -> dict[str, Any]:
             units.append((np.abs(new - exact) / (2 * half_step(largest, "BF16"))).max())
             of_bound.append((np.abs(new - exact) / (half_step(np.abs(new), dtype) + lost)).max())
             dtypes.add(dtype)
-        whole = before.float32("model.embed_tokens.weight")
-    same = np.array_equal(read("model.embed_tokens", len(whole))[1].view(np.uint32), whole.view(np.uint32))
+        same = [equal_bits(read(module, ALL)[1], before.float32(f"{module}.weight")) for module in untouched]
     worst = {"units": float(np.max(units)), "of_bound": float(np.max(of_bound))}  # a nan stays one
-    return {"dtype": " ".join(sorted(dtypes)), **worst, "untouched_same": same}
+    return {"dtype": " ".join(sorted(dtypes)), **worst, "untouched_same": all(same)}
+
+
+def equal_bits(found: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> bool:
+    return np.array_equal(found.view(np.uint32), right.view(np.uint32))
 
 
 def half_step(values: npt.NDArray[np.float64], dtype: str) -> npt.NDArray[np.float64]:
@@ -107,7 +119,9 @@ def read_litgpt(merged: Path, config: dict[str, Any]) -> Read:
 
     weights = torch.load(merged / "lit_model.pth", mmap=True, weights_only=True)
     width = sizes(config)
+    outside = {"model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f", "lm_head": "lm_head"}
     theirs = {
+        "input_layernorm": ("norm_1", 0),
         "self_attn.q_proj": ("attn.qkv", 0),
         "self_attn.k_proj": ("attn.qkv", width["queries"]),
         "self_attn.v_proj": ("attn.qkv", width["queries"] + width["keys"]),
@@ -118,8 +132,9 @@ def read_litgpt(merged: Path, config: dict[str, Any]) -> Read:
     }
 
     def read(module: str, rows: int) -> tuple[str, npt.NDArray[np.float32]]:
-        name, start = "transformer.wte", 0
-        if module.startswith("model.layers."):
+        if module in outside:
+            name, start = outside[module], 0
+        else:
             _, _, layer, within = module.split(".", 3)
             name, start = theirs[within]
             name = f"transformer.h.{layer}.{name}"
