@@ -254,6 +254,41 @@ def test_generation_tags_mark_what_is_found_by_prefixes(models: Any, tmp_path: P
     assert ids == both["input_ids"][: len(ids)] and [int(is_graded) for is_graded in graded] == both["assistant_masks"][: len(ids)]
 
 
+# ---- thoughts --------------------------------------------------------------------------------------------------------
+
+CHANNELS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>{% else %}"
+    "{% if m.thinking and loop.last %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)  # in the manner of gpt-oss
+
+
+def test_what_was_thought_before_an_answer_is_learnt_with_it(models: Any) -> None:
+    """Qwen 3's ids are transformers'; a template that shows no thoughts would lose them without a word."""
+    transformers = pytest.importorskip("transformers")
+    directory, prompts = models("qwen3")
+    messages = [user("6 times 7?"), answer("42.", reasoning_content="Six sevens.")]
+    sample = prompts.sample_ids(messages)
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    assert [*sample[0], *prompts.tokenizer.encode("\n", special=False)] == theirs.apply_chat_template(messages, return_dict=False)
+    assert graded_text(prompts, sample) == "<think>\nSix sevens.\n</think>\n\n42.<|im_end|>"
+    with pytest.raises(UserError, match="does not show the reasoning"):
+        models("llama-3")[1].sample_ids(messages)
+
+
+@pytest.mark.parametrize("said", ["a", "final", "end", "return", "Six sevens", "seven"])
+@pytest.mark.parametrize("thought", ["Six sevens, a final end.", ""])
+def test_an_answer_ends_at_its_own_end_whatever_its_words(said: str, thought: str, tmp_path: Path) -> None:
+    """Caught: the sample ended before the answer, where a channel's name or the thought held the answer's word."""
+    tokenizer = Tokenizer(byte_level(tmp_path / "t", "<|start|>", "<|end|>", "<|channel|>", "<|message|>", "<|return|>"))
+    prompts = Prompts(tokenizer, CHANNELS)
+    thoughts = {"thinking": thought} if thought else {}
+    shown = f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant" if thought else ""
+    asked = [user("q"), answer(said, **thoughts)]
+    assert graded_text(prompts, prompts.sample_ids(asked)) == f"{shown}<|channel|>final<|message|>{said}<|return|>"
+
+
 # ---- tools -----------------------------------------------------------------------------------------------------------
 
 TOOL = {

@@ -21,7 +21,9 @@ from litlora.data import rows as rows_module
 from litlora.data.formats import Pair, Text, Verdict, format_of, parse_mapping, read_row, to_messages
 from litlora.data.json_rows import array_rows
 from litlora.data.rows import DataFile, Row, data_files, read_rows, rows_of
+from litlora.data.samples import marked, texts_of
 from litlora.errors import UserError
+from litlora.options import RowsOptions
 from litlora.prompts import Prompts
 
 GOOD = '{"prompt": "q", "completion": "a"}'
@@ -595,6 +597,24 @@ def test_tools_are_read_as_openai_and_as_sharegpt_write_them() -> None:
     sharegpt = {"conversations": [{"from": role, "value": text} for role, text in said], "tools": json.dumps([TOOL["function"]])}
     for value in (openai, sharegpt):
         assert to_messages(Row(value, "rows.jsonl:1:1")) == CALLED
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_what_an_answer_thought_is_read(key: str) -> None:
+    """Under every name that templates have for it. Against: dropped without a word."""
+    thought = {"reasoning_content": "t", "thinking": "t"}
+    assert to_messages(Row({"messages": [ASKED[0], {**ASKED[1], key: "t"}]}, "rows.jsonl:1:1")) == [ASKED[0], {**ASKED[1], **thought}]
+    with pytest.raises(UserError, match=f"'{key}' of message 2"):
+        to_messages(Row({"messages": [ASKED[0], {**ASKED[1], key: 3}]}, "rows.jsonl:1:1"))
+
+
+def test_rows_with_tools_become_samples(tmp_path: Path, prompts: Prompts) -> None:
+    """All the way from a file. Caught: a TypeError for every such row, from the look for placeholders."""
+    shown = "{{ tools[0].function.name if tools }}:{% for m in messages %}{{ m.content or m.tool_calls[0].function.name }}</s>{% endfor %}"
+    path = jsonl(tmp_path / "rows.jsonl", [{"messages": CALLED[1:], "tools": [TOOL]}])
+    speaking = Prompts(prompts.tokenizer, shown)
+    assert [marked(sample, speaking) for sample in load(path, speaking).train] == ["weather:q</s>«weather</s>»rain</s>«a</s>»"]
+    assert list(texts_of([str(path)], RowsOptions())) == ["q", "rain", "a"]
 
 
 def test_fields_of_other_names_are_mapped(tmp_path: Path, prompts: Prompts) -> None:

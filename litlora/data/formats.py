@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from litlora.data.places import Row
 from litlora.errors import UserError, did_you_mean
+from litlora.prompts import THOUGHT
 
-# role: system, user, assistant or tool; content: text; weight: 0 where an answer is not graded; tool_calls. Before them may stand one
-# with the role `tools`: its content lists what may be called.
+# role: system, user, assistant or tool; content: text; weight: 0 where an answer is not graded; tool_calls; what is thought before an
+# answer (THOUGHT in prompts). Before them may stand one with the role `tools`: its content lists what may be called.
 Message = dict[str, Any]
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user"}
 ROLES |= {"assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
@@ -18,6 +19,7 @@ ROLES |= {"function_call": "assistant", "tool": "tool", "function": "tool", "obs
 BETTER, WORSE = ("chosen", "preferred_output"), ("rejected", "non_preferred_output")
 LABELS = ("label", "kto_tag")
 CALLED = ("tool_call_id", "name")  # of a message, for templates that show them
+REASONING = (*THOUGHT, "reasoning")  # of an answer, as rows call it
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,8 @@ def _message(entry: Any, place: str, role_key: str, content_key: str) -> Message
     else:
         message["content"] = _content(content, f"'{content_key}' of {place}")
     message |= {key: entry[key] for key in CALLED if role == "tool" and isinstance(entry.get(key), str)}
+    if role == "assistant" and (key := next((key for key in REASONING if entry.get(key)), None)):
+        message |= dict.fromkeys(THOUGHT, _content(entry[key], f"'{key}' of {place}"))
     if "weight" in entry:
         if entry["weight"] not in (0, 1):
             raise UserError(f"weight of {place} is {entry['weight']!r}, not 0 or 1")
@@ -327,6 +331,11 @@ def _checked(messages: list[Message], value: Mapping[str, Any]) -> list[Message]
 def says(message: Message) -> bool:
     """Whether there is anything in a message."""
     return bool((message["content"] or "").strip() or message.get("tool_calls"))
+
+
+def texts(messages: Sequence[Message]) -> list[str]:
+    """What is said in them, without the tools that may be called."""
+    return [message["content"] for message in messages if isinstance(message["content"], str)]
 
 
 def _content(value: Any, place: str) -> str:

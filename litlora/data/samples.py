@@ -13,7 +13,7 @@ import numpy as np
 from litlora import __version__
 from litlora.console import warn
 from litlora.data.demo import FILES, demo_file
-from litlora.data.formats import Message, Text, format_of, parse_mapping, to_messages
+from litlora.data.formats import Message, Text, format_of, parse_mapping, texts, to_messages
 from litlora.data.places import Row
 from litlora.data.rows import DataFile, data_file, data_files, rows_of
 from litlora.data.store import IGNORE, Made, Sample, Samples, Stored, store, store_on_disk
@@ -25,7 +25,7 @@ AT_ONCE = 1024  # rows tokenized together
 CHARACTERS = 1 << 22  # and the characters in them, about
 LARGE = 1 << 23  # bytes of a file whose samples are kept on disk
 PLACEHOLDER = re.compile(r"\{\{[A-Za-z_]\w*\}\}")  # {{name}}: the author of the rows left it to be filled in
-FORMAT = 2  # of what is kept there; another one finds nothing
+FORMAT = 3  # of what is kept there; another one finds nothing
 
 
 @dataclass
@@ -180,7 +180,7 @@ def texts_of(data: Sequence[str], rows: RowsOptions) -> Iterator[str]:
                         raise
                     left_out.append(error)
                     continue
-                yield from [value.text] if isinstance(value, Text) else (message["content"] for message in value)
+                yield from [value.text] if isinstance(value, Text) else texts(value)
     if left_out:
         warn(f"{len(left_out):,} rows were left out, the first of them: {left_out[0]}")
 
@@ -319,7 +319,8 @@ class _Maker:
                 self._bad(error)
 
     def _look_for_placeholders(self, row: Row, value: list[Message] | Text) -> None:
-        if not isinstance(value, Text) and (found := next(filter(None, (PLACEHOLDER.search(m["content"] or "") for m in value)), None)):
+        said = [] if isinstance(value, Text) else texts(value)
+        if found := next(filter(None, map(PLACEHOLDER.search, said)), None):
             self.counts.placeholders += 1
             self.placeholder = self.placeholder or f"{row.where}: {found[0]}"
 
@@ -372,7 +373,7 @@ def _chunks(rows: Iterator[tuple[Row, list[Message] | Text]]) -> Iterator[list[t
     chunk, size = [], 0
     for row, value in rows:
         chunk.append((row, value))
-        size += len(value.text) if isinstance(value, Text) else sum(len(message["content"] or "") for message in value)
+        size += len(value.text) if isinstance(value, Text) else sum(map(len, texts(value)))
         if len(chunk) >= AT_ONCE or size >= CHARACTERS:
             yield chunk
             chunk, size = [], 0

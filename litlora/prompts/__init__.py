@@ -15,7 +15,7 @@ from litlora.prompts.sandbox import compile_template, render
 from litlora.tokenizer import Tokenizer
 from litlora.tokenizer.templates import read_template
 
-# role, content, and weight: 0 where an answer is not to be graded; tool_calls. One with the role `tools` lists what may be called.
+# role, content, and weight: 0 where an answer is not to be graded; tool_calls; THOUGHT. One with the role `tools` lists what may be called.
 Message = Mapping[str, Any]
 Messages = Sequence[Message]
 SampleIds = tuple[list[int], list[bool]]  # the ids, and which of them are graded
@@ -34,7 +34,8 @@ ALPACA = """\
 {%- if add_generation_prompt %}{{ "\\n\\n### Response:\\n" }}{% endif %}
 """  # EOS stands for the end token: see `alpaca`
 BUILT_IN = "alpaca"  # the name of the one above
-SHOWN = ("tool_calls", "tool_call_id", "name")  # of a message, beside role and content
+THOUGHT = ("reasoning_content", "thinking")  # what is thought before an answer, as templates call it: Qwen's and DeepSeek's, gpt-oss's
+SHOWN = ("tool_calls", "tool_call_id", "name", *THOUGHT)  # of a message, beside role and content
 MARKS = [chr(code) for code in (*range(0xFDD2, 0xFDF0), *range(0xE000, 0xF900))]  # noncharacters, then private use
 
 
@@ -243,9 +244,17 @@ class Prompts:
             full = prompt + self._answer_text(full, content, calls)
         if calls and not all(call["function"]["name"] in full[len(prompt) :] for call in messages[-1]["tool_calls"]):
             raise UserError("the chat template does not show the tool call of an answer", hint="take a base whose template knows tools")
+        thought = next((messages[-1][key] for key in THOUGHT if key in messages[-1]), "")
+        if self.tokenizer.shield(thought, mark, answer=True).strip() not in full[len(prompt) :]:
+            hint = "--chat_template takes another; or write it into the answer, as the base itself would"
+            raise UserError("the chat template does not show the reasoning of an answer", hint=hint)
         endings = list(self.tokenizer.specials_in(full, len(prompt)))
-        for ending in endings[-1:] if calls else endings:  # a call may begin with a special token, as Mistral's does
-            if content in full[len(prompt) : ending.start()]:
+        begins = [len(prompt), *(ending.end() for ending in endings)]
+        if calls:  # a call may begin with a special token, as Mistral's does
+            begins[:-1] = [len(prompt)] * len(endings)
+        # The last that holds it: gpt-oss writes thoughts and channels before, in which the words of an answer may stand too.
+        for begin, ending in zip(reversed(begins[:-1]), reversed(endings), strict=True):
+            if content in full[begin : ending.start()]:
                 return Draft(full[: ending.end()], mark, [Span(len(prompt), ending.end(), graded, True)])
         after = self._frame[1]
         end = len(full) - len(after) if full.endswith(content + after) else full.rfind(content, len(prompt)) + len(content)
