@@ -17,7 +17,7 @@ from torch import Tensor
 
 from litlora.config import Config
 from litlora.errors import UserError
-from litlora.families import config_to_hf, expected_tensors, linear_shapes, stored_name, tensor_name
+from litlora.families import config_to_hf, expected_tensors, learns, linear_shapes, stored_name, tensor_name
 from litlora.methods import METHODS, stored_tuning, tuning_of
 from litlora.methods.attach import (
     add,
@@ -107,6 +107,8 @@ def said_on(config: Config) -> dict[str, str]:
         said |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), said["qkv_proj"])
     if config.mlp == "fused":
         said |= dict.fromkeys(("gate_proj", "up_proj"), said["gate_up_proj"])
+    if config.kv_lora_rank:
+        said |= dict.fromkeys(("k_proj", "v_proj"), said["kv_b_proj"]) | {"q_proj": said.get("q_b_proj", "q_proj")}
     first = next((name for name in config.norms.names if name in said), "norm")
     return {"input_layernorm": said.get(first, ""), "norm": ""} | said
 
@@ -185,6 +187,11 @@ def trained(case: str, family: str, dtype: torch.dtype = torch.float32, seed: in
     learnt(model, seed)
     stored = {name: tensor.clone() for name, tensor in tuned_state(model, tuning, config).items()}
     return model, stored_tuning(options_on(case, config), config), stored
+
+
+def taught(tuning: Tuning, config: Config) -> set[str]:
+    """All that is in its file but a router's correction, which goes along as it was."""
+    return set(filter(learns, tuning.parameters(config)))
 
 
 def copies(model: GPT) -> dict[str, Tensor]:
@@ -271,13 +278,15 @@ def test_what_learns_is_what_is_in_the_file(case: str, family: str) -> None:
     model, tuning, config = fresh(case, family)
     for _ in range(2):
         learning, saved = trainable(model), tuned_state(model, tuning, config)
-        assert list(learning) == [name for name, _ in model.named_parameters() if name in tuning.parameters(config)]
-        assert set(learning) == set(tuning.parameters(config)) == set(tuning.file_names(config).values())
+        assert list(learning) == [name for name, _ in model.named_parameters() if name in taught(tuning, config)]
+        assert set(learning) == taught(tuning, config)
+        assert set(tuning.parameters(config)) == set(tuning.file_names(config).values())
         assert list(saved) == list(tuning.file_names(config))
         described = stored_tuning(options_on(case, config), config)
         assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == described.file_shapes(config)
         if case != "pissa":  # whose file has the start as well
-            assert all(saved[stored].data_ptr() == learning[name].data_ptr() for stored, name in tuning.file_names(config).items())
+            parameters = dict(model.named_parameters())
+            assert all(saved[stored].data_ptr() == parameters[name].data_ptr() for stored, name in tuning.file_names(config).items())
         assert not any(tensor.requires_grad for tensor in saved.values())
         updates(model, 1)
     names = [name for name, own in tuning.file_names(config).items() if own == "model.embed_tokens.weight"]
@@ -334,7 +343,7 @@ def test_validation_and_generation_in_the_middle_change_nothing_and_all_that_is_
         updates(undisturbed, steps)
     after = copies(model)
     assert not differing(after, copies(undisturbed))
-    assert differing(before, after) == set(tuning.parameters(config))
+    assert differing(before, after) == taught(tuning, config)
     assert torch.equal(logits(model), logits(undisturbed))
     assert not torch.equal(logits(model), logits(base_of(case, family)))
 
@@ -362,7 +371,8 @@ def test_trained_weights_in_fp32_on_a_bf16_base_compute_in_bf16_and_learn_in_fp3
     assert loss.dtype == torch.float32
     assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
     assert {parameter.grad.dtype for parameter in trainable(model).values() if parameter.grad is not None} == {torch.float32}
-    assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} <= {torch.bfloat16}
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {parameter.dtype for name, parameter in frozen.items() if learns(name)} <= {torch.bfloat16}
     assert logits(model).dtype == torch.bfloat16
     assert seen == {torch.bfloat16}
 
