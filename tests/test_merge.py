@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from litlora.checkpoint.fingerprint import fingerprint
 from litlora.checkpoint.resolve import resolve
 from litlora.checkpoint.weights import load_model
 from litlora.commands.merge_lora import merge_lora
+from litlora.cpu import library, low_rank
 from litlora.errors import UserError, WorkError
 from litlora.families import config_from_hf, linear_shapes
 from litlora.merge import MergeOverflow, merge, prepare
@@ -132,11 +134,31 @@ def exact(step: Path, base: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 # ---- the arithmetic --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def in_one_pass(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many blocks of each dtype `put_on` of native.c took, in place of numpy."""
+    count: Counter[str] = Counter()
+    real = low_rank.put_on
+
+    def counted(dtype: str, *args: Any) -> Any:
+        count[dtype] += 1
+        return real(dtype, *args)
+
+    monkeypatch.setattr(low_rank, "put_on", counted)
+    return count
+
+
+PANELS = {"hidden_size": 48, "intermediate_size": 80}  # whole ones, but for the output of heads
+
+
+@pytest.mark.parametrize("sizes", [{}, PANELS], ids=["", "whole panels"])
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "patterns", "patterns and rslora"])
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_every_element_is_the_exact_result_rounded_once(tmp_path: Path, dtype: str, kind: str) -> None:
-    """N04. (Mutations seen to fail: the product rounded to bf16 before it is added; truncation; scale alpha/r for rsLoRA's;
-    the patterns ignored; DoRA without the division by the length; fp16 computed in fp16.)"""
+def test_every_element_is_the_exact_result_rounded_once(
+    tmp_path: Path, dtype: str, kind: str, sizes: dict[str, int], in_one_pass: Counter[str]
+) -> None:
+    """N04, in numpy and, with whole panels, in C. (Mutations seen to fail: the product rounded to bf16 before it is added; truncation;
+    scale alpha/r for rsLoRA's; the patterns ignored; DoRA without the division by the length; fp16 computed in fp16.)"""
     options = {
         "lora": ALL,
         "rslora": {**ALL, "use_rslora": True},
@@ -144,12 +166,13 @@ def test_every_element_is_the_exact_result_rounded_once(tmp_path: Path, dtype: s
         "patterns": PATTERNS,
         "patterns and rslora": {**PATTERNS, "use_rslora": True},
     }[kind]
-    base = make_base(tmp_path / "base", dtype)
+    base = make_base(tmp_path / "base", dtype, **sizes)
     step = make_step(tmp_path / "run", base, **options)
     before, after = read(base), read(merged(step))
     oracle = exact(step, base)
     assert after.keys() == before.keys()
     assert oracle
+    assert bool(in_one_pass[dtype]) == (sizes == PANELS and dtype in low_rank.KINDS and kind != "dora" and library.working() is not None)
     for name, (stored, values, raw) in after.items():
         assert stored == dtype == before[name][0]
         if name not in oracle:
@@ -179,17 +202,19 @@ def test_rounding_in_place_is_rounding(dtype: str) -> None:
     assert np.array_equal(again, rounded)
 
 
-@pytest.mark.parametrize(("stored", "wanted"), [("BF16", "keep"), ("F32", "bfloat16"), ("BF16", "float32")])
-def test_blocks_of_rows_join_without_a_seam(tmp_path: Path, stored: str, wanted: str) -> None:
-    """N04 where a tensor takes several blocks, the last one short and no multiple of the group, and the dtype may change.
-    (Mutations: one row off in a block; places computed with the other dtype's width.)"""
-    base = make_base(tmp_path / "base", stored, hidden_size=296, intermediate_size=2803, vocab_size=2551)
+@pytest.mark.parametrize("hidden_size", [296, 304])
+@pytest.mark.parametrize(("stored", "wanted"), [("BF16", "keep"), ("F32", "bfloat16"), ("BF16", "float32"), ("F32", "keep")])
+def test_blocks_of_rows_join_without_a_seam(tmp_path: Path, stored: str, wanted: str, hidden_size: int, in_one_pass: Counter[str]) -> None:
+    """N04 where a tensor takes several blocks, the last one short and no multiple of the group, and the dtype may change; 304 are whole
+    panels, which are put on in C. (Mutations: one row off in a block, in numpy and in C; places computed with the other dtype's width.)"""
+    base = make_base(tmp_path / "base", stored, hidden_size=hidden_size, intermediate_size=2803, vocab_size=2551)
     step = make_step(tmp_path / "run", base, size=0.05, target_modules=["gate_proj", "down_proj"])
     before, after = read(base), read(merged(step, dtype=wanted))
     oracle = exact(step, base)
     for name, (dtype, values, _) in after.items():
         result, error = oracle.get(name, (before[name][1], 0.0))
         assert (np.abs(values - result) <= half_unit(values, dtype) + error).all(), name
+    assert (in_one_pass[stored] > 3) == (hidden_size == 304 and wanted == "keep" and library.working() is not None)
 
 
 @pytest.mark.parametrize(("dtype", "bound", "kl_bound"), [("F32", 1e-5, 1e-8), ("F16", 5e-3, 1e-5), ("BF16", 4e-2, 1e-4)])
@@ -485,15 +510,33 @@ def test_an_adapter_with_values_that_are_not_finite_is_refused(tmp_path: Path, v
         prepare(resolve(step))
 
 
-def test_a_base_with_values_that_are_not_finite_is_refused(tmp_path: Path) -> None:
-    """Promise 12: where they would be computed with."""
-    tensors = samples.base_tensors()
+@pytest.mark.parametrize("sizes", [{}, PANELS], ids=["", "whole panels"])
+def test_a_base_with_values_that_are_not_finite_is_refused(tmp_path: Path, sizes: dict[str, int]) -> None:
+    """Promise 12: where they would be computed with, in numpy and in C."""
+    tensors = samples.base_tensors(**sizes)
     tensors["model.layers.0.self_attn.q_proj.weight"][2][3, 4] = np.nan
-    base = samples.make_base(tmp_path / "base", tensors=tensors)
+    base = samples.make_base(tmp_path / "base", tensors=tensors, **sizes)
     step = make_step(tmp_path / "run", base)
     with pytest.raises(WorkError, match=r"layers\.0\.self_attn\.q_proj\.weight of the base"):
         merge(prepare(resolve(step)))
     assert_nothing_was_written(step)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("BF16", 1e30), ("F32", 1e30), ("BF16", 3.38e38)])
+def test_numbers_whose_squares_are_too_large_for_fp32_are_merged(tmp_path: Path, dtype: str, size: float) -> None:
+    """N04: what the pass in C cannot sum up is merged in numpy, with sums in fp64. (Mutation: the block's totals added twice.)"""
+    tensors = as_dtype(samples.base_tensors(**PANELS), dtype, 0.3)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    values = to_float32(tensors[name][2], dtype, tensors[name][1]).copy()
+    values[3, 4] = size
+    tensors[name] = (dtype, tensors[name][1], from_float32(values, dtype))
+    base = samples.make_base(tmp_path / "base", tensors=tensors, **PANELS)
+    step = make_step(tmp_path / "run", base)
+    plan = prepare(resolve(step))
+    merge(plan)
+    result, error = exact(step, base)[name]
+    found = read(plan.out_dir)[name][1]
+    assert (np.abs(found - result) <= half_unit(result, dtype) + error).all()
 
 
 @pytest.mark.parametrize(("dtype", "options"), [("F16", {}), ("F32", {"dtype": "float16"}), ("BF16", {"dtype": "float16"})])
@@ -714,9 +757,10 @@ def test_names_without_their_prefix_are_kept(tmp_path: Path) -> None:
 # ---- the report and the proof ----------------------------------------------------------------------------------------
 
 
-def test_the_report_says_what_changed_and_what_rounding_took(tmp_path: Path) -> None:
-    """DESIGN 6, against fp64. (Mutation: the norm of the rounded update for the share that was lost.)"""
-    base = make_base(tmp_path / "base", "BF16")
+@pytest.mark.parametrize("sizes", [{}, PANELS], ids=["", "whole panels"])
+def test_the_report_says_what_changed_and_what_rounding_took(tmp_path: Path, sizes: dict[str, int]) -> None:
+    """DESIGN 6, against fp64, in numpy and in C. (Mutations: the norm of the rounded update for the share lost; none added in C.)"""
+    base = make_base(tmp_path / "base", "BF16", **sizes)
     step = make_step(tmp_path / "run", base, size=0.01)
     out = merged(step)
     report, before, after, oracle = json.loads((out / names.MERGE_REPORT).read_text()), read(base), read(out), exact(step, base)

@@ -25,7 +25,7 @@ from test_promises import learnt
 from torch import Tensor
 
 from litlora import cpu
-from litlora.cpu import native
+from litlora.cpu import library, native
 from litlora.kernels import add_product, linear, place, rms_norm, swiglu
 from litlora.methods import tuning_of
 from litlora.methods.attach import attach
@@ -365,23 +365,24 @@ def test_a_machine_with_a_compiler_has_kernels() -> None:
     if shutil.which(compiler) is None or platform.machine() != "x86_64" or not {"avx2", "fma"} <= set(flags.split()):
         pytest.skip("no C compiler, or not the CPU that they are for")
     assert cpu.working() is native
-    assert native.library().version() == native.VERSION
+    assert native.library().version() == library.VERSION
 
 
 @needs_native
 def test_where_it_cannot_be_loaded_torch_computes_and_says_so(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing was compiled: silence. Something that is no library, or that of another version: a warning. Caught: the exception let
     through; the version not looked at."""
-    monkeypatch.setattr(native, "compiled", lambda: None)
-    assert cpu.working.__wrapped__() is None
+    for name in ("working", "load"):  # which remember nothing
+        monkeypatch.setattr(library, name, getattr(library, name).__wrapped__)
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "compiled", lambda: None)
+        assert cpu.working.__wrapped__() is None
     broken = tmp_path / "_native.so"  # type: ignore[operator]
     broken.write_bytes(b"no library")
-    monkeypatch.setattr(native, "compiled", lambda: broken)
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
-    with pytest.warns(UserWarning, match="kernels for this CPU cannot be loaded"):
-        assert cpu.working.__wrapped__() is None
-    monkeypatch.undo()
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
-    monkeypatch.setattr(native, "VERSION", -1)
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "compiled", lambda: broken)
+        with pytest.warns(UserWarning, match="kernels for this CPU cannot be loaded"):
+            assert cpu.working.__wrapped__() is None
+    monkeypatch.setattr(library, "VERSION", -1)
     with pytest.warns(UserWarning, match="is of version .*: install litlora again"):
         assert cpu.working.__wrapped__() is None

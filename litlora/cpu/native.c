@@ -1,9 +1,11 @@
-/* What an answer's tokens, a few at a time, need of a CPU: every weight once, as it lies in memory. For x86-64 with AVX2 and FMA.
+/* What an answer's tokens, a few at a time, need of a CPU: every weight once, as it lies in memory; and what merging needs, `put_on`. For x86-64
+   with AVX2 and FMA.
 
-   Letters for shapes are those of model.py. All numbers that go in and come out are fp32. Each sum is taken in the same order however many
-   rows there are, so that several tokens at once give the same bits as one by one.
+   Letters for shapes are those of model.py. All numbers of an answer that go in and come out are fp32. Each sum is taken in the same order
+   however many rows there are, so that several tokens at once give the same bits as one by one.
 
-   native.py calls these with pointers, where it has found the dtypes, sizes and layouts that they rely on: `run`, at the end, a list of calls. */
+   native.py calls these with pointers, where it has found the dtypes, sizes and layouts that they rely on: `run`, at the end, a list of calls;
+   low_rank.py calls `put_on`. */
 
 #include <immintrin.h>
 #include <pthread.h>
@@ -18,8 +20,8 @@ enum kind { FP32, BF16, INT8, NF4 };
 enum { BLOCK = 64, TILE = 4 };  /* numbers of NF4 that share a scale; sums in registers at once */
 enum { TOGETHER = 8, KEYS = 32 };  /* queries that read keys together, so many at a time: what stays in the nearest cache */
 
-/* As native.py has it: another one, and what is called here is of another version. */
-int version(void) { return 5; }
+/* As library.py has it: another one, and what is called here is of another version. */
+int version(void) { return 6; }
 
 int usable(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
@@ -442,6 +444,81 @@ static void attention_part(const void *job, long part) {
             count = 0;
         }
     }
+}
+
+/* ---- a low-rank update put on a weight ---- */
+
+enum { PANEL = 16, SIDE_BY_SIDE = 16 };  /* columns of a that lie together; panels that stay in the nearest cache for all rows */
+
+/* What becomes of the numbers of a weight: sums of squares of W, of what is put on and of what rounding changes; bits that become others. */
+struct tally {
+    __m256 weight, update, rounding;
+    __m256i changed;
+};
+
+/* Eight numbers to the nearest bf16, ties to even, as the upper halves of 32 bits; of what is finite. */
+INLINE __m256i to_bf16(__m256 v) {
+    __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    return _mm256_and_si256(bits, _mm256_set1_epi32((int)0xffff0000));
+}
+
+/* PANEL columns of `rows` rows: W + b a, rounded once, to `out`. */
+INLINE void panel_put_on(enum kind kind, int rows, const char *W, char *out, long row_bytes, const float *b, long R, const float *a,
+                         struct tally *tally) {
+    __m256 sums[2 * TILE];
+    for (int k = 0; k < 2 * rows; k++)
+        sums[k] = _mm256_setzero_ps();
+    for (long k = 0; k < R; k++, a += PANEL) {
+        __m256 left = _mm256_loadu_ps(a), right = _mm256_loadu_ps(a + 8);
+        for (int r = 0; r < rows; r++) {
+            __m256 factor = _mm256_set1_ps(b[r * R + k]);
+            sums[2 * r] = _mm256_fmadd_ps(factor, left, sums[2 * r]);
+            sums[2 * r + 1] = _mm256_fmadd_ps(factor, right, sums[2 * r + 1]);
+        }
+    }
+    for (int r = 0; r < rows; r++, W += row_bytes, out += row_bytes) {
+        __m256i kept[2];
+        for (int k = 0; k < 2; k++) {
+            __m256 weight = eight(kind, W, 8 * k, sums[0], sums[0]), update = sums[2 * r + k], merged = _mm256_add_ps(weight, update);
+            kept[k] = kind == BF16 ? to_bf16(merged) : _mm256_castps_si256(merged);
+            __m256 rounding = _mm256_sub_ps(_mm256_castsi256_ps(kept[k]), merged);
+            tally->weight = _mm256_fmadd_ps(weight, weight, tally->weight);
+            tally->update = _mm256_fmadd_ps(update, update, tally->update);
+            tally->rounding = _mm256_fmadd_ps(rounding, rounding, tally->rounding);
+            tally->changed = _mm256_or_si256(tally->changed, _mm256_xor_si256(kept[k], _mm256_castps_si256(weight)));
+        }
+        if (kind == BF16)  /* the upper halves, and in order: they are packed by halves of registers */
+            kept[0] = _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_srli_epi32(kept[0], 16), _mm256_srli_epi32(kept[1], 16)), 0xd8);
+        _mm256_storeu_si256((__m256i *)out, kept[0]);
+        if (kind != BF16)
+            _mm256_storeu_si256((__m256i *)(out + 32), kept[1]);
+    }
+}
+
+INLINE int rows_put_on(enum kind kind, const char *W, const float *b, const float *a, char *out, long rows, long in, long R, double *totals) {
+    long bytes = kind == BF16 ? 2 : 4, panels = in / PANEL;
+    __m256i changed = _mm256_setzero_si256();
+    for (long some = 0; some < panels; some += SIDE_BY_SIDE) {
+        long end = some + SIDE_BY_SIDE < panels ? some + SIDE_BY_SIDE : panels;
+        for (long row = 0, count; row < rows; row += count) {
+            struct tally tally = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), changed};
+            count = row + TILE <= rows ? TILE : 1;
+            for (long n = some; n < end; n++) {
+                long start = (row * in + n * PANEL) * bytes;
+                panel_put_on(kind, count == TILE ? TILE : 1, W + start, out + start, in * bytes, b + row * R, R, a + n * R * PANEL, &tally);
+            }
+            totals[0] += sum(tally.weight), totals[1] += sum(tally.update), totals[2] += sum(tally.rounding);
+            changed = tally.changed;
+        }
+    }
+    return !_mm256_testz_si256(changed, changed);
+}
+
+/* out = W + b a, rounded to what W is (fp32 or bf16): W (rows, in), b (rows, R), and a (R, in) as (in / PANEL, R, PANEL), in a multiple of PANEL.
+   Adds to `totals` what a tally sums up, not finite where a number is not, or its square; whether any number became another one. */
+int put_on(long kind, const char *W, const float *b, const float *a, char *out, long rows, long in, long R, double *totals) {
+    return kind == BF16 ? rows_put_on(BF16, W, b, a, out, rows, in, R, totals) : rows_put_on(FP32, W, b, a, out, rows, in, R, totals);
 }
 
 /* ---- calls ---- */

@@ -2,17 +2,16 @@
 
 import ctypes
 import functools
-import importlib.machinery
 import struct
 import threading
 from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_long
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from litlora.cpu import EIGHT, FEW, WIDTH
+from litlora.cpu.library import load
 
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "nf4": 3}  # as in native.c
 CODES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "nf4": torch.uint8}
@@ -21,8 +20,7 @@ PARALLEL = 2**15  # multiplications from which on more than one thread is worth 
 PARTS = 4  # of a thread's work: who is busy with something else takes fewer
 SMALL = 2**19  # numbers up to which one thread does with them what torch would wake several for: of all rows that a product serves
 
-VERSION = 5  # to be counted up, here and in native.c, where these change
-CALLS = {  # in this order there: of each the pointers, of which the last is written to, whole numbers and others
+CALLS = {  # in this order there (`library.VERSION`): of each the pointers, of which the last is written to, whole numbers and others
     "product": "5P6qd",
     "rms_norm": "3P2qd",
     "swiglu": "2Pq",
@@ -47,21 +45,8 @@ RECORDING = Recording()
 
 
 @functools.cache
-def compiled() -> Path | None:
-    """Where the compiler put it when litlora was installed."""
-    paths = (Path(__file__).with_name(f"_native{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    return next((path for path in paths if path.is_file()), None)
-
-
-@functools.cache
 def library() -> ctypes.CDLL:
-    """What `compiled` names. OSError where it cannot be loaded, or is of another version: a source tree that was updated since."""
-    path = compiled()
-    assert path is not None
-    loaded = ctypes.CDLL(str(path))
-    found = loaded.version() if hasattr(loaded, "version") else None
-    if found != VERSION:
-        raise OSError(f"{path} is of version {found}, not {VERSION}: install litlora again")
+    loaded = load()
     assert loaded.call_size() == CALL_SIZE and loaded.together() == TOGETHER
     loaded.run.argtypes, loaded.run.restype = [c_char_p, c_long], None
     return loaded
@@ -78,10 +63,6 @@ def call(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
     if RECORDING.heard is not None:
         RECORDING.heard(record, tensors)
     library().run(record, 1)
-
-
-def is_usable() -> bool:
-    return compiled() is not None and bool(library().usable())
 
 
 def shares(size: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from litlora.checkpoint.fingerprint import TensorHash
+from litlora.cpu import low_rank
 from litlora.errors import WorkError
 from litlora.safetensors_file import DTYPES, FLOAT_BYTES, SafetensorsFile, TensorInfo, to_float32
 
@@ -129,17 +130,19 @@ def move(way: Journey, space: Workspace) -> Moved:
     info, place = way.info, way.place
     if info is not None and way.value is None and way.update is None and info.dtype == place.dtype:
         return move_unchanged(way, info, space)
-    moved = Moved()
+    moved, panels = Moved(), panels_for(way)
     before, after = TensorHash(way.source or "", info.dtype if info else "", place.shape), TensorHash(way.name, place.dtype, place.shape)
     with np.errstate(all="ignore"):  # what is not finite is looked for, and refused by name
         for cut in cuts(place.shape, in_rows=way.update is not None):
             raw = read_base(way, cut, space)
             if way.own:
                 before.update(raw.data)
-            weight = fold(way, raw, cut, space, moved)
-            stored = settle(way, raw, weight, space, moved)
-            if not math.isfinite(moved.weight + moved.update + moved.rounding):
-                refuse_not_finite(way, weight, moved)
+            stored = put_on_at_once(way, raw, panels, cut, space, moved) if panels is not None else None
+            if stored is None:
+                weight = fold(way, raw, cut, space, moved)
+                stored = settle(way, raw, weight, space, moved)
+                if not math.isfinite(moved.weight + moved.update + moved.rounding):
+                    refuse_not_finite(way, weight, moved)
             after.update(stored.data)
             write_at(way.sink, stored.data, place.start + cut.start * WIDTH[place.dtype])
     moved.before, moved.after = before.digest() if way.own else "", after.digest()
@@ -170,6 +173,31 @@ def read_base(way: Making, cut: Cut, space: Workspace) -> Bytes:
     raw = space.raw[: cut.size * WIDTH[info.dtype]]
     way.base.read_into(info.start + cut.start * WIDTH[info.dtype], raw.data)
     return raw
+
+
+def panels_for(way: Journey) -> Floats | None:
+    """The update's `a` as `low_rank.put_on` reads it; None where numpy has to do."""
+    info, update = way.info, way.update
+    if info is None or info.dtype != way.place.dtype or way.value is not None:
+        return None
+    if not isinstance(update, Added) or update.magnitude is not None or not low_rank.is_served(info.dtype, info.shape[-1]):
+        return None
+    return low_rank.in_panels(update.a)
+
+
+def put_on_at_once(way: Journey, raw: Bytes, panels: Floats, cut: Cut, space: Workspace, moved: Moved) -> Bytes | None:
+    """`fold` and `settle` of a low-rank update in one pass over its numbers, which takes a third of the time. None, and nothing added to
+    `moved`, where a number is not finite or very large: then those two look at it."""
+    assert isinstance(way.update, Added)
+    stored = space.stored[: raw.size]
+    done = low_rank.put_on(way.place.dtype, raw, way.update.b[cut.row : cut.row + cut.size // cut.columns], panels, stored)
+    if done is None:
+        return None
+    moved.weight += done.weight
+    moved.update += done.update
+    moved.rounding += done.rounding
+    moved.differs |= done.changed
+    return stored
 
 
 def fold(way: Making, raw: Bytes, cut: Cut, space: Workspace, moved: Moved) -> Floats:
