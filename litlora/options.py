@@ -338,7 +338,7 @@ class Generate(TalkOptions, SamplingOptions):
     """Answer one prompt, or many."""
 
     prompt: str | None = option(None, "the prompt", unset="standard input is read, all of it one prompt")
-    prompts: str | None = option(None, "a file with one prompt per line, or JSONL rows as for training")
+    prompts: str | None = option(None, "a file with one prompt per line, or rows as for training (.jsonl, .json, .csv, .parquet)")
     system: str | None = option(None, "system prompt")
     raw: bool = option(False, "no chat template: continue the text as it is")
     json: bool = option(False, "one JSON object per answer")

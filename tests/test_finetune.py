@@ -220,6 +220,20 @@ def test_a_run_commits_steps_of_one_kind(run: Ran) -> None:
     assert manifest(run.step(4))["method"] == run.word
 
 
+def test_what_to_type_next_can_be_typed(place: Place, tmp_path: Path) -> None:
+    """Caught: a directory with a space in its name was two words."""
+    out = tmp_path / "my run"
+    words = place.typed("lora", tmp_path, "--train.max_steps 1")
+    words[words.index(str(tmp_path))] = str(out)
+    said = ran(words)[2]
+    for line in (
+        f"litlora chat '{out}'",
+        f"litlora evaluate '{out}/step-1' --compare_base",
+        f"litlora merge_lora --checkpoint_dir '{out}/step-1'",
+    ):
+        assert line in said
+
+
 def test_a_step_is_served_as_it_was_validated(run: Ran, place: Place) -> None:
     """Promise 4, A08: `evaluate` finds the validation loss that the run measured at step 4, not the base's; of the run, its best step's.
 

@@ -144,6 +144,33 @@ def test_rows_as_for_training_are_prompts_up_to_their_last_answer(base: Path, ru
     assert out.startswith(f"{answer(base, 'x', system='T')}\n" * 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("sharegpt.jsonl", '{"conversations": [{"from": "human", "value": "x"}]}'),
+        ("emptied.jsonl", '{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": ""}]}'),
+        ("question.json", '[{"question": "x"}]'),
+        ("empty.jsonl", '{"instruction": "x", "input": "", "output": ""}'),
+        ("table.csv", 'prompt,id\r\n"x",7\r\n'),
+        ("table.tsv", "instruction\toutput\nx\t\n"),
+    ],
+)
+def test_rows_that_only_ask_are_prompts_in_each_format(name: str, content: str, base: Path, run: Run, tmp_path: Path) -> None:
+    """Caught: a table's first line answered as a prompt; rows refused for the answer that they ask for."""
+    (tmp_path / name).write_text(content)
+    code, out, notes = run("--prompts", tmp_path / name)
+    assert (code, out) == (0, answer(base, "x") + "\n"), notes
+
+
+def test_tools_that_the_template_does_not_show_are_not_left_out(run: Run, tmp_path: Path) -> None:
+    """As in training: an answer to half of what was asked looks like any other."""
+    row = {"tools": [{"name": "weather"}], "messages": [{"role": "user", "content": "x"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    for more in ([], ["--system", "T"]):
+        code, out, notes = run("--prompts", tmp_path / "rows.jsonl", *more)
+        assert (code, out) == (2, "") and "the chat template does not show them" in notes
+
+
 def test_a_prompt_that_does_not_fit_is_named_before_anything_is_answered(run: Run, tmp_path: Path) -> None:
     """M06."""
     path = tmp_path / "prompts.txt"

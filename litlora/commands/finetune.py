@@ -13,7 +13,7 @@ import torch
 
 from litlora import console
 from litlora.checkpoint import names
-from litlora.checkpoint.card import model_card
+from litlora.checkpoint.card import model_card, typed
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.files import as_json, model_files, open_prompts, serving_files
 from litlora.checkpoint.manifest import Manifest
@@ -233,7 +233,7 @@ def linear_weights(config: Config) -> list[str]:
 
 def refuse_another_method(start: Checkpoint, work: Work) -> None:
     """Training goes on from a step's weights where the method and its shapes are the step's; anything else needs a merge first."""
-    hint = f"use the same options, or merge first: litlora merge_lora {start.path}"
+    hint = f"use the same options, or merge first: litlora merge_lora {typed(str(start.path))}"
     if start.method != work.method:
         raise UserError(f"was trained by {start.method}, so {work.method} cannot go on from its weights", where=start.path, hint=hint)
     theirs, ours = start.tuning(), stored_tuning(work.wanted, work.config)
@@ -319,11 +319,11 @@ def few_bits_text(model: GPT, quantize: str) -> str:
 
 def say_what_next(last: Path, options: Finetune, work: Work) -> None:
     """The end of a run: the result to standard output, what to type next to standard error."""
-    where = "" if options.out_dir == names.RUN else f" {options.out_dir}"
+    where = "" if options.out_dir == names.RUN else f" {typed(options.out_dir)}"
     lines = [("next", f"litlora chat{where}")]
     if not work.is_full:
-        lines.append(("", f"litlora evaluate {last} --compare_base"))
+        lines.append(("", f"litlora evaluate {typed(str(last))} --compare_base"))
     if not work.is_full and not why_unmergeable(work.tuning, work.config):
-        lines.append(("", f"litlora merge_lora --checkpoint_dir {last}"))
+        lines.append(("", f"litlora merge_lora --checkpoint_dir {typed(str(last))}"))
     console.header(lines)
     console.put(last)

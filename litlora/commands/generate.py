@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from litlora.checkpoint.card import typed
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.files import open_prompts
 from litlora.checkpoint.resolve import resolve
@@ -127,13 +128,13 @@ def read_questions(options: Generate) -> list[Question]:
 
 def questions_of(path: Path, options: Generate) -> Iterator[Question]:
     """A line of a text file is a prompt; of a row as for training, what comes before its last answer is, if it has one."""
-    if path.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
+    from litlora.data.formats import Text, to_messages
+    from litlora.data.rows import KINDS, Row, read_rows
+
+    if KINDS.get(path.suffix.lower(), "text") == "text":
         lines = enumerate(read_text(path).split("\n"), 1)
         yield from (asked(f"{path}:{number}", line.rstrip("\r"), options) for number, line in lines if line.strip())
         return
-    from litlora.data.formats import Text, to_messages
-    from litlora.data.rows import Row, read_rows
-
     for row in read_rows(path):
         messages = to_messages(Row(with_some_answer(row.value), row.where))
         if isinstance(messages, Text):
@@ -147,15 +148,21 @@ def questions_of(path: Path, options: Generate) -> Iterator[Question]:
 
 def with_some_answer(row: Any) -> Any:
     """A row that asks without an answer, with one, so that it is read like those for training."""
+    from litlora.data.formats import ANSWERS, FORMATS, ROLES
+
     if not isinstance(row, dict):
         return row
-    messages = row.get("messages")
-    if isinstance(messages, list) and messages and isinstance(messages[-1], dict) and messages[-1].get("role") != "assistant":
-        return {**row, "messages": [*messages, {"role": "assistant", "content": "-"}]}
-    if ("prompt" in row or "instruction" in row) and not any(
-        key in row for key in ("completion", "output", "response", "answer", "target")
-    ):
-        return {**row, "completion" if "prompt" in row else "output": "-"}
+    for key in (*FORMATS["messages"].needs["messages"], *FORMATS["sharegpt"].needs["conversations"]):
+        listed = row.get(key)
+        if isinstance(listed, list) and listed and isinstance(last := listed[-1], dict):
+            role, said = ("from", "value") if "from" in last and "role" not in last else ("role", "content")
+            answers = ROLES.get(str(last.get(role))) == "assistant"
+            if not answers or not (last.get(said) or last.get("tool_calls")):
+                return {**row, key: [*(listed[:-1] if answers else listed), {role: "assistant", said: "-"}]}
+            return row
+    asks = ("instruction", *FORMATS["completion"].needs["prompt"])
+    if any(key in row for key in asks) and "text" not in row and not any(row.get(key) for key in (*ANSWERS, "solution")):
+        return {**row, "output" if "instruction" in row else "completion": "-"}
     return row
 
 
@@ -180,7 +187,8 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
     """The messages under another system prompt; None keeps theirs."""
     if system is None:
         return list(messages)
-    return [{"role": "system", "content": system}, *(message for message in messages if message["role"] != "system")]
+    tools = [message for message in messages if message["role"] == "tools"]
+    return [*tools, {"role": "system", "content": system}, *(m for m in messages if m["role"] not in ("system", "tools"))]
 
 
 def check_room(questions: Sequence[Question], prompts: Sequence[Sequence[int]], context: int) -> None:
@@ -269,7 +277,7 @@ def open_adapter(path: str | Path, base: Checkpoint) -> Checkpoint:
     """The adapter at `path`, once it is known to belong to `base` (by fingerprint, where it recorded one)."""
     adapter = resolve(path, base_dir=base.path)
     if adapter.is_model:
-        raise UserError("is a whole model, not an adapter", where=adapter.path, hint=f"litlora chat {adapter.path} talks to it")
+        raise UserError("is a whole model, not an adapter", where=adapter.path, hint=f"litlora chat {typed(str(adapter.path))} talks to it")
     adapter.base()
     return adapter
 

@@ -9,7 +9,7 @@ import torch
 
 from litlora import console
 from litlora.checkpoint import names
-from litlora.checkpoint.card import model_card
+from litlora.checkpoint.card import model_card, typed
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import commit_directory, remove
 from litlora.checkpoint.files import as_json, open_prompts, serving_files
@@ -58,9 +58,8 @@ def pretrain(options: Pretrain) -> None:
             last = train(job, directory.resume_from, signals)
             if first:
                 finished = export(resolve(last), Path(options.out_dir) / names.MODEL, options, job)
-                console.header(
-                    [("next", f"litlora generate {finished} --prompt TEXT"), ("", f"litlora finetune lora {finished} --data FILE")]
-                )
+                here = typed(str(finished))
+                console.header([("next", f"litlora generate {here} --prompt TEXT"), ("", f"litlora finetune lora {here} --data FILE")])
                 console.put(finished)
 
 
@@ -74,7 +73,9 @@ def going_on(options: Pretrain) -> Pretrain:
             raise UserError("a model that is trained further keeps its shape and dtype", where=name, hint=f"leave {name} out")
     start = resolve(options.checkpoint_dir)
     if not start.is_model:
-        raise UserError("is an adapter, and a whole model is trained here", where=start.path, hint=f"litlora merge_lora {start.path}")
+        raise UserError(
+            "is an adapter, and a whole model is trained here", where=start.path, hint=f"litlora merge_lora {typed(str(start.path))}"
+        )
     refuse_part(start.config(), "pretrain trains a whole model")
     return with_rate(options, "full", start)
 

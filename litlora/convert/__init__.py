@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from litlora.checkpoint.card import typed
 from litlora.checkpoint.commit import check_new, check_outside
 from litlora.convert.sources import Adapter, Model, open_source
 from litlora.errors import UserError
@@ -41,7 +42,7 @@ def check(source: Model | Adapter, to: str, out_dir: Path, dtype: str) -> None:
         if source.checkpoint is None:
             hint = "first litlora convert --to peft (or litlora), then litlora merge_lora of that"
         else:
-            hint = f"litlora merge_lora {source.path} --out_dir {out_dir}"
+            hint = f"litlora merge_lora {typed(str(source.path))} --out_dir {typed(str(out_dir))}"
         raise UserError("is an adapter, and becomes a plain model by merging", where=source.path, hint=hint)
     if to in ("peft", "litlora") and dtype != "keep":
         raise UserError("an adapter keeps its dtype", where=f"--dtype {dtype}", hint="leave --dtype out")

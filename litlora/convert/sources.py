@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from litlora.checkpoint import names
+from litlora.checkpoint.card import typed
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.reading import file_in, parse_json, read_bytes, read_json
 from litlora.checkpoint.resolve import resolve
@@ -203,7 +204,7 @@ def whole_model(
 def adapter_of(checkpoint: Checkpoint) -> Adapter:
     """A step or a PEFT directory. UserError of a method that PEFT does not know."""
     if not (checkpoint.path / names.ADAPTER_CONFIG).exists():
-        hint = f"litlora merge_lora {checkpoint.path} makes a plain model where the method allows it, and that converts"
+        hint = f"litlora merge_lora {typed(str(checkpoint.path))} makes a plain model where the method allows it, and that converts"
         raise UserError(f"PEFT has no format for what {checkpoint.method} trained here", where=checkpoint.path, hint=hint)
     path = checkpoint.adapter_file()
     with_names = dict.fromkeys(names_in(path), path)

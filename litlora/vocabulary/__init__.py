@@ -22,6 +22,7 @@ import numpy as np
 
 from litlora import families
 from litlora.checkpoint import names
+from litlora.checkpoint.card import typed
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import check_free_space, check_outside, check_writable, commit_directory, make_directory
 from litlora.checkpoint.fingerprint import combine
@@ -81,7 +82,7 @@ class Plan:
 def prepare(base: Checkpoint, out_dir: Path) -> Plan:
     """Look at everything that could stop it before any text is read. UserError says what does."""
     if not base.is_model:
-        hint = f"litlora merge_lora {base.path}, then extend the result"
+        hint = f"litlora merge_lora {typed(str(base.path))}, then extend the result"
         raise UserError("is an adapter: a vocabulary belongs to a whole model", where=base.path, hint=hint)
     if os.path.lexists(out_dir):
         raise UserError("exists already; nothing is overwritten", where=out_dir, hint="--out_dir another directory")
