@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import shared_data
 
-from extensions.benchmarks import checkpoint_c8, decode_c3, gpu, merge, merge_files, plot
+from extensions.benchmarks import checkpoint_c8, decode_c3, gpu, merge, merge_files, plot, start
 from extensions.benchmarks.artefacts import SHAPES, copy_tokenizer, flops_per_token, linears, random_samples
 from extensions.benchmarks.job import IGNORE, Job, Sample
 from extensions.benchmarks.measure import Run, percentile, run, table, write_results
@@ -90,7 +90,9 @@ def test_the_start_benchmarks_start_and_their_gate_passes(tmp_path: Path) -> Non
         assert all("not installed" in why for why in results[id]["absent"].values())
     assert {"python -c pass", "litlora --help", "litlora finetune lora --help"} <= set(results["C5"]["seconds"])
     assert {"import torch", "litlora generate"} <= set(results["C6"]["seconds"])
-    assert {"import Fabric", "import torch, AdamW.step", "litlora finetune lora"} <= set(results["C7"]["seconds"])
+    assert {"import Fabric", "import torch, AdamW.step", "litlora finetune lora", start.READY} <= set(results["C7"]["seconds"])
+    ready, done = (results["C7"]["seconds"][name] for name in (start.READY, "litlora finetune lora"))
+    assert min(ready) < max(done)
     assert results["C5"]["gate"] is None and results["C7"]["gate"] is None
     assert all("python" in results[id]["versions"][tool] for id in peers for tool in ("litlora", *peers[id].keys() - results[id]["absent"]))
     assert results["C6"]["gate"]["passed"]
@@ -182,7 +184,8 @@ def test_a_token_reads_every_matrix_once_as_wide_as_it_is_held() -> None:
 
 def decoded(line: str, *answers: list[int], turn: int = 0, speed: float = 1.0) -> dict[str, Any]:
     told = [{"ids": ids, "tokens_per_second": speed, "first_token_seconds": 1.0, "cpu_seconds_per_token": 1.0} for ids in answers]
-    return {"line": line, "turn": turn, "answers": told, "bandwidth": [1e9, 2e9], "peak_mb": 1.0, "logits": [[3.0, 4.0]] * len(answers)}
+    rates = [{"best": 1e9, "steady": 8e8}, {"best": 2e9, "steady": 6e8}, {"best": 9e8, "steady": 2e8}]
+    return {"line": line, "turn": turn, "answers": told, "bandwidth": rates, "peak_mb": 1.0, "logits": [[3.0, 4.0]] * len(answers)}
 
 
 def test_the_gate_of_decoding_refuses_another_token_in_fp32_alone() -> None:
@@ -207,7 +210,7 @@ def test_the_gate_of_decoding_refuses_another_token_in_fp32_alone() -> None:
 
 
 def test_decoding_is_compared_with_the_best_peer_of_the_same_turn() -> None:
-    """Caught: the best peer of any turn."""
+    """And with both limits. Caught: the best peer of any turn; the best of the steady rates."""
     peers = [
         ("transformers", 4.0, 0),
         ("litgpt", 2.0, 0),
@@ -221,7 +224,8 @@ def test_decoding_is_compared_with_the_best_peer_of_the_same_turn() -> None:
     assert summary["litlora"]["prompts"][0]["over_best_peer"] == 2.5  # 2 and 3
     assert summary["litlora"]["limit_tokens_per_second"] == 2e9 / (4 * 134_479_872)
     assert decode_c3.verdicts("135m", summary)[0] == "litlora: 2.50x of the best peer, aim 1.5x: reached."
-    assert "aim 80%" in decode_c3.verdicts("135m", summary)[1]
+    assert summary["litlora"]["prompts"][0]["share_of_steady"] == pytest.approx(19 / (6e8 / (4 * 134_479_872)))
+    assert all("aim 80%" in said for said in decode_c3.verdicts("135m", summary)[1:3])
 
 
 def test_the_merging_benchmark_starts_and_its_gate_passes(tmp_path: Path) -> None:

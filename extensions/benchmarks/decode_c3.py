@@ -1,9 +1,10 @@
 """C3: decoding on CPU, one greedy answer at a time, litlora against its peers, beside the rate at which memory is read.
 
 Every tool runs in a process of its own, in turn, several times over; a ratio is taken within one turn. A token needs every weight once, so
-the bytes of the weights over the rate of reading, measured in the same process, is the limit. The gate: all tools that compute in fp32
-must give the same tokens, and the same logits after random tokens one by one: random weights themselves mostly repeat one token. Where
-nothing computes in fp32, nothing is judged.
+the bytes of the weights over the rate of reading, measured in the same process, is the limit: by the fastest reading, and by many one
+after the other, as an answer reads them, for a shared machine has its best moments. The gate: all tools that compute in fp32 must give
+the same tokens, and the same logits after random tokens one by one: random weights themselves mostly repeat one token. Where nothing
+computes in fp32, nothing is judged.
 """
 
 import argparse
@@ -191,7 +192,8 @@ def summarise(args: argparse.Namespace, runs: Sequence[Mapping[str, Any]]) -> di
     for line in dict.fromkeys(each["line"] for each in good):
         mine = [each for each in good if each["line"] == line]
         size = weight_bytes(SHAPES[args.shape], args.precision, LINES[line])
-        rate = median([max(each["bandwidth"]) for each in mine])  # a limit: the best of what was seen
+        rate = median([max(reading["best"] for reading in each["bandwidth"]) for each in mine])  # a limit: the best of what was seen
+        steady = median([median([reading["steady"] for reading in each["bandwidth"]]) for each in mine])  # what there was meanwhile
         prompts = []
         for place, length in enumerate(args.prompt_tokens):
             answers = [each["answers"][place] for each in mine]
@@ -206,6 +208,7 @@ def summarise(args: argparse.Namespace, runs: Sequence[Mapping[str, Any]]) -> di
                     "cpu_seconds_per_token": median([answer["cpu_seconds_per_token"] for answer in answers]),
                     "gigabytes_per_second": speed * size / 1e9,
                     "share_of_limit": speed * size / rate,
+                    "share_of_steady": speed * size / steady,
                     "over_best_peer": median(ratios) if ratios else None,
                 }
             )
@@ -213,6 +216,7 @@ def summarise(args: argparse.Namespace, runs: Sequence[Mapping[str, Any]]) -> di
             "prompts": prompts,
             "weight_bytes": size,
             "bandwidth": rate,
+            "steady_bandwidth": steady,
             "limit_tokens_per_second": rate / size,
             "peak_mb": median([each["peak_mb"] for each in mine]),
         }
@@ -236,6 +240,7 @@ def report(
             "cpu ms/token": f"{each['cpu_seconds_per_token'] * 1e3:.1f}",
             "GB/s": f"{each['gigabytes_per_second']:.1f}",
             "of limit": f"{each['share_of_limit']:.0%}",
+            "of steady": f"{each['share_of_steady']:.0%}",
             "over best peer": f"{each['over_best_peer']:.2f}x" if each["over_best_peer"] else "-",
             "peak MB": f"{whole['peak_mb']:.0f}",
             "same tokens": f"{gate['shares'][line]:.0%}",
@@ -244,9 +249,10 @@ def report(
         for line, whole in summary.items()
         for each in whole["prompts"]
     ]
-    limits = ", ".join(
-        f"{line} {whole['limit_tokens_per_second']:.1f} tok/s at {whole['bandwidth'] / 1e9:.1f} GB/s" for line, whole in summary.items()
-    )
+    limits = []
+    for line, whole in summary.items():
+        rates = f"{whole['bandwidth'] / 1e9:.1f} and {whole['steady_bandwidth'] / 1e9:.1f} GB/s"
+        limits.append(f"{line} {whole['limit_tokens_per_second']:.1f} tok/s at {rates}")
     text = [
         f"# C3: decoding, {args.shape}, {args.precision}{' (quick: says only that it starts)' if args.quick else ''}",
         "",
@@ -254,7 +260,7 @@ def report(
         "",
         table(rows) if rows else "nothing ran",
         "",
-        f"Limit (every weight read once a token): {limits}.",
+        f"Limit (every weight read once a token; memory at its best, and steadily between the answers): {', '.join(limits)}.",
         *verdicts(args.shape, summary),
         f"Gate (same tokens and logits in fp32): {judgement(gate)}.",
     ]
@@ -280,8 +286,9 @@ def verdicts(shape: str, summary: Mapping[str, Any]) -> list[str]:
         if ratios:
             said.append(f"{line}: {min(ratios):.2f}x of the best peer, aim {aim}x: {word(min(ratios) >= aim)}.")
         if line == OURS:
-            share = min(each["share_of_limit"] for each in prompts)
-            said.append(f"{line}: {share:.0%} of the limit, aim {AIM_LIMIT:.0%}: {word(share >= AIM_LIMIT)}.")
+            for what, of in (("memory's best moment", "share_of_limit"), ("what memory gave steadily", "share_of_steady")):
+                share = min(each[of] for each in prompts)
+                said.append(f"{line}: {share:.0%} of the limit by {what}, aim {AIM_LIMIT:.0%}: {word(share >= AIM_LIMIT)}.")
     return said
 
 

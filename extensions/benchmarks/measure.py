@@ -5,6 +5,7 @@ No torch when imported: the drivers stay small, and a runner decides itself when
 
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository: runners are started from here
 STARTED = "LITLORA_BENCHMARK_STARTED"  # the driver's time.monotonic() when it started a runner
@@ -114,21 +115,30 @@ def products_per_second(dtype: str, size: int, times: int) -> float:
     return times / (time.perf_counter() - start)
 
 
-def bandwidth(megabytes: int = 256, times: int = 5) -> float:
-    """Bytes a second at which memory is read now, on the threads that torch has: the best of what reads it, for it is a limit."""
+class Bandwidth(NamedTuple):
+    """Bytes a second at which memory is read, by whichever of several ways of reading was the fastest."""
+
+    best: float  # the fastest reading of all
+    steady: float  # one after the other for a while, as an answer's tokens read the weights
+
+
+def bandwidth(megabytes: int = 256, seconds: float = 0.3) -> Bandwidth:
+    """Now, on the threads that torch has; each way for so many seconds."""
     import torch
 
     from litlora.kernels import linear
 
     matrix, vector = torch.ones(megabytes * 2**20 // 4 // 4096, 4096), torch.ones(1, 4096)
-    took = []
+    best, steady = [], []
     with torch.inference_mode():
         for read in (matrix.sum, functools.partial(torch.mv, matrix, vector[0]), functools.partial(linear, vector, matrix, None)):
-            for _ in range(times):
-                start = time.perf_counter()
+            moments = [time.perf_counter()]
+            while len(moments) < 6 or moments[-1] - moments[0] < seconds:
                 read()
-                took.append(time.perf_counter() - start)
-    return matrix.nbytes / min(took)
+                moments.append(time.perf_counter())
+            best.append(matrix.nbytes / min(after - before for before, after in itertools.pairwise(moments)))
+            steady.append(matrix.nbytes * (len(moments) - 1) / (moments[-1] - moments[0]))
+    return Bandwidth(max(best), max(steady))
 
 
 def peak_mb() -> float:

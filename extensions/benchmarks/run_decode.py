@@ -27,10 +27,11 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     decode, logits = {"litlora": litlora, "transformers": transformers, "litgpt": litgpt}[job["tool"]](job)
     decode(job["prompts"][0], 4, lambda token: None)  # whatever is made at the first use
-    speeds = [bandwidth()]
-    answers = [answer(decode, prompt, job["new_tokens"]) for prompt in job["prompts"]]
-    speeds.append(bandwidth())
-    found = {"answers": answers, "bandwidth": speeds, "peak_mb": peak_mb(), "versions": versions()}
+    speeds, answers = [bandwidth()], []
+    for prompt in job["prompts"]:
+        answers.append(answer(decode, prompt, job["new_tokens"]))
+        speeds.append(bandwidth())
+    found = {"answers": answers, "bandwidth": [each._asdict() for each in speeds], "peak_mb": peak_mb(), "versions": versions()}
     with torch.inference_mode():
         logged = [logits(prompt, job["forced"]).float().tolist()[:SHOWN] for prompt in job["prompts"]]
     print(json.dumps(found | {"logits": logged}))
