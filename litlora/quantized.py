@@ -58,7 +58,7 @@ class Quantized(nn.Module):
 
     def for_now(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """The same on a CPU in room that the next ones take."""
-        return self.rows(start, stop, dtype, None if self.codes.is_cuda else room(stop - start, self.in_features, dtype))
+        return self.rows(start, stop, dtype, room(stop - start, self.in_features, dtype) if self.codes.is_cpu else None)
 
     def wide(self) -> Tensor:
         """The weight (out, in) in fp32: what these few bits stand for."""
@@ -90,7 +90,7 @@ class Quantized(nn.Module):
     def cuts(self) -> Iterator[tuple[int, int]]:
         """First and last + 1 of the rows that are wide at the same time; whole blocks of nf4, also where a row is none."""
         step = self.out_features
-        if not next(self.parameters()).is_cuda:
+        if next(self.parameters()).is_cpu:
             whole = BLOCK // math.gcd(BLOCK, self.in_features)
             step = max(1, AT_ONCE // (self.in_features * whole)) * whole
         return ((start, min(start + step, self.out_features)) for start in range(0, self.out_features, step))
@@ -169,7 +169,8 @@ class Int8(Quantized):
         self.scales = frozen(torch.empty(len(weight), device=weight.device))  # (out,)
         for start, stop in self.cuts():
             part = weight[start:stop].float()
-            scales = part.abs().amax(1) / 127
+            largest = part.abs().amax(1)
+            scales = largest / torch.full_like(largest, 127)  # by a number itself CUDA does not divide: it multiplies by a rounded 1 / 127
             self.scales[start:stop] = scales
             self.codes[start:stop] = (part / nonzero(scales)[:, None]).round_().clamp_(-127, 127)
 
@@ -183,7 +184,7 @@ class Int8(Quantized):
         flat, y = x.flatten(0, -2), x.new_empty(*x.shape[:-1], self.out_features)
         for start, stop in self.cuts():
             part = self.codes[start:stop]
-            whole = part.to(x.dtype) if x.is_cuda else room(len(part), self.in_features, x.dtype).copy_(part)
+            whole = room(len(part), self.in_features, x.dtype).copy_(part) if x.is_cpu else part.to(x.dtype)
             torch.mm(flat, whole.t(), out=y.view(-1, self.out_features)[:, start:stop])
         return y.mul_(self.scales)
 
@@ -251,7 +252,7 @@ class FourBitTwice(FourBit):
     kind = "nf4-dq"
 
     def keep(self, scales: Tensor) -> None:
-        self.mean = frozen(scales.mean())
+        self.mean = frozen(scales.cpu().mean().to(scales.device))  # where its bits are the same: a GPU adds in another order
         parts = in_blocks(scales - self.mean, SCALES_BLOCK)
         largest = parts.abs().amax(1)
         codes = torch.bucketize(parts / nonzero(largest)[:, None], midpoints(eight_bit(), scales.device))

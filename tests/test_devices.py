@@ -1,0 +1,167 @@
+"""What would go wrong on another device than a CPU, found where there is none.
+
+Models are computed on torch's meta device, whose tensors have a shape and a place and no numbers: whatever a step makes beside it, or asks
+it for, is seen.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import EVERY, tiny_config
+from test_promises import CASES, options_on
+from test_replay import varies
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from litlora.checkpoint.weights import NothingDrawn
+from litlora.methods import tuning_of
+from litlora.methods.attach import attach, linears, trainable
+from litlora.model import GPT, Experts, KVCache
+from litlora.quantized import KINDS, hold, quantized
+from litlora.replay import WholeCache
+
+META = torch.device("meta")
+FIRST = ("llama3", "qwen3_moe", "gemma3", "gpt_oss", "deepseek_v3", "longrope")  # the others when time is no matter
+OWN = ("dora", "pissa", "prompt", "scale-shift", "series", "pro", "head-untied")
+families = pytest.mark.parametrize("family", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in EVERY])
+cases = pytest.mark.parametrize("case", [pytest.param(name, marks=() if name in OWN else pytest.mark.slow) for name in CASES])
+kinds = pytest.mark.parametrize("kind", list(KINDS))
+
+
+class Elsewhere(TorchDispatchMode):
+    """Which operations take or make a tensor that is not on the meta device. (A single number may be anywhere: it goes along by value.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves((args, kwargs, made)) if isinstance(each, Tensor)]
+        self.found |= {f"{func} on {tensor.device}" for tensor in tensors if not tensor.is_meta and tensor.dim()}
+        return made
+
+
+class WithoutNumbers(TorchFunctionMode):
+    """What a step asks its device for and waits: which tokens are graded (half of them), how many an expert gets (each as many)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.nonzero:
+            return args[0].new_zeros((args[0].numel() // 2, 1), dtype=torch.int64)
+        if func is Tensor.bincount:
+            chosen, experts = args[0].numel(), kwargs["minlength"]
+            return SimpleNamespace(tolist=lambda: [chosen * (n + 1) // experts - chosen * n // experts for n in range(experts)])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def nothing_elsewhere() -> Iterator[None]:
+    with Elsewhere() as elsewhere, WithoutNumbers():
+        yield
+    assert not elsewhere.found
+
+
+def model_of(family: str, case: str | None = None, kind: str | None = None) -> GPT:
+    changes = CASES[case].changes if case else {}
+    config = tiny_config(family, **changes)
+    with META, NothingDrawn():
+        gpt = GPT(config)
+    for name, host in linears(gpt).items():
+        if kind and name != "lm_head":
+            hold(host, quantized(kind, torch.ones(host.weight.shape)).to(META))
+    if case:
+        with META, NothingDrawn():
+            attach(gpt, tuning_of(options_on(case, config), config), seed=None)
+    return gpt.train()
+
+
+def family_of(case: str) -> str:
+    return "qwen2" if "qwen2" in CASES[case].families else CASES[case].families[0]
+
+
+def train(gpt: GPT) -> None:
+    tokens = torch.zeros(1, 20, dtype=torch.int64, device=META)
+    learning, prefix = trainable(gpt), 3 if gpt.can_share else 0
+    with nothing_elsewhere():
+        gpt(tokens, tokens, segments=[9, 11 - prefix], prefix=prefix).backward()
+    assert {name for name, parameter in learning.items() if parameter.grad is not None} == learning.keys()
+
+
+@torch.inference_mode()
+def answer(gpt: GPT) -> None:
+    """A prompt in two parts and a token; the same beside another one; and the token as a graph would have it."""
+    tokens, last = torch.zeros(2, 9, dtype=torch.int64, device=META), torch.zeros(2, dtype=torch.int64, device=META)
+    with nothing_elsewhere():
+        cache = KVCache(32)
+        for part in (tokens[:1], tokens[:1, :3], tokens[:1, :1]):
+            gpt(part, cache=cache, logits_at=last[:1])
+        if varies(gpt.config):
+            return
+        cache = KVCache(32, rows=2)
+        gpt(tokens, cache=cache, logits_at=last)
+        cache.rewind([9, 4])
+        gpt(tokens[:, :1], cache=cache)
+        if not any(isinstance(module, Experts) for module in gpt.modules()):
+            gpt(tokens[:, :1], cache=WholeCache(cache, META))
+
+
+@families
+def test_a_step_and_an_answer_compute_nothing_on_another_device_than_the_models(family: str) -> None:
+    """Forward and back, packed and with a beginning that samples share; with a cache, alone and beside another. Caught: positions, lengths
+    of a cache or keys of a mask made on the CPU, also where they are moved then; angles and groups of experts where nothing says."""
+    gpt = model_of(family)
+    train(gpt)
+    answer(gpt.eval())
+
+
+@cases
+def test_with_whatever_is_attached(case: str) -> None:
+    gpt = model_of(family_of(case), case)
+    train(gpt)
+    answer(gpt.eval())
+
+
+@kinds
+def test_beside_a_base_in_few_bits(kind: str) -> None:
+    """Caught: rows made wide in a CPU's memory wherever the device is no GPU."""
+    gpt = model_of("qwen2", "lora", kind)
+    train(gpt)
+    answer(gpt.eval())
+
+
+# ---- the same bits -------------------------------------------------------------------------------------------------------
+
+
+class AsOnCuda(TorchFunctionMode):
+    """What CUDA computes otherwise to the last bit: a quotient by a number is a product with the number's inverse, rounded, and a mean is
+    added up in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_cpu: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__truediv__, Tensor.div, torch.div) and isinstance(args[1], int | float):
+            return args[0] * (1 / torch.tensor(float(args[1])))
+        made = func(*args, **(kwargs or {}))
+        if func is Tensor.cpu:
+            self.on_cpu.append(made := made.clone())
+        if func is Tensor.mean and not any(args[0] is one for one in self.on_cpu):
+            made = torch.nextafter(made, 2 * made)
+        return made
+
+
+@kinds
+def test_few_bits_are_the_same_wherever_they_are_made(kind: str) -> None:
+    """What was trained on a GPU is answered with on a CPU. Caught: scales of int8 as quotients by 127 itself, of which CUDA gives one in
+    twenty another last bit; the mean of nf4-dq's scales as the device adds them."""
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
+    with AsOnCuda():
+        there = quantized(kind, weight)
+    assert torch.equal(there.wide(), quantized(kind, weight).wide())
