@@ -23,8 +23,12 @@ from litlora.checkpoint.weights import NothingDrawn
 from litlora.methods import tuning_of
 from litlora.methods.attach import attach, linears, trainable
 from litlora.model import GPT, Experts, KVCache
+from litlora.options import FinetuneLoRA
+from litlora.precision import choose_dtype
 from litlora.quantized import KINDS, hold, quantized
 from litlora.replay import WholeCache
+from litlora.train import run
+from litlora.train.metrics import memory_text, peak_memory_mb
 
 META = torch.device("meta")
 FIRST = ("llama3", "qwen3_moe", "gemma3", "gpt_oss", "deepseek_v3", "longrope")  # the others when time is no matter
@@ -165,3 +169,39 @@ def test_few_bits_are_the_same_wherever_they_are_made(kind: str) -> None:
     with AsOnCuda():
         there = quantized(kind, weight)
     assert torch.equal(there.wide(), quantized(kind, weight).wide())
+
+
+# ---- which device, which dtype -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(7, torch.float32), (8, torch.bfloat16), (9, torch.bfloat16)])
+def test_auto_is_bf16_on_a_gpu_that_has_it(capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caught: on a GPU before Ampere, where torch emulates it."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=capability))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert choose_dtype("auto", "cuda") is dtype
+    assert (choose_dtype("bf16", "cuda"), choose_dtype("auto", "cpu")) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(("word", "there", "chosen"), [("auto", False, "cpu"), ("auto", True, "cuda"), ("cpu", True, "cpu")])
+def test_a_run_computes_where_its_header_says(word: Any, there: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caught: Fabric's own choice, which on a Mac is another one."""
+    import lightning_fabric
+
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(lightning_fabric, "Fabric", lambda **options: asked.append(options["accelerator"]) or SimpleNamespace(launch=int))
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: None)
+    options = FinetuneLoRA(accelerator=word)
+    run.launch(options)
+    assert asked == [chosen] and run.compute_text(options, torch.float32).startswith(f"{chosen}, fp32")
+
+
+def test_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside an estimate of a GPU's memory a run shows what it took of that. Caught: the process's own memory for every device."""
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * 2**30)
+    assert memory_text(torch.device("cuda", 0)) == "3.0 GB"
+    assert peak_memory_mb(torch.device("cpu")) == peak_memory_mb() > 0

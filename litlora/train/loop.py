@@ -155,7 +155,7 @@ def record(
         graded=result.graded, tokens=position.tokens, seconds=seconds, tokens_per_second=tokens / seconds, **watched,
     )  # fmt: skip
     val = {} if position.best_val_loss is None else {"val": f"{position.best_val_loss:.4f}"}
-    speed = {"lr": f"{lr:.1e}", "tok/s": count(tokens / seconds), "memory": memory_text()}
+    speed = {"lr": f"{lr:.1e}", "tok/s": count(tokens / seconds), "memory": memory_text(run.fabric.device)}
     progress.update(position.step, loss=f"{result.loss:.4f}", **val, **run.watch.shown(watched), **speed)
 
 

@@ -5,9 +5,13 @@ import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from litlora.checkpoint.commit import sync, write_atomically
 from litlora.console import warn
+
+if TYPE_CHECKING:
+    import torch
 
 COLUMNS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "graded", "tokens", "seconds", "tokens_per_second", "memory_mb")
 
@@ -15,11 +19,11 @@ COLUMNS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "graded", "to
 class Metrics:
     """Appends rows to a CSV file. A full disk here costs a warning, not the run. `path` None (other ranks) writes nothing.
 
-    `more`: columns beside COLUMNS, of this kind of run.
+    `more`: columns beside COLUMNS, of this kind of run. `device`: where it computes (None: a CPU).
     """
 
-    def __init__(self, path: Path | None, *, keep_until: int = -1, more: Sequence[str] = ()) -> None:
-        self.path, self.columns = path, (*COLUMNS, *more)
+    def __init__(self, path: Path | None, *, keep_until: int = -1, more: Sequence[str] = (), device: "torch.device | None" = None) -> None:
+        self.path, self.columns, self.device = path, (*COLUMNS, *more), device
         self.warned = False
         if path is not None:
             kept = [row for row in read(path) if int(row["step"]) <= keep_until]
@@ -28,7 +32,7 @@ class Metrics:
 
     def write(self, **values: float | None) -> None:
         """A row; columns without a value stay empty."""
-        values = {**values, "memory_mb": peak_memory_mb()}
+        values = {**values, "memory_mb": peak_memory_mb(self.device)}
         if self.path is None:
             return
         try:
@@ -67,11 +71,15 @@ def written(value: float | None) -> str:
     return repr(value) if isinstance(value, int) or not math.isfinite(value) else f"{value:.17g}"
 
 
-def memory_text() -> str:
-    return f"{peak_memory_mb() / 1024:.1f} GB"
+def memory_text(device: "torch.device") -> str:
+    return f"{peak_memory_mb(device) / 1024:.1f} GB"
 
 
-def peak_memory_mb() -> float:
-    """The most memory this process ever held, in MB (2**20 bytes)."""
+def peak_memory_mb(device: "torch.device | None" = None) -> float:
+    """The most memory this process ever held where it computes, in MB (2**20 bytes): of a GPU with what torch keeps for later."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_reserved(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024

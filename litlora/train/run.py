@@ -114,8 +114,9 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
         if job.data.skipped:
             write_atomically(out_dir / names.SKIPPED_ROWS, "".join(f"{reason}\n" for reason in job.data.skipped).encode())
     metrics = Metrics(
-        out_dir / names.METRICS if fabric.is_global_zero else None, keep_until=start.step if resumed else -1, more=watch.columns
-    )
+        out_dir / names.METRICS if fabric.is_global_zero else None, keep_until=start.step if resumed else -1, more=watch.columns,
+        device=fabric.device,
+    )  # fmt: skip
     initial = {name: digest(parameter) for name, parameter in trained.items()}
     committer = Committer(job, model, trained, initial, optimizer, plan, fixed, resumed, lineage, metrics)
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
@@ -433,7 +434,7 @@ def launch(options: FitOptions) -> Any:
     if options.threads:
         torch.set_num_threads(options.threads)
     fabric = Fabric(
-        accelerator=options.accelerator,
+        accelerator=options.accelerator if options.accelerator != "auto" else device_of(options).type,  # Fabric's own auto is another
         devices=options.devices,
         num_nodes=options.num_nodes,
         strategy=options.strategy,
