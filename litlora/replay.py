@@ -5,6 +5,7 @@ wait for; on a CPU as a tape (`cpu/tape.py`), where around small products Python
 yet. The step that is captured is tested on CPUs, bit for bit against the plain one.
 """
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable
@@ -117,19 +118,25 @@ class ReplayedStep:
             return logits, lambda: logits.copy_(self.step(tokens))
 
     def captured(self, tokens: Tensor) -> tuple[Tensor, Callable[[], object]]:
-        beside = torch.cuda.Stream(self.device)
-        beside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(beside):
-            self.step(tokens)  # what happens once must not be captured: compiling, tables, workspaces
-        torch.cuda.current_stream(self.device).wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.step(tokens)
-        graph.replay()
+        beside, graph = stream_beside(self.device), torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):  # one that is current captures nothing of what another computes, and says nothing
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                self.step(tokens)  # what happens once must not be captured: compiling, tables, workspaces
+            torch.cuda.current_stream().wait_stream(beside)
+            with torch.cuda.graph(graph, stream=beside):
+                logits = self.step(tokens)
+            graph.replay()
         return logits, graph.replay
 
     def step(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
         return cast(Tensor, self.model(tokens, cache=self.whole))
+
+
+@functools.cache
+def stream_beside(device: torch.device) -> torch.cuda.Stream:
+    """On which graphs are captured. Always the same: for each that it multiplies on, torch keeps up to 32 MiB for good."""
+    return torch.cuda.Stream(device)
 
 
 def sees_what_is_held(model: GPT) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY, tiny_config
+from conftest import EVERY, tiny_config, tiny_gpt
 from test_promises import CASES, options_on
 from test_replay import varies
 from torch import Tensor
@@ -26,7 +26,7 @@ from litlora.model import GPT, Experts, KVCache
 from litlora.options import FinetuneLoRA
 from litlora.precision import choose_dtype
 from litlora.quantized import KINDS, hold, quantized
-from litlora.replay import WholeCache
+from litlora.replay import ReplayedStep, WholeCache, stream_beside
 from litlora.train import run
 from litlora.train.metrics import memory_text, peak_memory_mb
 
@@ -205,3 +205,55 @@ def test_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * 2**30)
     assert memory_text(torch.device("cuda", 0)) == "3.0 GB"
     assert peak_memory_mb(torch.device("cpu")) == peak_memory_mb() > 0
+
+
+# ---- graphs --------------------------------------------------------------------------------------------------------------
+
+
+class Streams:
+    """torch.cuda on a machine with several GPUs, as far as a capture goes: it notes what is current while what is done."""
+
+    def __init__(self) -> None:
+        self.device, self.done = 0, list[tuple[str, int]]()
+
+    @contextmanager
+    def on(self, device: int) -> Iterator[None]:
+        before, self.device = self.device, device
+        yield
+        self.device = before
+
+    @contextmanager
+    def graph(self, graph: Any, stream: Any = None) -> Iterator[None]:
+        self.done.append(("capture", self.device if stream is None else stream.device))
+        with self.on(0 if stream is None else stream.device):  # torch's own stream for it is of the first device that asked
+            yield
+
+
+def test_a_graph_is_of_the_models_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is not the current one, nothing would be captured, nothing said, and each token have the first one's logits. Caught:
+    the current device and torch's own stream; a new stream for each graph."""
+    cuda, streams = Streams(), list[int]()
+    gpt, cache = tiny_gpt(), KVCache(16)
+    with torch.inference_mode():
+        gpt(torch.zeros(1, 9, dtype=torch.int64), cache=cache)
+    step = ReplayedStep(gpt, cache)
+    step.prepare()
+    step.device = torch.device("cuda", 1)
+
+    def stream(device: torch.device) -> Any:
+        streams.append(device.index)
+        return SimpleNamespace(device=device.index, wait_stream=lambda other: None)
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: cuda.on(stream.device))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: cuda.on(device.index))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "graph", cuda.graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: cuda.done.append(("replay", cuda.device))))
+    monkeypatch.setattr(step, "step", lambda tokens: cuda.done.append(("step", cuda.device)))
+    stream_beside.cache_clear()
+    step.captured(torch.zeros(1, 1, dtype=torch.int64))
+    assert cuda.done == [("step", 1), ("capture", 1), ("step", 1), ("replay", 1)]
+    step.captured(torch.zeros(1, 1, dtype=torch.int64))
+    assert streams == [1]
+    stream_beside.cache_clear()

@@ -109,14 +109,17 @@ def test_kernels_are_for_gpus_from_ampere_on(
     capability: tuple[int, int], hip: str | None, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An older GPU, or one of another maker's, computes with torch's own operations, and no kernel is tried on it: one that compiles there
-    may fail later, in an answer's graph. Caught: Triton's kernels for every GPU."""
+    may fail later, in an answer's graph; nor by Triton on one that is not the current one, where Triton would start it. Caught: Triton's
+    kernels for every GPU; for any of several."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     asked: list[torch.device] = []
     monkeypatch.setattr(gpu, "tried", lambda device: asked.append(device) or "kernels")
     monkeypatch.setattr(packed, "works", lambda device: not asked.append(device))
     monkeypatch.setattr(gpu, "working", gpu.working.__wrapped__)  # remembers nothing
-    x: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"))
+    x, other = (SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda", number)) for number in (1, 0))
+    assert gpu.triton_for(other) is None
     assert (gpu.triton_for(x) == "kernels", packed.has_kernel.__wrapped__(x.device)) == (taken, taken)
     assert asked == [x.device] * (2 if taken else 0)
 

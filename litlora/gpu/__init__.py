@@ -18,8 +18,10 @@ SERVED = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def triton_for(x: Tensor) -> Any:
-    """`triton_kernels`, where they serve x; None elsewhere: on a CPU or an older GPU, in fp64, without Triton or what it needs."""
-    return working(x.device) if x.is_cuda and x.dtype in SERVED else None
+    """`triton_kernels`, where they serve x; None elsewhere: on a CPU or an older GPU, in fp64, without Triton or what it needs, and on one
+    that is not the current GPU, on which Triton would start them."""
+    served = x.is_cuda and x.dtype in SERVED and x.device.index == torch.cuda.current_device()
+    return working(x.device) if served else None
 
 
 def from_ampere(device: torch.device) -> bool:
