@@ -86,7 +86,7 @@ def put_json(value: Any, indent: int | None = None) -> None:
 
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     if not text.isascii() or "\x7f" in text:
-        text = "".join(c if c == "\n" or printable(c) == c else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text)
+        text = "".join(c if c == "\n" or printable(c) == c else json.dumps(c)[1:-1] for c in text)
     put(text)
 
 

@@ -250,7 +250,7 @@ def help_text(known: Iterable[Leaf], kind: type, command: str) -> str:
             lines.append("")
             above = inside
         default = " ".join(map(str, leaf.default)) if leaf.is_list else leaf.default
-        shown = "" if default in (None, "", False) else f" [{default}]"
+        shown = "" if default in (None, "") or default is False else f" [{default}]"
         if default is None and leaf.field.metadata["unset"]:
             shown = f" (default: {leaf.field.metadata['unset']})"
         head = f"  --{leaf.name} {values_of(leaf.type)}".rstrip()

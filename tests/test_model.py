@@ -421,20 +421,23 @@ def test_a_bf16_model_has_an_fp32_loss() -> None:
     [
         (lambda x, w: kernels.Normed.apply(x, w, 1e-5), [(2, 3, 6), (6,)]),
         (kernels.Gated.apply, [(2, 3, 5), (2, 3, 5)]),
-        (lambda x: kernels.Rotated.apply(x, torch.ones(1, 1, 3, 6), torch.full((1, 1, 3, 6), 0.5), False), [(2, 4, 3, 6)]),
     ],
 )
 def test_a_written_out_derivative_is_the_derivative(apply: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> None:
-    """Against finite differences in fp64. Must catch: a missing 1 / C in Normed; a forgotten sign in Rotated."""
+    """Against finite differences in fp64. Must catch: a missing 1 / C in Normed. Caught: a gate's derivative without what it multiplies."""
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    # Rotated's table must turn by one angle per pair for its inverse to be a turn back.
-    if len(inputs) == 1:
-        angle = torch.rand(1, 1, 3, 3, dtype=torch.float64)
-        cos, sin = torch.cat((angle.cos(),) * 2, -1), torch.cat((-angle.sin(), angle.sin()), -1)
-        assert torch.autograd.gradcheck(lambda x: kernels.Rotated.apply(x, cos, sin, False), inputs)
-        return
     assert torch.autograd.gradcheck(apply, inputs)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_turn_back_is_the_derivative_of_a_turn(interleaved: bool) -> None:
+    """Likewise; its table turns by one angle per pair, else it has no inverse. Caught: turned forwards; halves for neighbours."""
+    torch.manual_seed(0)
+    x, angle = torch.randn(2, 4, 3, 6, dtype=torch.float64, requires_grad=True), torch.rand(1, 1, 3, 3, dtype=torch.float64)
+    both = ((angle.cos(), angle.cos()), (-angle.sin(), angle.sin()))
+    cos, sin = (torch.stack(sides, -1 if interleaved else -2).flatten(-2) for sides in both)
+    assert torch.autograd.gradcheck(lambda x: kernels.Rotated.apply(x, cos, sin, interleaved), [x])
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------

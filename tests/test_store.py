@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, shared_data
 from test_data import CHATML, jsonl, load, pairs, prompts  # noqa: F401  (a fixture)
+from test_prompts import with_named_templates
 from test_tokenizer import byte_level
 
 from litlora.data import samples, store
@@ -74,7 +75,9 @@ def test_samples_on_disk_are_those_in_memory(tmp_path: Path, prompts: Prompts, k
 
 
 def test_what_changes_samples_finds_nothing(tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """D06: file, tokenizer, template, length, mask, mapping, --rows.on_error. Another name and other neighbours do find it."""
+    """D06: file, tokenizer, template, that for tools, length, mask, mapping, --rows.on_error, --rows.documents. Another name and other
+    neighbours do find it. Caught: each of these not looked at."""
+    monkeypatch.setattr(store, "ENTRIES", 99)
     path = jsonl(tmp_path / "rows.jsonl", pairs(5))
     load(path, prompts)
     made = counted(monkeypatch)
@@ -83,7 +86,14 @@ def test_what_changes_samples_finds_nothing(tmp_path: Path, prompts: Prompts, mo
     assert load(copy, prompts).train[3].where == f"{copy}:4:1" and made == []
     other_template = Prompts(prompts.tokenizer, "{# another #}" + CHATML)
     other_tokenizer = Prompts(Tokenizer(byte_level(tmp_path / "t", "<more>")), CHATML)
+    with_tools = Prompts(Tokenizer(with_named_templates(tmp_path / "named", default=CHATML, tool_use="{# tools #}" + CHATML)), CHATML)
+    assert with_tools.tokenizer.hash == prompts.tokenizer.hash
+    text = tmp_path / "text.txt"
+    text.write_text("one\ntwo\n")
+    load(text, prompts)
     for changed in (
+        lambda: load_data([str(text)], prompts, rows=RowsOptions(documents="line"), max_seq_length=512),
+        lambda: load(path, with_tools),
         lambda: load(path, other_template),
         lambda: load(path, other_tokenizer),
         lambda: load(path, prompts, 40),
