@@ -596,6 +596,7 @@ def test_the_links_of_hugging_faces_cache_are_followed_inside_the_cache_only(tmp
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     found = resolve(snapshot)
     assert found.config().hidden_size == 24
+    assert f"the model is in {snapshot}" in refusal(cache)
     assert found.fingerprint() == resolve(plain).fingerprint()
     (tmp_path / "handle").symlink_to(snapshot)
     assert resolve(tmp_path / "handle").shards()

@@ -415,6 +415,15 @@ def test_a_directory_gives_its_training_and_its_validation_file(tmp_path: Path, 
     assert len(load(tmp_path / "more", prompts).train) == 5
 
 
+def test_what_speaks_of_rows_is_none_of_them(tmp_path: Path, prompts: Prompts) -> None:
+    """A dataset's card, its licence and LLaMA-Factory's list lie beside the rows. Caught: card and licence learnt as documents."""
+    jsonl(tmp_path / "rows.jsonl", pairs(2))
+    for name in ("README.md", "LICENSE.txt", "dataset_info.json"):
+        (tmp_path / name).write_text('{"rows": {"file_name": "rows.jsonl"}}')
+    assert load(tmp_path, prompts).formats == {str(tmp_path / "rows.jsonl"): "completion"}
+    assert load(tmp_path / "README.md", prompts).formats == {str(tmp_path / "README.md"): "text"}
+
+
 @pytest.mark.parametrize(
     ("documents", "wanted"),
     [

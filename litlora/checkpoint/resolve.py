@@ -287,7 +287,13 @@ def _nothing_here(path: Path) -> UserError:
     if known:
         return UserError(f"is {known.what}: {known.why}", where=path, context=(f"found: {shown}",), hint=known.hint)
     context = (f"found: {shown}", f"missing: {_missing_part(set(found))}")
-    return UserError("is neither a model, nor a checkpoint, nor a run", where=path, context=context, hint=_nearest(path))
+    return UserError("is neither a model, nor a checkpoint, nor a run", where=path, context=context, hint=_snapshot(path) or _nearest(path))
+
+
+def _snapshot(path: Path) -> str:
+    """Of a model's directory in Hugging Face's cache, which holds the model further down."""
+    inside = sorted(path.glob("snapshots/*/"), key=lambda one: one.stat().st_mtime)
+    return f"this is Hugging Face's cache, and the model is in {inside[-1]}" if inside else ""
 
 
 def _missing_part(found: set[str]) -> str:

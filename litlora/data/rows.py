@@ -21,6 +21,16 @@ from litlora.errors import UserError, no_such_file
 KINDS = {".json": "json", ".jsonl": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 KINDS |= {".txt": "text", ".md": "text"}
 VALIDATION = ("val", "valid", "validation", "dev", "eval")
+ABOUT = (
+    "readme",
+    "license",
+    "licence",
+    "notice",
+    "changelog",
+    "citation",
+    "dataset_info",
+    "dataset_infos",
+)  # what a directory of rows has beside
 OTHER_FORMS = {  # what a file begins with that is no text -> what it is, what to do
     b"\x1f\x8b": ("gzip-compressed", "unpack it first: gunzip"),
     b"PK\x03\x04": ("a zip archive, or an Excel table", "unpack it first; save a table as CSV"),
@@ -97,10 +107,13 @@ def data_file(path: Path) -> DataFile:
 
 
 def data_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """The training and the validation files that a path stands for: train.jsonl, val.jsonl, train-00000-of-00002.parquet ..."""
+    """The training and the validation files that a path stands for: train.jsonl, val.jsonl, train-00000-of-00002.parquet ...
+
+    What only speaks of the rows (README.md, LICENSE.txt, dataset_info.json) is none of them, unless it is named by itself.
+    """
     if not path.is_dir():
         return [path], []
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in KINDS and not p.is_dir())
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in KINDS and p.stem.lower() not in ABOUT and not p.is_dir())
     part = {p: p.stem.lower().partition("-")[0] for p in files}
     validation = [p for p in files if part[p] in VALIDATION]
     others = [p for p in files if p not in validation and part[p] != "test"]
