@@ -43,7 +43,9 @@ LINES: dict[str, dict[str, dict[str, Any]]] = {  # id -> line -> what is its job
 }
 BITS = {"none": 16.0, "int8": 8.0, "nf4": 4.5, "nf4-dq": 4.13}  # of a number in the blocks' matrices
 LOSS = {"fp32": 1e-5, "none": 1e-2, "nf4": 5e-2, "nf4-dq": 5e-2}  # largest relative difference of a step's loss from the first line's
-LOGITS = 2e-2  # of a step from a plain one, and of transformers' from ours, both in bf16
+LOGITS = (
+    4e-2  # of a step from a plain one, and of transformers' from ours, both in bf16: 32 layers, rounded at other places, are 1.3e-2 apart
+)
 
 
 def main() -> int:

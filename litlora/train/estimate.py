@@ -25,7 +25,8 @@ from litlora.model import GPT, Attention, Context, Linear
 from litlora.quantized import bytes_of
 from litlora.train.lanes import learns_in_lanes, side_by_side
 
-TRAINED = 28  # bytes a trained parameter: fp32 itself, its gradient, AdamW's two moments, and a copy of all but the gradient in a commit
+TRAINED = 16  # bytes a trained parameter: fp32 itself, its gradient, AdamW's two moments
+COPY = 12  # of all but the gradient in a commit, which the machine's own memory holds
 LANE = 8  # bytes a trained parameter, in each lane where there are several: its gradient so far, and that of a batch
 EFFICIENCY = 0.72  # of the rate of plain products that a step reaches (extensions/benchmarks, C1: 0.71 to 0.74)
 STORED_IN = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,7 +86,7 @@ def memory_of(load: Load, *, recompute: bool = False) -> Memory:
     return Memory(
         program=load.program,
         weights=frozen,
-        trained=(TRAINED + LANE * lanes * (lanes > 1)) * sum(p.numel() for p in learning.values()),
+        trained=(TRAINED + COPY * (load.device.type == "cpu") + LANE * lanes * (lanes > 1)) * sum(p.numel() for p in learning.values()),
         activations=activations + holes,
         workspace=max(logits, inside),
     )
