@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from litlora.checkpoint.weights import NothingDrawn
+from litlora.commands.finetune import as_stored
 from litlora.methods import tuning_of
 from litlora.methods.attach import attach, linears, trainable
 from litlora.model import GPT, Experts, KVCache
@@ -169,6 +170,15 @@ def test_few_bits_are_the_same_wherever_they_are_made(kind: str) -> None:
     with AsOnCuda():
         there = quantized(kind, weight)
     assert torch.equal(there.wide(), quantized(kind, weight).wide())
+
+
+def test_a_commit_rounds_a_whole_model_into_the_machines_own_memory() -> None:
+    """Tensor by tensor; what is stored as it is goes there when it is written. Caught: all of them rounded on the GPU at once."""
+    trained = {name: torch.nn.Parameter(torch.ones(3)) for name in ("rounded", "as it is")}
+    with AsOnCuda() as cuda:
+        stored = as_stored(trained, {"rounded": torch.bfloat16, "as it is": torch.float32})
+    assert [id(stored["rounded"])] == [id(tensor) for tensor in cuda.on_cpu]
+    assert stored["as it is"].data_ptr() == trained["as it is"].data_ptr()
 
 
 # ---- which device, which dtype -------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Attention over the samples of a packed row in one launch: on a CPU, where a loop over the samples stands in for the kernel."""
 
 import inspect
+from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -56,11 +57,11 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> Reference:
     return made
 
 
-def loss_and_gradients(gpt: GPT, prefix: int) -> tuple[Tensor, dict[str, Tensor]]:
-    length = prefix + sum(SEGMENTS)
+def loss_and_gradients(gpt: GPT, prefix: int, segments: Sequence[int] = SEGMENTS) -> tuple[Tensor, dict[str, Tensor]]:
+    length = prefix + sum(segments)
     targets = random_tokens(1, length, seed=1)
     targets[0, ::3] = IGNORE
-    loss = gpt(random_tokens(1, length), targets, segments=SEGMENTS, prefix=prefix)
+    loss = gpt(random_tokens(1, length), targets, segments=segments, prefix=prefix)
     return loss, gradients(gpt, loss)
 
 
@@ -80,6 +81,23 @@ def test_all_samples_at_once_give_the_loss_and_gradients_of_one_after_another(fa
     assert grads.keys() == our_grads.keys()
     for name, grad in grads.items():
         assert relative(our_grads[name], grad) <= 2e-5, name
+
+
+@pytest.mark.parametrize("prefix", [0, 6])
+@pytest.mark.parametrize("family", ["llama3", "mistral", "gemma3"])
+def test_a_sample_alone_is_computed_by_it_too(family: str, prefix: int, reference: Reference) -> None:
+    """It may be longer than a window: without the kernel, scores of each window's worth of queries exist then, and are kept. Caught: two
+    samples at least; what stands in front of one as a sample of its own, whose rows are copied."""
+    gpt = tiny_gpt(family)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "has_kernel", lambda device: False)
+        loss, grads = loss_and_gradients(gpt, prefix, [27])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "Copies", lambda *args: pytest.fail("copied"))
+        ours, our_grads = loss_and_gradients(gpt, prefix, [27])
+    assert reference.calls == gpt.config.num_hidden_layers
+    assert relative(ours, loss) <= 1e-6
+    assert all(relative(our_grads[name], grad) <= 2e-5 for name, grad in grads.items())
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "deepseek_v2"])

@@ -192,10 +192,12 @@ def put_back(work: Work, model: GPT, step: Checkpoint) -> None:
 
 def as_stored(trained: Mapping[str, torch.nn.Parameter], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
     """A whole model in the dtypes of the one it comes from. WorkError where a number does not fit any more."""
-    tensors = {name: parameter.detach().to(dtypes[name]) for name, parameter in trained.items()}
-    for name, tensor in tensors.items():
+    tensors = {}
+    for name, parameter in trained.items():
+        tensor = parameter.detach().to(dtypes[name])
         if not torch.isfinite(tensor).all():
             raise WorkError(f"{name} has grown beyond what {str(tensor.dtype).removeprefix('torch.')} holds; nothing was committed")
+        tensors[name] = tensor if tensor.dtype == parameter.dtype else tensor.cpu()  # beside a model a GPU may have no room for another
     return tensors
 
 

@@ -34,8 +34,11 @@ class Packed:
 
     @staticmethod
     def of(prefix: int, segments: Sequence[int] | None, device: torch.device) -> "Packed | None":
-        """None where there is nothing to do at once: no samples, or one, or no such kernel for the device."""
-        return Packed(prefix, segments, device) if segments is not None and len(segments) > 1 and has_kernel(device) else None
+        """None without samples, or such a kernel for the device. One sample is served as well: over a window torch's own attention would
+        need a mask, and where keys have fewer heads its scores would exist as a whole, and be kept."""
+        if segments is None or not has_kernel(device):
+            return None
+        return Packed(0, [prefix + segments[0]], device) if len(segments) == 1 else Packed(prefix, segments, device)
 
     def serves(self, q: Tensor, v: Tensor) -> bool:
         """Whether the kernel takes these: half precision, heads of the same size in q and v, which is a multiple of 8 up to 256."""
