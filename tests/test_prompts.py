@@ -254,6 +254,15 @@ def test_generation_tags_mark_what_is_found_by_prefixes(models: Any, tmp_path: P
     assert ids == both["input_ids"][: len(ids)] and [int(is_graded) for is_graded in graded] == both["assistant_masks"][: len(ids)]
 
 
+@pytest.mark.parametrize("half", [chr(0xD83D), chr(0xDCFF)])  # of a pair; a byte of a pipe where the locale is C
+def test_half_a_character_is_refused_wherever_it_is_said(half: str, models: Any) -> None:
+    """Caught: a TypeError of the tokenizers package, said to be a bug, in chat and for --system."""
+    prompts = models("smollm")[1]
+    for ask in (lambda: prompts.prompt_ids([system(half), user("q")]), lambda: prompts.text_ids(f"a{half}")):
+        with pytest.raises(UserError, match="half a character"):
+            ask()
+
+
 # ---- thoughts --------------------------------------------------------------------------------------------------------
 
 CHANNELS = (
@@ -275,6 +284,10 @@ def test_what_was_thought_before_an_answer_is_learnt_with_it(models: Any) -> Non
     assert graded_text(prompts, sample) == "<think>\nSix sevens.\n</think>\n\n42.<|im_end|>"
     with pytest.raises(UserError, match="does not show the reasoning"):
         models("llama-3")[1].sample_ids(messages)
+    for written in ("<think>Six sevens.</think>42.", "<think>\n\nSix sevens.\n</think>\n42."):  # Caught: refused for its line breaks
+        assert prompts.sample_ids([messages[0], answer(written)]) == sample
+    with pytest.raises(UserError, match="does not show the reasoning"):
+        prompts.sample_ids([messages[0], answer("<think>Six</think> sevens.</think>42.")])
 
 
 @pytest.mark.parametrize("said", ["a", "final", "end", "return", "Six sevens", "seven"])

@@ -35,6 +35,7 @@ ALPACA = """\
 """  # EOS stands for the end token: see `alpaca`
 BUILT_IN = "alpaca"  # the name of the one above
 THOUGHT = ("reasoning_content", "thinking")  # what is thought before an answer, as templates call it: Qwen's and DeepSeek's, gpt-oss's
+THINK_BEGIN, THINK_END = "<think>", "</think>"  # around it, where it is written into the answer
 SHOWN = ("tool_calls", "tool_call_id", "name", *THOUGHT)  # of a message, beside role and content
 MARKS = [chr(code) for code in (*range(0xFDD2, 0xFDF0), *range(0xE000, 0xF900))]  # noncharacters, then private use
 
@@ -120,11 +121,11 @@ class Prompts:
         """Ids of the prompt, ready for an answer to follow; the same in training, generate and chat."""
         mark = self._mark_for(messages)
         self._refuse_tools_unseen(messages, mark)
-        return self.tokenizer.encode_batch([self._render(messages, mark, ask=True)], special=True, mark=mark)[0]
+        return self.tokenizer.encode_batch([_whole(self._render(messages, mark, ask=True))], special=True, mark=mark)[0]
 
     def text_ids(self, text: str) -> list[int]:
         """A text to go on with: control strings in it are control tokens, and BOS stands before it once, where the model has one."""
-        ids = self.tokenizer.encode(text, special=True)
+        ids = self.tokenizer.encode(_whole(text), special=True)
         return ids if ids[:1] == self._begin else [*self._begin, *ids]
 
     def batch_text_sample_ids(self, texts: Sequence[str], borders: Sequence[tuple[bool, bool]] | None = None) -> list[SampleIds]:
@@ -248,8 +249,11 @@ class Prompts:
             full = prompt + self._answer_text(full, content, calls)
         if calls and not all(call["function"]["name"] in full[len(prompt) :] for call in messages[-1]["tool_calls"]):
             raise UserError("the chat template does not show the tool call of an answer", hint="take a base whose template knows tools")
-        thought = next((messages[-1][key] for key in THOUGHT if key in messages[-1]), "")
-        if self.tokenizer.shield(thought, mark, answer=True).strip() not in full[len(prompt) :]:
+        thought = self.tokenizer.shield(next((messages[-1][key] for key in THOUGHT if key in messages[-1]), ""), mark, answer=True)
+        if not thought and THINK_END in content and content not in full[len(prompt) :]:  # Qwen 3's sets other line breaks between the two
+            thought, _, content = (part.strip() for part in content.rpartition(THINK_END))
+            thought = thought.removeprefix(THINK_BEGIN)
+        if thought.strip() not in full[len(prompt) :]:
             hint = "--chat_template takes another; or write it into the answer, as the base itself would"
             raise UserError("the chat template does not show the reasoning of an answer", hint=hint)
         endings = list(self.tokenizer.specials_in(full, len(prompt)))
@@ -360,6 +364,16 @@ def alpaca(tokenizer: Tokenizer) -> str:
     begin = tokenizer.token_of(tokenizer.bos_id) if tokenizer.adds_bos and tokenizer.bos_id is not None else None
     text = ALPACA.replace("EOS", _literal(str(tokenizer.token_of(tokenizer.eos_id))))
     return text if begin is None else "{{ " + _literal(begin) + " }}\n" + text
+
+
+def _whole(text: str) -> str:
+    """The text. UserError where it holds half a character, as Python writes a byte that is no UTF-8 in a pipe or a command's words."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(f"what is said holds half a character ({half}), which is no text", hint="write it in UTF-8") from None
+    return text
 
 
 def _texts(value: Any) -> Iterator[str]:
