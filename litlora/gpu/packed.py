@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from litlora.gpu import from_ampere
 
@@ -31,6 +32,7 @@ class Packed:
         self.queries, self.keys = (ends(lengths, device) for lengths in (own, seen))  # (n + 1,) int32 twice
         self.longest = (max(own), max(seen))
         self.copies = Copies(prefix, segments, device) if prefix else None
+        self.mostly_copies = prefix * len(segments) > sum(own)
 
     @staticmethod
     def of(prefix: int, segments: Sequence[int] | None, device: torch.device) -> "Packed | None":
@@ -48,12 +50,18 @@ class Packed:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
         """q (1, H, T, D) and k, v (1, K, T, D) of the whole row -> (1, T, H, D). A query sees `window` keys, its own the last."""
         q, k, v = (side[0].transpose(0, 1) for side in (q, k, v))  # (T, n, D)
+        if self.mostly_copies and torch.is_grad_enabled():  # else every block would keep them: a prompt of 1,500 tokens before 67 answers
+            y: Tensor = checkpoint(self.attention, q, k, v, window, scale, use_reentrant=False, preserve_rng_state=False)
+            return y.unsqueeze(0)
+        return self.attention(q, k, v, window, scale).unsqueeze(0)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:  # (T, n, D) thrice -> (T, H, D)
         if self.copies is not None:
             k, v = (Repeated.apply(side, self.copies) for side in (k, v))
         left = -1 if window is None else window - 1
         grouped = grouping() if q.size(1) != k.size(1) else {}
-        y: Tensor = kernel()(q, k, v, self.queries, self.keys, *self.longest, scale=scale, window_size=(left, 0), **grouped)  # (T, H, D)
-        return y.unsqueeze(0)
+        y: Tensor = kernel()(q, k, v, self.queries, self.keys, *self.longest, scale=scale, window_size=(left, 0), **grouped)
+        return y
 
 
 def ends(lengths: Sequence[int], device: torch.device) -> Tensor:
