@@ -37,6 +37,26 @@ def test_rows_are_shown_with_what_is_graded(tmp_path: Path, capsys: pytest.Captu
     assert figures["lengths"]["longest"] >= figures["lengths"]["median"] >= figures["graded_lengths"]["longest"]
 
 
+def test_what_is_not_read_of_a_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A field may matter, and have another name than any format knows: it would be left out without a word."""
+    path = jsonl(tmp_path / "rows.jsonl", [{**GOOD, "id": 7, "passage": "One is meant."}, {**GOOD, "system": "s", "kind": None}])
+    assert "\nunread   id, passage\n" in run("inspect", path, capsys=capsys)[1]
+    assert "unread" not in run("inspect", path, "--rows.map", "input=passage", "--rows.map", "context=id", "--number", 0, capsys=capsys)[1]
+    assert json.loads(run("inspect", path, "--json", capsys=capsys)[1])["unread"] == ["id", "passage"]
+
+
+def test_a_row_of_several_samples_is_no_double_of_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Caught: two doubles of 1 row. The template writes earlier turns differently, so each answer is a sample."""
+    template = tmp_path / "t.jinja"
+    last = "{% if loop.last and m.role == 'assistant' %}={% endif %}"
+    asks = "{% if add_generation_prompt %}={% endif %}"
+    template.write_text("{% for m in messages %}" + last + "{{ m.content }}<|end|>{% endfor %}" + asks)
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(3) for role in ("user", "assistant")]
+    path = jsonl(tmp_path / "rows.jsonl", [{"messages": turns}, {"messages": turns[:2]}, {"messages": turns[:2]}])
+    found = json.loads(run("inspect", path, "--chat_template", template, "--json", capsys=capsys)[1])
+    assert (found["rows"], found["samples"], found["doubles"]) == (3, 5, 1)
+
+
 def test_placeholders_are_counted_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`{{name}}` in a question or an answer; the spaces of `{{ name }}` are a template's, in rows about code. Nothing else is said."""
     braces = [{"prompt": text, "completion": text} for text in ("{{ name }}", "{name}", "{{1}}", "{{}}")]

@@ -608,6 +608,16 @@ def test_tools_are_read_as_openai_and_as_sharegpt_write_them() -> None:
         assert to_messages(Row(value, "rows.jsonl:1:1")) == CALLED
 
 
+def test_what_stands_beside_a_question_is_asked_with_it(prompts: Prompts) -> None:
+    """OpenOrca's system prompts, and what a question is about. Caught: both were left out without a word."""
+    row = {"system_prompt": "S", "question": "q", "context": "about", "answer": "a", "id": 1}
+    asked = [{"role": "system", "content": "S"}, {"role": "user", "content": "q\n\nabout"}, ASKED[1]]
+    assert to_messages(Row(row, "rows.jsonl:1:1")) == asked
+    assert to_messages(Row({"input": "q", "output": "a", "system_prompt": ""}, "rows.jsonl:1:1")) == ASKED
+    with pytest.raises(UserError, match="'context' has a part that is no text"):
+        to_messages(Row({**row, "context": [1]}, "rows.jsonl:1:1"))
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_what_an_answer_thought_is_read(key: str) -> None:
     """Under every name that templates have for it. Against: dropped without a word."""

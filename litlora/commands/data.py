@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from litlora.checkpoint.files import open_prompts
 from litlora.checkpoint.resolve import demo_base, resolve
 from litlora.console import header, put, put_json, show
-from litlora.data.formats import NOT_LEARNT, Message, Pair, Text, Verdict, format_of, parse_mapping, read_row
+from litlora.data.formats import NOT_LEARNT, Message, Pair, Text, Verdict, format_of, parse_mapping, read_row, unread
 from litlora.data.places import Row
 from litlora.data.rows import DataFile, rows_of
 from litlora.data.samples import DataSet, files_of, load_data, marked, warn_of_placeholders
@@ -43,13 +44,14 @@ def inspect(options: InspectData) -> None:
     longest = min(options.max_seq_length or context, context)
     found = load_data(options.data, prompts, rows=options.rows, max_seq_length=longest, mask_prompt=options.mask_prompt)
     warn_of_placeholders(found)
+    left = [name for file in files_of(options.data) for name in unread_in(file, options, found.formats.get(file.name, ""))]
     samples = [*found.train, *found.validation]
     if options.json:
         shown = [{"where": sample.where, "text": marked(sample, prompts)} for sample in samples[: options.number]]
-        put_json({**figures(found), "template": prompts.template_name, "shown": shown})
+        put_json({**figures(found), "unread": left, "template": prompts.template_name, "shown": shown})
         return
     header([("model", str(checkpoint.path)), ("template", prompts.template_name)])
-    for name, value in lines(found):
+    for name, value in [*lines(found), *([("unread", ", ".join(left))] if left else [])]:
         show(f"{name:<9}{printable(value)}")
     for sample in samples[: options.number]:
         show(f"--- {sample.where}: {len(sample.tokens)} tokens, {sample.graded} graded\n{marked(sample, prompts)}")
@@ -66,17 +68,29 @@ def kind_of(file: DataFile, options: InspectData) -> str:
     return ""
 
 
+def unread_in(file: DataFile, options: InspectData, form: str) -> list[str]:
+    """The fields of a file's first rows that no sample is made of: one that matters may have another name than a format knows."""
+    names: dict[str, None] = {}
+    for row in islice(rows_of(file, lambda error: None, options.rows.documents), AT_ONCE):
+        try:
+            names |= dict.fromkeys(unread(row, parse_mapping(options.rows.map), form))
+        except UserError:  # a row that is skipped
+            continue
+    return sorted(names)
+
+
 def figures(found: DataSet) -> dict[str, Any]:
     """Counts, and the lengths in tokens that half, nine tenths, 99 in a hundred and all samples stay within."""
     samples = [*found.train, *found.validation]
     lengths = np.array([len(sample.tokens) for sample in samples])
     graded = np.array([sample.graded for sample in samples])
+    rows = sum(1 for _ in groupby(zip((sample.where for sample in found.train), found.groups, strict=True)))  # a row may be several samples
     return {
         "files": found.formats,
         **asdict(found.counts),
         "samples": len(found.train),
         "validation": len(found.validation),
-        "doubles": len(found.groups) - len(set(found.groups)),
+        "doubles": rows - len(set(found.groups)),
         "tokens": int(lengths.sum()),
         "graded": int(graded.sum()),
         "lengths": {"shortest": int(lengths.min()), **quantiles(lengths)},

@@ -16,6 +16,7 @@ Message = dict[str, Any]
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user"}
 ROLES |= {"assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 ROLES |= {"function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool"}
+SYSTEM, ABOUT = ("system", "system_prompt"), ("input", "context")  # fields beside a prompt: before it, and with it
 BETTER, WORSE = ("chosen", "preferred_output"), ("rejected", "non_preferred_output")
 LABELS = ("label", "kto_tag")
 CALLED = ("tool_call_id", "name")  # of a message, for templates that show them
@@ -88,6 +89,13 @@ def format_of(row: Row, mapping: Mapping[str, str] | None = None) -> str:
         raise UserError(error.what, where=row.where, context=error.context, hint=error.hint) from None
 
 
+def unread(row: Row, mapping: Mapping[str, str] | None, form: str) -> set[str]:
+    """The fields of a row that no sample is made of, by the names they have in its file."""
+    value = _renamed(row.value, mapping or {})
+    read = {*_names(value, form).values(), *BESIDE.get(form, SYSTEM), *(["tools"] if form != "text" else [])}
+    return {str(key) for key, entry in value.items() if key not in read and entry not in (None, "")}
+
+
 def parse_mapping(entries: Sequence[str]) -> dict[str, str]:
     """`--rows.map OURS=YOURS`, repeated or separated by commas, as our name -> theirs."""
     mapping = {}
@@ -129,15 +137,14 @@ def _conversation(value: Mapping[str, Any], names: Mapping[str, str]) -> list[Me
 
 
 def _alpaca(value: Mapping[str, Any], names: Mapping[str, str]) -> list[Message]:
-    asked = [_text(value, names["instruction"])]
-    asked += [_text(value, key) for key in ("input", "context") if value.get(key)]
+    asked = _asked(value, names["instruction"])
     messages = []
     for pair in _parsed(value.get("history") or [], "'history'"):
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
             raise UserError("history is not a list of [question, answer]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     messages += [
-        {"role": "user", "content": "\n\n".join(part for part in asked if part.strip())},
+        {"role": "user", "content": asked},
         {"role": "assistant", "content": _text(value, names["output"])},
     ]
     return _checked(_with_system(value, messages), value)
@@ -149,8 +156,14 @@ def _completion(value: Mapping[str, Any], names: Mapping[str, str]) -> list[Mess
         if isinstance(value[key], list):
             messages += _message_list(value[key], key)
         else:
-            messages.append({"role": role, "content": _text(value, key)})
+            messages.append({"role": role, "content": _asked(value, key) if role == "user" else _text(value, key)})
     return _checked(_with_system(value, messages), value)
+
+
+def _asked(value: Mapping[str, Any], key: str) -> str:
+    """What a row asks, with what it asks about, if that stands in a field of its own."""
+    parts = [_text(value, name) for name in (key, *(name for name in ABOUT if name != key and value.get(name)))]
+    return "\n\n".join(part for part in parts if part.strip())
 
 
 def _plain(value: Mapping[str, Any], names: Mapping[str, str]) -> Text:
@@ -213,7 +226,8 @@ FORMATS: dict[str, Format] = {
     "text": Format({"text": ("text",)}, _plain),
 }
 NOT_LEARNT = ("preference", "verdict")
-FIELDS = {name for form in FORMATS.values() for name in form.needs} | {"input", "system", "history", "tools"}
+BESIDE = {"alpaca": (*SYSTEM, *ABOUT, "history"), "completion": (*SYSTEM, *ABOUT), "text": ()}  # what else is read; of others SYSTEM
+FIELDS = {name for form in FORMATS.values() for name in form.needs} | {*ABOUT, "system", "history", "tools"}
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -311,9 +325,8 @@ def _parsed(value: Any, place: str) -> Any:
 
 
 def _with_system(value: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    if not value.get("system"):
-        return messages
-    return [{"role": "system", "content": _text(value, "system")}, *messages]
+    key = next((key for key in SYSTEM if value.get(key)), None)
+    return [{"role": "system", "content": _text(value, key)}, *messages] if key else messages
 
 
 def _checked(messages: list[Message], value: Mapping[str, Any]) -> list[Message]:

@@ -25,7 +25,7 @@ AT_ONCE = 1024  # rows tokenized together
 CHARACTERS = 1 << 22  # and the characters in them, about
 LARGE = 1 << 23  # bytes of a file whose samples are kept on disk
 PLACEHOLDER = re.compile(r"\{\{[A-Za-z_]\w*\}\}")  # {{name}}: the author of the rows left it to be filled in
-FORMAT = 3  # of what is kept there; another one finds nothing
+FORMAT = 4  # of what is kept there; another one finds nothing
 
 
 @dataclass
