@@ -187,12 +187,23 @@ def test_the_words_are_those_of_the_torch_that_is_installed() -> None:
 
 
 def test_where_the_kernel_fails_samples_are_computed_one_after_another(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch that is built without it trains too. Caught: a failure that is passed on."""
-    assert packed.works(torch.device("cpu")) and reference.calls == 1
+    """A torch that is built without it, or without its way back, or that wants as many heads of keys as of queries, trains too; it may be
+    asked first where nothing learns. Caught: a failure that is passed on; forward alone."""
+    with torch.inference_mode():
+        assert packed.works(torch.device("cpu")) and reference.calls == 1
 
-    def failing(*args: Tensor, **more: Any) -> Tensor:
+    def forward(*args: Tensor, **more: Any) -> Tensor:
         raise NotImplementedError("torch was not compiled with flash attention")
 
-    monkeypatch.setattr(packed, "kernel", lambda: failing)
-    with pytest.warns(UserWarning, match="FlashAttention does not work here .torch was not compiled"):
-        assert not packed.works(torch.device("cpu"))
+    def heads(*args: Tensor, **more: Any) -> Tensor:
+        raise ValueError("the same number of heads")
+
+    def backward(q: Tensor, *args: Any, **more: Any) -> Tensor:
+        y = q.clone()
+        y.register_hook(lambda grad: forward(grad))
+        return y
+
+    for failing, why in ((forward, "torch was not compiled"), (heads, "the same number"), (backward, "torch was not compiled")):
+        monkeypatch.setattr(packed, "kernel", lambda failing=failing: failing)
+        with pytest.warns(UserWarning, match=f"FlashAttention does not work here .{why}"):
+            assert not packed.works(torch.device("cpu"))

@@ -75,11 +75,13 @@ def has_kernel(device: torch.device) -> bool:
 
 
 def works(device: torch.device) -> bool:
-    """Tried on two samples; False, and a warning, where it fails: torch may be built without it, or not for this GPU."""
+    """Tried on two samples, over a window, with two heads on one of keys, and back; False, and a warning, where it fails: torch may be
+    built without it, or without a part of it, or not for this GPU."""
     try:
-        q = torch.ones(1, 1, 5, 8, dtype=torch.bfloat16, device=device)
-        Packed(0, (3, 2), device)(q, q, q, None, 1.0)
-    except (ImportError, RuntimeError) as error:
+        with torch.inference_mode(False), torch.enable_grad():
+            q = torch.ones(1, 2, 5, 8, dtype=torch.bfloat16, device=device, requires_grad=True)
+            Packed(0, (3, 2), device)(q, q[:, :1], q[:, 1:], 2, 1.0).sum().backward()
+    except (ImportError, RuntimeError, ValueError) as error:
         warnings.warn(f"FlashAttention does not work here ({error}): samples are computed one after another", stacklevel=2)
         return False
     return True
