@@ -52,6 +52,18 @@ def byte_level(directory: Path, *special: str) -> Path:
     return write(directory, tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+def test_a_token_that_was_added_to_the_tokenizer_alone_is_named(tmp_path: Path) -> None:
+    """Caught: an IndexError in training, generate and evaluate, said to be a bug. Gemma 3 has such a token, which no text holds."""
+    tokenizer = Tokenizer(byte_level(tmp_path / "t", "<|new|>"))
+    number = tokenizer.id_of("<|new|>")
+    (tmp_path / "t" / "config.json").write_text(json.dumps({"vocab_size": 7, "text_config": {"vocab_size": number}}))
+    tokenizer = Tokenizer(tmp_path / "t")
+    assert tokenizer.encode("<|new|>", special=False) and tokenizer.encode("a</s>", special=True)
+    with pytest.raises(UserError, match=rf"the token '<\|new\|>' has the id {number}, and the model's embedding {number} rows"):
+        tokenizer.encode("a<|new|>", special=True)
+    tokenizer.refuse_beyond(number - 1)
+
+
 def pieces(directory: Path) -> Path:
     """A vocabulary of pieces that falls back to bytes, as Llama 2's."""
     letters = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz好", "▁t", "he", "▁the"]

@@ -134,6 +134,7 @@ class Prompts:
         `borders`: of each text, whether a document begins and whether it ends with it; BOS and EOS stand there alone.
         """
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        self.tokenizer.refuse_beyond(max(end, default=0))
         samples = []
         encoded = self.tokenizer.encode_batch(texts, special=False)
         for text, ids, (begins, ends) in zip(texts, encoded, borders or [(True, True)] * len(texts), strict=True):

@@ -58,12 +58,14 @@ class Tokenizer:
         self._model_type = models[1].get("model_type")
         inside = models[1].get("text_config")  # of a model of text and images
         models += [inside] if isinstance(inside, dict) else []
+        rows = [count for config in models[:0:-1] if isinstance(count := config.get("vocab_size"), int)]
         self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         ends = [i for config in models for i in _as_ids(config.get("eos_token_id")) if i < self.size]
         named_end = self._id_of_named("eos_token")
         self.eos_id = named_end if named_end is not None else next(iter(ends), None)
         self.eos_ids = frozenset([*ends, *([] if self.eos_id is None else [self.eos_id])])
         self.adds_bos = self._begins_plain_text()
+        self._rows = rows[0] if rows else self.size  # of the model's embedding
         self._prepare_control()
 
     # ---- reading the directory ---------------------------------------------------------------------------------------
@@ -249,7 +251,20 @@ class Tokenizer:
             prepared.append(self._prefix + text if text and not text.startswith("\ufdd0") else text)
             found.append(controls)
         encodings = self._tokenizer.encode_batch_fast(prepared, add_special_tokens=False)
-        return [self._exchange(encoding.ids, controls) for encoding, controls in zip(encodings, found, strict=True)]
+        result = [self._exchange(encoding.ids, controls) for encoding, controls in zip(encodings, found, strict=True)]
+        if self.size > self._rows:  # Gemma 3 has a token for images beyond its rows, which no text should hold
+            self.refuse_beyond(max((max(ids, default=0) for ids in result), default=0))
+        return result
+
+    def refuse_beyond(self, number: int) -> None:
+        """UserError where the model has no row for an id: a token that was added to the tokenizer alone."""
+        if number >= self._rows:
+            raise UserError(
+                f"the token {self.token_of(number)!r} has the id {number}, and the model's embedding {self._rows} rows: "
+                "it was added to the tokenizer alone",
+                where=self.directory,
+                hint="take the tokenizer that came with the model, or one whose tokens the model has rows for",
+            )
 
     def _exchange(self, ids: list[int], controls: list[int]) -> list[int]:
         if not controls:
