@@ -234,6 +234,13 @@ def test_what_to_type_next_can_be_typed(place: Place, tmp_path: Path) -> None:
         assert line in said
 
 
+def test_rows_of_the_demo_are_not_taken_for_ones_own(place: Place, tmp_path: Path) -> None:
+    """Caught: a step that was copied out of its run was measured on the demo's rows, and only the header's last words told."""
+    words = ["--exact_match", "false", "--max_samples", "2", "--threads", "1"]
+    for more, count in (([], 1), (["--data", str(place.heldout)], 0)):
+        assert ran(["evaluate", str(place.base), *more, *words])[2].count("warning: these are the demo's rows") == count
+
+
 def test_a_step_is_served_as_it_was_validated(run: Ran, place: Place) -> None:
     """Promise 4, A08: `evaluate` finds the validation loss that the run measured at step 4, not the base's; of the run, its best step's.
 

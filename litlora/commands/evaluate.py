@@ -57,6 +57,8 @@ def rows_of(opened: Opened, options: Evaluate) -> tuple[Sequence[Sample], str]:
         if held_out:
             samples = held_out[: options.max_samples]
             return samples, f"{len(samples):,} samples that the run {opened.checkpoint.path.parent} held out of {', '.join(data)}"
+    if not options.data and not opened.base.is_demo:
+        console.warn("these are the demo's rows, which say little of another model: --data FILE names yours")
     found = load_data(options.data or ["demo"], opened.prompts, rows=options.rows, max_seq_length=context, heldout=True)
     samples = found.train[: options.max_samples]
     return samples, summary(found, samples)
