@@ -98,7 +98,10 @@ class Question:
     raw: bool
 
     def prompt_ids(self, prompts: Prompts) -> list[int]:
-        return prompts.text_ids(self.asked) if self.raw else prompts.prompt_ids(self.messages)
+        if self.raw:
+            return prompts.text_ids(self.asked)
+        prompts.refuse_tools_unseen(self.messages)
+        return prompts.prompt_ids(self.messages)
 
 
 def read_questions(options: Generate) -> list[Question]:

@@ -120,7 +120,6 @@ class Prompts:
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of the prompt, ready for an answer to follow; the same in training, generate and chat."""
         mark = self._mark_for(messages)
-        self._refuse_tools_unseen(messages, mark)
         return self.tokenizer.encode_batch([_whole(self._render(messages, mark, ask=True))], special=True, mark=mark)[0]
 
     def text_ids(self, text: str) -> list[int]:
@@ -225,7 +224,7 @@ class Prompts:
             raise UserError("no answer to learn: there is no assistant message")
         messages = messages[: turns[-1] + 1]
         mark = self._mark_for(messages)
-        self._refuse_tools_unseen(messages, mark)
+        self.refuse_tools_unseen(messages, mark)
         drafts = [self._draft_of_turn(messages[: n + 1], mark) for n in turns]
         whole = drafts[-1].text
         if all(whole.startswith(draft.text) for draft in drafts):
@@ -236,8 +235,13 @@ class Prompts:
             return [Draft(whole, mark, spans)]
         return [draft for draft in drafts if draft.spans[0].graded]
 
-    def _refuse_tools_unseen(self, messages: Messages, mark: str) -> None:
-        if messages[0]["role"] == "tools" and self._render(messages, mark, ask=False) == self._render(messages[1:], mark, ask=False):
+    def refuse_tools_unseen(self, messages: Messages, mark: str = "") -> None:
+        """UserError where a conversation has tools that the template leaves out."""
+        if (
+            messages
+            and messages[0]["role"] == "tools"
+            and self._render(messages, mark, ask=False) == self._render(messages[1:], mark, ask=False)
+        ):
             raise UserError("the row has tools, and the chat template does not show them", hint="take a base whose template knows tools")
 
     def _draft_of_turn(self, messages: Messages, mark: str) -> "Draft":
