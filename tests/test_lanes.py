@@ -27,6 +27,7 @@ from litlora.data.samples import Sample
 from litlora.kernels import linear
 from litlora.methods.attach import trainable
 from litlora.options import AdapterOptions, FullOptions, LoRAOptions, ProOptions, TrainOptions
+from litlora.train import lanes as lanes_module
 from litlora.train.lanes import lanes_of, learns_in_lanes, side_by_side
 from litlora.train.loop import evaluate, fit, share_of_window, train_step
 from litlora.train.loss import loss_of_samples
@@ -170,8 +171,12 @@ def test_the_update_has_the_same_bits_whichever_lane_is_done_first(first: int, m
 
 
 @pytest.mark.usefixtures("three_threads")
-def test_only_few_parameters_without_random_numbers_learn_in_lanes() -> None:
-    """Each lane has a gradient of its own, and dropout's numbers are drawn in turn. Caught: dropout that does not count; a whole model."""
+def test_only_few_parameters_without_random_numbers_learn_in_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each lane has a gradient of its own, and dropout's numbers are drawn in turn. A tenth of the model is few, and so is what takes no
+    memory to speak of, as all of a tiny model. Caught: dropout that does not count; a whole model; few of a tiny model left to one lane."""
+    assert learns_in_lanes(adapted(options=FullOptions()))
+    assert not learns_in_lanes(adapted(options=LoRAOptions(r=2, dropout=0.1)))
+    monkeypatch.setattr(lanes_module, "LITTLE", 0)
     learn = {
         "lora": adapted(options=FEW),
         "adapter": adapted(options=AdapterOptions(kind="scale_shift")),

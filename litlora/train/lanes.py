@@ -19,7 +19,8 @@ from litlora.methods.attach import numbers_in
 from litlora.model import GPT
 
 MOST = 4  # lanes: what Python itself does is done for one of them at a time
-FEW = 0.1  # of a model's parameters: so many may learn, for each lane has a gradient of its own
+FEW = 0.1  # of a model's parameters: so many may learn, for each lane has a gradient of its own ...
+LITTLE = 2**22  # ... or so many at all, for then that is no memory to speak of
 Found = TypeVar("Found")
 
 
@@ -39,7 +40,7 @@ def lanes_of(device: torch.device, threads: int | None = None) -> int:
 def learns_in_lanes(model: GPT) -> bool:
     """Whether lanes can learn: not with random numbers, which are drawn in turn, nor where gradients of their own would be large."""
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return learning <= FEW * numbers_in(model) and not model.drops
+    return learning <= max(LITTLE, FEW * numbers_in(model)) and not model.drops
 
 
 def side_by_side(lanes: Sequence[Sequence[Batch]], compute: Callable[[Iterable[Batch]], Found]) -> list[Found]:
