@@ -119,7 +119,7 @@ def first_tokens(args: argparse.Namespace) -> tuple[dict[str, Start], dict[str, 
     place, prompt = artefacts(args), prompt_of(args.shape)
     base, once = str(place / "base"), ["--prompt", prompt, "--max_new_tokens", "1", "--temperature", "0"]
     in_fp32 = SHAPES[args.shape]["torch_dtype"] == "float32"  # what computes as the base is stored, computes so by default
-    starts = {"import torch": Start([args.python["litlora"], "-c", "import torch"])}
+    starts = {"import torch": imported(args.python["litlora"], "import torch")}
     absent = not_installed(args, *TOOLS["C6"])
     if "litgpt" not in absent:
         convert_for_litgpt(args.python["litgpt"], place)
@@ -152,8 +152,8 @@ def first_steps(args: argparse.Namespace) -> tuple[dict[str, Start], dict[str, s
     ours, absent = args.python["litlora"], not_installed(args, *TOOLS["C7"])
     optimizer = "import torch; p = torch.ones(1, requires_grad=True); p.grad = torch.ones(1); torch.optim.AdamW([p]).step()"
     starts = {
-        "import Fabric": Start([ours, "-c", "from lightning_fabric import Fabric"]),
-        "import torch, AdamW.step": Start([ours, "-c", optimizer]),
+        "import Fabric": imported(ours, "from lightning_fabric import Fabric"),
+        "import torch, AdamW.step": imported(ours, optimizer),
     }
     if "litgpt" not in absent:
         starts["litgpt finetune_lora"] = Start(litgpt_finetune(args, place), lambda stdout: "(step)" in stdout)
@@ -260,6 +260,11 @@ def with_trainer(command: Sequence[str]) -> list[str]:
     words = ["--max_steps", "1", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4", "--logging_steps", "1"]
     words += ["--save_strategy", "no", "--report_to", "none", "--output_dir", "{new}"]
     return both_outputs(["env", "HF_DATASETS_CACHE={new}-cache", *command, *words])
+
+
+def imported(python: str, program: str) -> Start:
+    """Until that is done: ours does not wait either for the end of its process."""
+    return Start([python, "-c", f"{program}; print('there', flush=True)"], lambda stdout: "there" in stdout)
 
 
 def both_outputs(command: Sequence[str]) -> list[str]:

@@ -183,7 +183,8 @@ def train_step(
     if len(lanes) > 1:
         total = backward(inner(model), lanes, fabric.device, scale)
     else:
-        total = torch.zeros((), dtype=torch.float64, device=fabric.device)
+        wide = torch.float32 if fabric.device.type == "mps" else torch.float64  # Apple's GPUs have no fp64
+        total = torch.zeros((), dtype=wide, device=fabric.device)
         for i, batch in enumerate(lanes[0]):
             with fabric.no_backward_sync(model, enabled=i < len(lanes[0]) - 1):
                 loss = batch.loss(model, fabric.device)  # a sum
