@@ -43,6 +43,9 @@ def test_what_is_not_read_of_a_row_is_named(tmp_path: Path, capsys: pytest.Captu
     assert "\nunread   id, passage\n" in run("inspect", path, capsys=capsys)[1]
     assert "unread" not in run("inspect", path, "--rows.map", "input=passage", "--rows.map", "context=id", "--number", 0, capsys=capsys)[1]
     assert json.loads(run("inspect", path, "--json", capsys=capsys)[1])["unread"] == ["id", "passage"]
+    bad = jsonl(tmp_path / "bad.jsonl", [{"foo": 1}])
+    code, out, _ = run("inspect", path, bad, "--rows.on_error", "skip", capsys=capsys)
+    assert code == 0 and "\nunread   id, passage\n" in out, "all rows of the other file are skipped"
 
 
 def test_a_row_of_several_samples_is_no_double_of_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,6 +151,7 @@ def test_rows_as_for_training_are_prompts_up_to_their_last_answer(base: Path, ru
         ("emptied.jsonl", '{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": ""}]}'),
         ("question.json", '[{"question": "x"}]'),
         ("empty.jsonl", '{"instruction": "x", "input": "", "output": ""}'),
+        ("columns.jsonl", '{"instruction": "x", "input": "", "output": "", "text": "whole"}'),
         ("table.csv", 'prompt,id\r\n"x",7\r\n'),
         ("table.tsv", "instruction\toutput\nx\t\n"),
     ],

@@ -18,7 +18,7 @@ from conftest import shared_data
 from test_data import ASKED, jsonl, load, pairs, prompts, write
 
 from litlora.data import rows as rows_module
-from litlora.data.formats import Pair, Text, Verdict, format_of, parse_mapping, read_row, to_messages
+from litlora.data.formats import Pair, Text, Verdict, format_of, parse_mapping, read_row, texts, to_messages, unread
 from litlora.data.json_rows import array_rows
 from litlora.data.rows import DataFile, Row, data_files, read_rows, rows_of
 from litlora.data.samples import marked, texts_of
@@ -416,11 +416,14 @@ def test_a_directory_gives_its_training_and_its_validation_file(tmp_path: Path, 
 
 
 def test_what_speaks_of_rows_is_none_of_them(tmp_path: Path, prompts: Prompts) -> None:
-    """A dataset's card, its licence and LLaMA-Factory's list lie beside the rows. Caught: card and licence learnt as documents."""
+    """A dataset's card, its licence and LLaMA-Factory's list lie beside the rows. Caught: card and licence learnt as documents; rows left
+    out for their file's name."""
     jsonl(tmp_path / "rows.jsonl", pairs(2))
+    jsonl(tmp_path / "citation.jsonl", pairs(3))
     for name in ("README.md", "LICENSE.txt", "dataset_info.json"):
         (tmp_path / name).write_text('{"rows": {"file_name": "rows.jsonl"}}')
-    assert load(tmp_path, prompts).formats == {str(tmp_path / "rows.jsonl"): "completion"}
+    rows = [str(tmp_path / f"{name}.jsonl") for name in ("citation", "rows")]
+    assert load(tmp_path, prompts).formats == dict.fromkeys(rows, "completion")
     assert load(tmp_path / "README.md", prompts).formats == {str(tmp_path / "README.md"): "text"}
 
 
@@ -614,8 +617,15 @@ def test_what_stands_beside_a_question_is_asked_with_it(prompts: Prompts) -> Non
     asked = [{"role": "system", "content": "S"}, {"role": "user", "content": "q\n\nabout"}, ASKED[1]]
     assert to_messages(Row(row, "rows.jsonl:1:1")) == asked
     assert to_messages(Row({"input": "q", "output": "a", "system_prompt": ""}, "rows.jsonl:1:1")) == ASKED
+    assert to_messages(Row({**row, "context": ["ab", "out"]}, "rows.jsonl:1:1"))[1]["content"] == "q\n\nab\n\nout"
     with pytest.raises(UserError, match="'context' has a part that is no text"):
         to_messages(Row({**row, "context": [1]}, "rows.jsonl:1:1"))
+    own = [{"role": "system", "content": "own"}, *ASKED]
+    assert to_messages(Row({"messages": own, "system_prompt": "S"}, "rows.jsonl:1:1")) == own, "a second system message"
+    asks = {"prompt": ASKED[:1], "completion": ASKED[1:], "context": "about"}
+    assert unread(Row(asks, "rows.jsonl:1:1"), None, "completion") == {"context"}
+    thought = {**ASKED[1], "reasoning_content": "hm"}
+    assert texts(to_messages(Row({"messages": [ASKED[0], thought]}, "rows.jsonl:1:1"))) == ["q", "hm", "a"]
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from talkers import byte_tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from litlora.commands.pretrain import vocabulary
 from litlora.errors import UserError
+from litlora.options import Pretrain
 from litlora.tokenizer import Tokenizer
 
 NAMES = [
@@ -62,6 +64,8 @@ def test_a_token_that_was_added_to_the_tokenizer_alone_is_named(tmp_path: Path) 
     with pytest.raises(UserError, match=rf"the token '<\|new\|>' has the id {number}, and the model's embedding {number} rows"):
         tokenizer.encode("a<|new|>", special=True)
     tokenizer.refuse_beyond(number - 1)
+    new = vocabulary(Pretrain(tokenizer_dir=str(tmp_path / "t")), tmp_path)  # of a model that is made with a row for each
+    assert number in new.encode("a<|new|>", special=True)
 
 
 def pieces(directory: Path) -> Path:

@@ -44,7 +44,8 @@ def inspect(options: InspectData) -> None:
     longest = min(options.max_seq_length or context, context)
     found = load_data(options.data, prompts, rows=options.rows, max_seq_length=longest, mask_prompt=options.mask_prompt)
     warn_of_placeholders(found)
-    left = [name for file in files_of(options.data) for name in unread_in(file, options, found.formats.get(file.name, ""))]
+    read = [file for file in files_of(options.data) if file.name in found.formats]  # of another all rows are skipped
+    left = sorted({name for file in read for name in unread_in(file, options, found.formats[file.name])})
     samples = [*found.train, *found.validation]
     if options.json:
         shown = [{"where": sample.where, "text": marked(sample, prompts)} for sample in samples[: options.number]]

@@ -164,7 +164,8 @@ def with_some_answer(row: Any) -> Any:
                 return {**row, key: [*(listed[:-1] if answers else listed), {role: "assistant", said: "-"}]}
             return row
     asks = ("instruction", *FORMATS["completion"].needs["prompt"])
-    if any(key in row for key in asks) and "text" not in row and not any(row.get(key) for key in (*ANSWERS, "solution")):
+    given = [row[key] for key in (*ANSWERS, "solution") if key in row]
+    if any(key in row for key in asks) and (given or "text" not in row) and not any(given):
         return {**row, "output" if "instruction" in row else "completion": "-"}
     return row
 

@@ -92,7 +92,9 @@ def format_of(row: Row, mapping: Mapping[str, str] | None = None) -> str:
 def unread(row: Row, mapping: Mapping[str, str] | None, form: str) -> set[str]:
     """The fields of a row that no sample is made of, by the names they have in its file."""
     value = _renamed(row.value, mapping or {})
-    read = {*_names(value, form).values(), *BESIDE.get(form, SYSTEM), *(["tools"] if form != "text" else [])}
+    names = _names(value, form)
+    beside = SYSTEM if form == "completion" and isinstance(value[names["prompt"]], list) else BESIDE.get(form, SYSTEM)
+    read = {*names.values(), *beside, *(["tools"] if form != "text" else [])}
     return {str(key) for key, entry in value.items() if key not in read and entry not in (None, "")}
 
 
@@ -162,8 +164,14 @@ def _completion(value: Mapping[str, Any], names: Mapping[str, str]) -> list[Mess
 
 def _asked(value: Mapping[str, Any], key: str) -> str:
     """What a row asks, with what it asks about, if that stands in a field of its own."""
-    parts = [_text(value, name) for name in (key, *(name for name in ABOUT if name != key and value.get(name)))]
+    parts = [_text(value, key), *(_about(value, name) for name in ABOUT if name != key and value.get(name))]
     return "\n\n".join(part for part in parts if part.strip())
+
+
+def _about(value: Mapping[str, Any], name: str) -> str:
+    """Text, or several passages of it."""
+    found = value[name]
+    return "\n\n".join(found) if isinstance(found, list) and all(isinstance(part, str) for part in found) else _text(value, name)
 
 
 def _plain(value: Mapping[str, Any], names: Mapping[str, str]) -> Text:
@@ -325,7 +333,8 @@ def _parsed(value: Any, place: str) -> Any:
 
 
 def _with_system(value: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    key = next((key for key in SYSTEM if value.get(key)), None)
+    """A conversation that begins with a system message has its own."""
+    key = next((key for key in SYSTEM if value.get(key) and messages[0]["role"] != "system"), None)
     return [{"role": "system", "content": _text(value, key)}, *messages] if key else messages
 
 
@@ -347,8 +356,9 @@ def says(message: Message) -> bool:
 
 
 def texts(messages: Sequence[Message]) -> list[str]:
-    """What is said in them, without the tools that may be called."""
-    return [message["content"] for message in messages if isinstance(message["content"], str)]
+    """What is said in them and thought, without the tools that may be called."""
+    parts = (message.get(key) for message in messages for key in (THOUGHT[0], "content"))
+    return [part for part in parts if isinstance(part, str)]
 
 
 def _content(value: Any, place: str) -> str:

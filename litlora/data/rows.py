@@ -21,16 +21,10 @@ from litlora.errors import UserError, no_such_file
 KINDS = {".json": "json", ".jsonl": "lines", ".ndjson": "lines", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 KINDS |= {".txt": "text", ".md": "text"}
 VALIDATION = ("val", "valid", "validation", "dev", "eval")
-ABOUT = (
-    "readme",
-    "license",
-    "licence",
-    "notice",
-    "changelog",
-    "citation",
-    "dataset_info",
-    "dataset_infos",
-)  # what a directory of rows has beside
+ABOUT = {  # kind of file -> what a directory of rows has beside
+    "text": ("readme", "license", "licence", "notice", "changelog", "citation"),
+    "json": ("dataset_info", "dataset_infos"),
+}
 OTHER_FORMS = {  # what a file begins with that is no text -> what it is, what to do
     b"\x1f\x8b": ("gzip-compressed", "unpack it first: gunzip"),
     b"PK\x03\x04": ("a zip archive, or an Excel table", "unpack it first; save a table as CSV"),
@@ -113,7 +107,8 @@ def data_files(path: Path) -> tuple[list[Path], list[Path]]:
     """
     if not path.is_dir():
         return [path], []
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in KINDS and p.stem.lower() not in ABOUT and not p.is_dir())
+    kinds = {p: KINDS[p.suffix.lower()] for p in path.iterdir() if p.suffix.lower() in KINDS and not p.is_dir()}
+    files = sorted(p for p, kind in kinds.items() if p.stem.lower() not in ABOUT.get(kind, ()))
     part = {p: p.stem.lower().partition("-")[0] for p in files}
     validation = [p for p in files if part[p] in VALIDATION]
     others = [p for p in files if p not in validation and part[p] != "test"]

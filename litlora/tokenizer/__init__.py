@@ -65,7 +65,7 @@ class Tokenizer:
         self.eos_id = named_end if named_end is not None else next(iter(ends), None)
         self.eos_ids = frozenset([*ends, *([] if self.eos_id is None else [self.eos_id])])
         self.adds_bos = self._begins_plain_text()
-        self._rows = rows[0] if rows else self.size  # of the model's embedding
+        self.rows = rows[0] if rows else self.size  # of the model's embedding
         self._prepare_control()
 
     # ---- reading the directory ---------------------------------------------------------------------------------------
@@ -252,15 +252,15 @@ class Tokenizer:
             found.append(controls)
         encodings = self._tokenizer.encode_batch_fast(prepared, add_special_tokens=False)
         result = [self._exchange(encoding.ids, controls) for encoding, controls in zip(encodings, found, strict=True)]
-        if self.size > self._rows:  # Gemma 3 has a token for images beyond its rows, which no text should hold
+        if self.size > self.rows:  # Gemma 3 has a token for images beyond its rows, which no text should hold
             self.refuse_beyond(max((max(ids, default=0) for ids in result), default=0))
         return result
 
     def refuse_beyond(self, number: int) -> None:
         """UserError where the model has no row for an id: a token that was added to the tokenizer alone."""
-        if number >= self._rows:
+        if number >= self.rows:
             raise UserError(
-                f"the token {self.token_of(number)!r} has the id {number}, and the model's embedding {self._rows} rows: "
+                f"the token {self.token_of(number)!r} has the id {number}, and the model's embedding {self.rows} rows: "
                 "it was added to the tokenizer alone",
                 where=self.directory,
                 hint="take the tokenizer that came with the model, or one whose tokens the model has rows for",
