@@ -258,7 +258,11 @@ def test_generation_tags_mark_what_is_found_by_prefixes(models: Any, tmp_path: P
 def test_half_a_character_is_refused_wherever_it_is_said(half: str, models: Any) -> None:
     """Caught: a TypeError of the tokenizers package, said to be a bug, in chat and for --system."""
     prompts = models("smollm")[1]
-    for ask in (lambda: prompts.prompt_ids([system(half), user("q")]), lambda: prompts.text_ids(f"a{half}")):
+    for ask in (
+        lambda: prompts.prompt_ids([system(half), user("q")]),
+        lambda: prompts.text_ids(f"a{half}"),
+        lambda: prompts.sample_ids([user("q"), answer(half)]),
+    ):
         with pytest.raises(UserError, match="half a character"):
             ask()
 

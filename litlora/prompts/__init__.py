@@ -99,7 +99,7 @@ class Prompts:
             else:
                 plain.append(shown)
         compiled = self._with_tools if tools else self._compiled
-        text = render(compiled, messages=plain, add_generation_prompt=ask, tools=tools, documents=None, **self._values)
+        text = _whole(render(compiled, messages=plain, add_generation_prompt=ask, tools=tools, documents=None, **self._values))
         return text if ask else text.removesuffix(self._always_asks)
 
     def _shielded(self, value: Any, mark: str, answer: bool) -> Any:
@@ -120,7 +120,7 @@ class Prompts:
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of the prompt, ready for an answer to follow; the same in training, generate and chat."""
         mark = self._mark_for(messages)
-        return self.tokenizer.encode_batch([_whole(self._render(messages, mark, ask=True))], special=True, mark=mark)[0]
+        return self.tokenizer.encode_batch([self._render(messages, mark, ask=True)], special=True, mark=mark)[0]
 
     def text_ids(self, text: str) -> list[int]:
         """A text to go on with: control strings in it are control tokens, and BOS stands before it once, where the model has one."""
