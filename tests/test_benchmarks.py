@@ -91,8 +91,6 @@ def test_the_start_benchmarks_start_and_their_gate_passes(tmp_path: Path) -> Non
     assert {"python -c pass", "litlora --help", "litlora finetune lora --help"} <= set(results["C5"]["seconds"])
     assert {"import torch", "litlora generate"} <= set(results["C6"]["seconds"])
     assert {"import Fabric", "import torch, AdamW.step", "litlora finetune lora", start.READY} <= set(results["C7"]["seconds"])
-    ready, done = (results["C7"]["seconds"][name] for name in (start.READY, "litlora finetune lora"))
-    assert min(ready) < max(done)
     assert results["C5"]["gate"] is None and results["C7"]["gate"] is None
     assert all("python" in results[id]["versions"][tool] for id in peers for tool in ("litlora", *peers[id].keys() - results[id]["absent"]))
     assert results["C6"]["gate"]["passed"]
