@@ -134,7 +134,10 @@ def parsed_options(kind: type, words: Sequence[str], command: str) -> Any:
 
     if not hasattr(kind, "resume"):
         return parsing.parse(kind, words, command=command)
+    asks_only = any(word.partition("=")[0] == "--print_config" for word in words)
     given: Any = parsing.parse(kind, [word for word in words if word.partition("=")[0] != "--print_config"], command=command)
+    if not given.resume and not asks_only:
+        return given
     if given.resume:
         first = 1 if words and not words[0].startswith("-") else 0  # a first bare word is the checkpoint
         again = options_of_run(given.out_dir, command)

@@ -211,7 +211,7 @@ def understood(given: Mapping[str, Given], known: Mapping[str, Leaf], command: s
         else:
             words.append(f"--{name}={value}")
     try:
-        parsed = build_parser(known).parse_args(words)
+        parsed = build_parser([known[name] for name in given]).parse_args(words)
     except (ArgumentError, TypeError, ValueError) as error:
         name = next((name for name in given if f'"{name}"' in str(error)), "")
         message = wrong_value(known[name], str(error).rpartition("value: ")[2].strip()) if name else " ".join(str(error).split())
@@ -219,12 +219,12 @@ def understood(given: Mapping[str, Given], known: Mapping[str, Leaf], command: s
     return values | {name: parsed[name] for name in given if not (known[name].is_text or known[name].is_list or given[name].value is None)}
 
 
-def build_parser(known: Mapping[str, Leaf]) -> Any:
-    """jsonargparse's parser for one command: one argument per option that is not plain text, no abbreviations."""
+def build_parser(asked: Iterable[Leaf]) -> Any:
+    """jsonargparse's parser for what was given: one argument per option that is not plain text, no abbreviations."""
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(allow_abbrev=False, exit_on_error=False, add_help=False, default_env=False)
-    for leaf in known.values():
+    for leaf in asked:
         if not leaf.is_text and not leaf.is_list:
             parser.add_argument(f"--{leaf.name}", type=leaf.type, default=leaf.default)
     return parser

@@ -25,7 +25,7 @@ from litlora.quantized import quantized
 from litlora.train import estimate as estimate_file
 from litlora.train import lanes
 from litlora.train import run as run_file
-from litlora.train.estimate import Load, kept_bytes, largest, memory_of, seconds_of_step, shapes_of
+from litlora.train.estimate import Load, kept_bytes, largest, memory_of, seconds_of_step
 from litlora.train.loop import micro_batch_tokens, seed_step, train_step
 
 
@@ -57,7 +57,7 @@ def load_of(family: str, options: Any, tokens: int = 96) -> Load:
 def test_what_a_micro_batch_keeps_is_known_without_computing_it(family: str, method: str) -> None:
     """Issue 6: against what autograd really keeps of the same micro-batch. Caught: a fused attention that keeps its scores."""
     load = load_of(family, TUNINGS[method])
-    foreseen = kept_bytes(shapes_of(load), load)
+    foreseen = kept_bytes(load.shapes, load)
     model = tiny_gpt(family)
     attach(model, load.tuning, seed=3)
     measured = really_kept(model.train(), load.micro_batch, [32, 32, 32])
@@ -84,11 +84,11 @@ def really_kept(model: GPT, tokens: int, segments: list[int]) -> list[int]:
 def test_what_stands_still_below_the_lowest_trained_block_keeps_nothing() -> None:
     """Issue 6, point 2: no work below it. LLaMA-Pro's two new blocks of four, and the last layer alone."""
     pro = load_of("llama3", TUNINGS["pro"])
-    assert [size > 0 for size in kept_bytes(shapes_of(pro), pro)] == [
+    assert [size > 0 for size in kept_bytes(pro.shapes, pro)] == [
         layer >= min(pro.tuning.inserted) for layer in range(pro.config.num_hidden_layers)
     ]
     last = load_of("llama3", replace(TUNINGS["lora"], layers=["last:1"]))
-    assert [size > 0 for size in kept_bytes(shapes_of(last), last)] == [False] * (last.config.num_hidden_layers - 1) + [True]
+    assert [size > 0 for size in kept_bytes(last.shapes, last)] == [False] * (last.config.num_hidden_layers - 1) + [True]
 
 
 @pytest.mark.parametrize("method", TUNINGS)
@@ -141,7 +141,7 @@ def test_lanes_cost_their_gradients_and_logits(monkeypatch: pytest.MonkeyPatch) 
     """Two numbers of 4 bytes for each that learns, in each of three lanes; nothing where there is one. Caught: lanes that cost nothing."""
     few = load_of("llama3", LoRAOptions(r=2))
     alone, three = memory_of(few), memory_of(replace(few, lanes=3))
-    learning = sum(p.numel() for p in trainable(shapes_of(few)).values())
+    learning = sum(p.numel() for p in trainable(few.shapes).values())
     assert three.trained - alone.trained == 3 * 2 * 4 * learning
     assert three.activations == alone.activations and three.workspace >= alone.workspace
     whole = load_of("llama3", TUNINGS["full"])
@@ -244,7 +244,7 @@ def test_an_estimate_needs_no_weights(
 def test_attention_is_counted_once_for_each_layer() -> None:
     """The model of shapes is the model: as many attentions and parameters, none of them with numbers."""
     load = load_of("llama3", TUNINGS["pro"])
-    shapes, real = shapes_of(load), adapted(options=TUNINGS["pro"])
+    shapes, real = load.shapes, adapted(options=TUNINGS["pro"])
     assert [tuple(p.shape) for p in shapes.parameters()] == [tuple(p.shape) for p in real.parameters()]
     assert all(p.is_meta for p in shapes.parameters())
     assert sum(isinstance(m, Attention) for m in shapes.modules()) == load.config.num_hidden_layers + 2

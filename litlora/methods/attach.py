@@ -109,7 +109,8 @@ def fresh(model: GPT, slot: str, kind: Slot, seed: int) -> Adapter:
     digest = hashlib.sha256(f"{seed}:{slot.removesuffix('.adapter')}".encode()).digest()
     number = int.from_bytes(digest[:8], "little")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(number % 2**63)
+        if isinstance(kind, LoRASlot) and kind.init == "pissa":
+            torch.manual_seed(number % 2**63)  # for torch's approximate SVD; what others draw when they are made is written over here
         adapter = made(host, kind)
         generator = torch.Generator().manual_seed(number)
         if isinstance(kind, LoRASlot):

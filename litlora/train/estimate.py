@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,17 @@ class Load:
     def lanes_for(self, model: GPT) -> int:
         return self.lanes if learns_in_lanes(model) else 1
 
+    @cached_property
+    def shapes(self) -> GPT:
+        """The model with everything attached, without its numbers."""
+        with torch.device("meta"), NothingDrawn():
+            model = GPT(self.config).to(self.dtype)
+            if not self.config.tie_word_embeddings:  # it is looked up as it is stored
+                model.model.dtype = self.dtype
+                model.model.embed_tokens.to(STORED_IN.get(self.config.torch_dtype, self.dtype))
+            attach(model, self.tuning, seed=None)
+        return model.train()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -72,7 +84,7 @@ class Memory:
 
 def memory_of(load: Load, *, recompute: bool = False) -> Memory:
     """The peak of a run, its activations kept or, block by block, computed again."""
-    model = shapes_of(load)
+    model = load.shapes
     learning = trainable(model)
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     frozen -= saved_by_few_bits(model, load.quantize)
@@ -98,17 +110,6 @@ def saved_by_few_bits(model: GPT, quantize: str) -> int:
     if quantize == "none":
         return 0
     return sum(host.weight.nbytes - bytes_of(quantize, host.out_features, host.in_features) for host in hosts)
-
-
-def shapes_of(load: Load) -> GPT:
-    """The model with everything attached, without its numbers."""
-    with torch.device("meta"), NothingDrawn():
-        model = GPT(load.config).to(load.dtype)
-        if not load.config.tie_word_embeddings:  # it is looked up as it is stored
-            model.model.dtype = load.dtype
-            model.model.embed_tokens.to(STORED_IN.get(load.config.torch_dtype, load.dtype))
-        attach(model, load.tuning, seed=None)
-    return model.train()
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def kind_of(block: nn.Module) -> Iterator[Any]:
 
 def seconds_of_step(load: Load, *, recompute: bool = False) -> float:
     """From the operations that are necessary (4 N a token and more, as in extensions/benchmarks) and the rate of plain products now."""
-    model = shapes_of(load)
+    model = load.shapes
     passes = 3 if recompute else 2
     operations = 0.0
     for name, module in model.named_modules():
