@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from conftest import ROOT
 from hypothesis import given, settings
@@ -72,6 +73,59 @@ def test_a_sample_is_shifted_once_and_graded_to_its_end(tmp_path: Path, prompts:
     assert sample.where == f"{tmp_path / 'rows.jsonl'}:1:1"
     assert (data.tokens, data.graded, data.longest) == (len(sample.tokens), int(shown.sum()), len(sample.tokens))
     assert sample.graded == data.graded
+
+
+def beyond(directory: Path, *tokens: str, **more: Any) -> Prompts:
+    """With words that were added to the tokenizer alone."""
+    size = Tokenizer(byte_level(directory)).size
+    path = directory / "tokenizer.json"
+    added = tokenizers.Tokenizer.from_file(str(path))
+    added.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
+    added.save(str(path))
+    config = directory / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | more))
+    return Prompts(Tokenizer(directory, rows=size), CHATML)
+
+
+@pytest.mark.parametrize("form", ["conversations", "texts"])
+def test_a_row_that_holds_a_token_without_a_row_in_the_embedding_is_refused_alone(tmp_path: Path, form: str) -> None:
+    """F14: named by its place, and left out where that was asked for. Caught: all that was tokenized with it refused."""
+    prompts = beyond(tmp_path / "t", "foo")
+    rows: list[Any] = [{"prompt": "q", "completion": said} for said in ("a", "a foo", "b")]
+    path = jsonl(tmp_path / "rows.jsonl", rows if form == "conversations" else [{"text": row["completion"]} for row in rows])
+    with pytest.raises(UserError, match="the token 'foo' has the id") as refused:
+        load(path, prompts)
+    assert refused.value.where == f"{path}:2:1" and "take the tokenizer that came with the model" in refused.value.hint
+    data = load(path, prompts, on_error="skip")
+    assert (data.counts.rows, data.counts.skipped, len(data.train)) == (3, 1, 2)
+    assert data.skipped[0].startswith(f"{path}:2:1: the token 'foo'")
+
+
+def test_an_end_token_without_a_row_in_the_embedding_is_refused(tmp_path: Path) -> None:
+    """Also where it is put behind an answer by us. Caught: it was appended unseen, and the embedding asked for its row."""
+    prompts = beyond(tmp_path / "t", "<end>", eos_token="<end>")
+    plain = Prompts(prompts.tokenizer, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    path = jsonl(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "a"}])
+    for file in (path, jsonl(tmp_path / "texts.jsonl", [{"text": "a"}])):
+        with pytest.raises(UserError, match="the token '<end>' has the id") as refused:
+            load(file, plain)
+        assert refused.value.where == f"{file}:1:1"
+    with pytest.raises(UserError, match="nothing to train on: all 1 row") as refused:
+        load(path, plain, on_error="skip")
+    assert "the token '<end>'" in refused.value.context[0]
+
+
+def test_of_a_long_text_nothing_is_learnt_from_the_piece_on_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one row, and skipped once."""
+    monkeypatch.setattr("litlora.data.rows.PIECE", 4)
+    prompts = beyond(tmp_path / "t", "foo")
+    (tmp_path / "texts").mkdir()
+    write(tmp_path / "texts" / "a.txt", "one\ntwo\na foo\nfour\nfoo\n")
+    write(tmp_path / "texts" / "b.txt", "five\nsix\n")
+    data = load(tmp_path / "texts", prompts, 4, on_error="skip")
+    assert (data.counts.rows, data.counts.skipped) == (2, 1)
+    said = "".join(prompts.tokenizer.decode(sample.targets.tolist()) for sample in data.train)
+    assert said == "ne\ntive\nsix\n"  # the whole sample before it; no text's first token is predicted
 
 
 def test_without_masking_every_token_is_graded(tmp_path: Path, prompts: Prompts) -> None:

@@ -1,11 +1,15 @@
 """litlora/commands/data.py: what rows hold and what is wrong with them, said before a model is trained."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from checkpoint_samples import make_base
 from conftest import shared_data
+from talkers import byte_tokenizer
 
 from litlora.__main__ import main
 
@@ -122,7 +126,7 @@ def test_validate_tries_the_models_template(tmp_path: Path, capsys: pytest.Captu
     base = shared_data("models/stories3m-llama")
     for file in base.iterdir():
         if file.is_file():
-            (model / file.name).symlink_to(file)
+            shutil.copyfile(file, model / file.name)
     template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     (model / "chat_template.jinja").write_text(template + "{{ m.content }}</s>{% endfor %}")
     said = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -130,6 +134,27 @@ def test_validate_tries_the_models_template(tmp_path: Path, capsys: pytest.Captu
     assert run("validate", path, capsys=capsys)[0] == 0
     code, out, _ = run("validate", path, "--checkpoint_dir", model, capsys=capsys)
     assert code == 1 and f"{path}:1:1: the chat template refused this conversation: no system here" in out and "2 rows, 1 refused" in out
+
+
+@pytest.mark.parametrize("form", ["conversations", "texts", "preferences"])
+def test_validate_names_each_row_whose_tokens_the_model_does_not_know(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """F14. Caught: the first of them ended the report; texts were not looked at; a preference was refused once for each of its answers."""
+    base = make_base(tmp_path / "base", vocab_size=259)
+    byte_tokenizer(base)
+    vocabulary = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+    vocabulary.add_tokens([tokenizers.AddedToken("foo", normalized=False)])
+    vocabulary.save(str(base / "tokenizer.json"))
+    rows: list[Any] = [{"prompt": said, "completion": "x"} for said in ("a", "a foo", "b", "foo")]
+    if form == "texts":
+        rows = [{"text": row["prompt"]} for row in rows]
+    if form == "preferences":
+        rows = [{"prompt": row["prompt"], "chosen": "x", "rejected": "y"} for row in rows]
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    code, out, _ = run("validate", path, "--checkpoint_dir", base, capsys=capsys)
+    assert code == 1 and out.splitlines()[-1].endswith("4 rows, 2 refused")
+    assert [line.partition(": the token 'foo' has the id 259")[0] for line in out.splitlines()[:-1]] == [f"{path}:2:1", f"{path}:4:1"]
 
 
 def test_rows_are_shown_and_tried_with_the_chosen_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

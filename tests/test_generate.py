@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 from checkpoint_samples import make_adapter
 from talkers import make_step, make_talker
 
@@ -170,6 +171,22 @@ def test_tools_that_the_template_does_not_show_are_not_left_out(run: Run, tmp_pa
     for more in ([], ["--system", "T"]):
         code, out, notes = run("--prompts", tmp_path / "rows.jsonl", *more)
         assert (code, out) == (2, "") and "the chat template does not show them" in notes
+
+
+def test_a_prompt_with_a_token_that_the_model_does_not_know_is_named(run: Run, tmp_path: Path) -> None:
+    """As rows of training are. Caught: the tokenizer's directory named, and not the line."""
+    base = make_talker(tmp_path / "base", ends=False)
+    config = json.loads((base / "config.json").read_text())
+    vocabulary = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+    vocabulary.add_tokens([f"<fill{n}>" for n in range(vocabulary.get_vocab_size(), config["vocab_size"])])
+    vocabulary.add_tokens([tokenizers.AddedToken("foo", normalized=False)])
+    vocabulary.save(str(base / "tokenizer.json"))
+    (tmp_path / "prompts.txt").write_text("short\na foo\n")
+    for more in ([], ["--raw"]):
+        code, out, notes = run("--prompts", tmp_path / "prompts.txt", *more, path=base)
+        assert (code, out) == (2, "") and f"{tmp_path / 'prompts.txt'}:2: the token 'foo' has the id {config['vocab_size']}" in notes
+    code, _, notes = run("--prompt", "foo", path=base)
+    assert code == 2 and "error: --prompt: the token 'foo'" in notes
 
 
 def test_a_prompt_that_does_not_fit_is_named_before_anything_is_answered(run: Run, tmp_path: Path) -> None:

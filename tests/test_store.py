@@ -75,8 +75,8 @@ def test_samples_on_disk_are_those_in_memory(tmp_path: Path, prompts: Prompts, k
 
 
 def test_what_changes_samples_finds_nothing(tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """D06: file, tokenizer, template, that for tools, length, mask, mapping, --rows.on_error, --rows.documents. Another name and other
-    neighbours do find it. Caught: each of these not looked at."""
+    """D06: file, tokenizer, the rows of its embedding, template, that for tools, length, mask, mapping, --rows.on_error,
+    --rows.documents. Another name and other neighbours do find it. Caught: each of these not looked at."""
     monkeypatch.setattr(store, "ENTRIES", 99)
     path = jsonl(tmp_path / "rows.jsonl", pairs(5))
     load(path, prompts)
@@ -94,6 +94,7 @@ def test_what_changes_samples_finds_nothing(tmp_path: Path, prompts: Prompts, mo
     for changed in (
         lambda: load_data([str(text)], prompts, rows=RowsOptions(documents="line"), max_seq_length=512),
         lambda: load(path, with_tools),
+        lambda: load(path, Prompts(Tokenizer(prompts.tokenizer.directory, rows=prompts.tokenizer.size - 1), CHATML)),
         lambda: load(path, other_template),
         lambda: load(path, other_tokenizer),
         lambda: load(path, prompts, 40),

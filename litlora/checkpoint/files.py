@@ -42,8 +42,9 @@ def model_files(base: Checkpoint, config: Config) -> dict[str, bytes]:
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer that goes with `checkpoint`: an adapter's own files, and what its base's config says of end ids and model type."""
-    return Tokenizer(checkpoint.tokenizer_dir(), checkpoint.base().path)
+    """The tokenizer that goes with `checkpoint`: an adapter's own files, and what its base's config says of it."""
+    base = checkpoint.base()
+    return Tokenizer(checkpoint.tokenizer_dir(), base.path, rows=base.config().vocab_size)
 
 
 def open_prompts(checkpoint: Checkpoint, chat_template: str | None = None) -> Prompts:

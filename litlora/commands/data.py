@@ -173,12 +173,17 @@ def validate(options: ValidateData) -> None:
 def validated(file: DataFile, options: ValidateData, prompts: Prompts | None) -> Report:
     report, mapping = Report(file.name), parse_mapping(options.rows.map)
     waiting: list[tuple[Row, list[Message]]] = []
+    spoilt = False  # what a long text begins with
     try:
         for row in rows_of(file, report.bad, options.rows.documents):
             report.rows += row.begins  # a long text comes in several pieces
             try:
                 report.format = report.format or format_of(row, mapping)
-                waiting += [(row, messages) for messages in conversations(read_row(row, mapping, report.format))]
+                value = read_row(row, mapping, report.format)
+                waiting += [(row, messages) for messages in conversations(value)]
+                spoilt = spoilt and not row.begins
+                if prompts is not None and isinstance(value, Text) and not spoilt:
+                    spoilt = not try_text(row, value, prompts, report)
             except UserError as error:
                 report.bad(error, counted=True)
             if prompts is None:
@@ -200,8 +205,16 @@ def conversations(value: list[Message] | Text | Pair | Verdict) -> list[list[Mes
 
 
 def try_template(waiting: Sequence[tuple[Row, list[Message]]], prompts: Prompts, report: Report) -> None:
-    """Refuses the rows whose messages the chat template cannot show."""
+    """Refuses the rows whose messages the chat template cannot show, or the model has no row of its embedding for."""
     made = prompts.batch_samples_ids([messages for _, messages in waiting])
-    for (row, _), result in zip(waiting, made, strict=True):
-        if isinstance(result, UserError):
-            report.bad(UserError(result.what, where=row.where), counted=True)
+    for place, results in groupby(zip(waiting, made, strict=True), lambda one: one[0][0].where):  # a preference is two conversations
+        if (refused := next((result for _, result in results if isinstance(result, UserError)), None)) is not None:
+            report.bad(UserError(refused.what, where=place), counted=True)
+
+
+def try_text(row: Row, text: Text, prompts: Prompts, report: Report) -> bool:
+    """Whether the model knows all of its tokens; else it is refused."""
+    (made,) = prompts.batch_text_sample_ids([text.text], [(text.begins, text.ends)])
+    if isinstance(made, UserError):
+        report.bad(UserError(made.what, where=row.where), counted=True)
+    return not isinstance(made, UserError)

@@ -98,10 +98,13 @@ class Question:
     raw: bool
 
     def prompt_ids(self, prompts: Prompts) -> list[int]:
-        if self.raw:
-            return prompts.text_ids(self.asked)
-        prompts.refuse_tools_unseen(self.messages)
-        return prompts.prompt_ids(self.messages)
+        try:
+            if self.raw:
+                return prompts.text_ids(self.asked)
+            prompts.refuse_tools_unseen(self.messages)
+            return prompts.prompt_ids(self.messages)
+        except UserError as error:
+            raise UserError(error.what, where=error.where or self.where, context=error.context, hint=error.hint) from error
 
 
 def read_questions(options: Generate) -> list[Question]:

@@ -101,9 +101,7 @@ def prepared(options: Pretrain, place: Path) -> Job:
 def vocabulary(options: Pretrain, place: Path) -> Tokenizer:
     """The tokenizer named by --tokenizer_dir; without one, a vocabulary learnt from the rows, kept so that resuming finds it."""
     if options.tokenizer_dir is not None:
-        given = Tokenizer(options.tokenizer_dir)
-        given.rows = given.size  # the new model's, whatever the model has that lies beside the vocabulary
-        return given
+        return Tokenizer(options.tokenizer_dir)
     if not names.has_vocabulary(place):
         if not is_first_process():
             raise UserError(

@@ -236,7 +236,7 @@ class _Maker:
         self.formats: dict[str, str] = {}
         self.skipped: list[str] = []
         self.placeholder = ""
-        self._left: SampleIds = ([], [])  # of a text that goes on in the next row
+        self._left: SampleIds | None = ([], [])  # of a text that goes on in the next row; None: it was refused
         self._hashes: list[object] = [prompts.tokenizer.hash, prompts.template, max_seq_length, mask_prompt, self.skip, self.mapping]
         self._hashes += [rows.documents] if rows.documents != "file" else []
         self._hashes += [for_tools] if (for_tools := prompts.tool_template) else []
@@ -273,7 +273,8 @@ class _Maker:
             return store(self._made(file), file.name)
         before, first = asdict(self.counts), self.placeholder
         skipped = len(self.skipped)
-        fixed = [FORMAT, __version__, self._fixed, digest, file.kind]
+        tokenizer = self.prompts.tokenizer
+        fixed = [FORMAT, __version__, self._fixed, digest, file.kind, min(tokenizer.rows, tokenizer.size)]
         key = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
         def make() -> Iterator[Made]:
@@ -340,12 +341,19 @@ class _Maker:
                 group = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
                 yield from ((sample, group) for ids in made for sample in self._fitted(row, ids))
 
-    def _pieces(self, row: Row, made: SampleIds) -> Iterator[Made]:
+    def _pieces(self, row: Row, made: SampleIds | UserError) -> Iterator[Made]:
         """A text in pieces of max_seq_length tokens; each token but the first is predicted once.
 
-        What is left of a text that goes on is kept for the next of its rows.
+        What is left of a text that goes on is kept for the next of its rows; of one that is refused nothing more is learnt.
         """
-        ids, graded = made if row.begins else (self._left[0] + made[0], self._left[1] + made[1])
+        left = ([], []) if row.begins else self._left
+        if left is None:
+            return
+        if isinstance(made, UserError):
+            self._left = None
+            self._bad(UserError(made.what, where=row.where, hint=made.hint))
+            return
+        ids, graded = left[0] + made[0], left[1] + made[1]
         step, start = self.max_seq_length, 0
         while start < max(len(ids) - 1, 1) and (row.ends or start + step + 1 <= len(ids)):
             for sample in self._fitted(row, (ids[start : start + step + 1], graded[start : start + step + 1])):

@@ -120,28 +120,43 @@ class Prompts:
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of the prompt, ready for an answer to follow; the same in training, generate and chat."""
         mark = self._mark_for(messages)
-        return self.tokenizer.encode_batch([self._render(messages, mark, ask=True)], special=True, mark=mark)[0]
+        ids = self.tokenizer.encode_batch([self._render(messages, mark, ask=True)], special=True, mark=mark)[0]
+        self.tokenizer.refuse_beyond(ids)
+        return ids
 
     def text_ids(self, text: str) -> list[int]:
         """A text to go on with: control strings in it are control tokens, and BOS stands before it once, where the model has one."""
         ids = self.tokenizer.encode(_whole(text), special=True)
-        return ids if ids[:1] == self._begin else [*self._begin, *ids]
+        ids = ids if ids[:1] == self._begin else [*self._begin, *ids]
+        self.tokenizer.refuse_beyond(ids)
+        return ids
 
-    def batch_text_sample_ids(self, texts: Sequence[str], borders: Sequence[tuple[bool, bool]] | None = None) -> list[SampleIds]:
-        """Plain texts to learn: BOS where the model has one, the text, EOS; all graded but the BOS.
+    def batch_text_sample_ids(
+        self, texts: Sequence[str], borders: Sequence[tuple[bool, bool]] | None = None
+    ) -> list[SampleIds | UserError]:
+        """Plain texts to learn: BOS where the model has one, the text, EOS; all graded but the BOS. A refusal stands in its place.
 
         `borders`: of each text, whether a document begins and whether it ends with it; BOS and EOS stand there alone.
         """
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
-        self.tokenizer.refuse_beyond(max(end, default=0))
-        samples = []
+        samples: list[SampleIds | UserError] = []
         encoded = self.tokenizer.encode_batch(texts, special=False)
         for text, ids, (begins, ends) in zip(texts, encoded, borders or [(True, True)] * len(texts), strict=True):
             before = self._begin if begins else []
             inner = ids if begins else self.tokenizer.encode_after(text, special=False)
             after = end if ends else []
-            samples.append(([*before, *inner, *after], [False] * len(before) + [True] * (len(inner) + len(after))))
+            made = [*before, *inner, *after], [False] * len(before) + [True] * (len(inner) + len(after))
+            samples.append(self._refused([made]) or made)
         return samples
+
+    def _refused(self, samples: Sequence[SampleIds]) -> UserError | None:
+        """What is wrong with one of the samples, the end tokens that were put to them included."""
+        try:
+            for ids, _ in samples:
+                self.tokenizer.refuse_beyond(ids)
+        except UserError as error:
+            return error
+        return None
 
     def sample_ids(self, messages: Messages) -> SampleIds:
         """Ids of a conversation up to the end of its last answer, and which are graded: each answer with its end token.
@@ -175,7 +190,8 @@ class Prompts:
             if isinstance(one, UserError):
                 results.append(one)
             else:
-                results.append([sample for _ in one for sample in next(encoded)])
+                samples = [sample for _ in one for sample in next(encoded)]
+                results.append(self._refused(samples) or samples)
         return results
 
     def _encode_drafts(self, drafts: "list[Draft]") -> Iterator[list[SampleIds]]:

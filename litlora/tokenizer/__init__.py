@@ -37,13 +37,14 @@ class Tokenizer:
     eos_id      the id that ends a text, or None
     eos_ids     every id that ends an answer: the tokenizer's, config.json's and generation_config.json's
     size        how many ids are known; a model may have more rows, and those are never sampled
+    rows        of the model's embedding; a tokenizer may know more ids, and no text may hold those
     """
 
-    def __init__(self, directory: str | Path, model_dir: str | Path | None = None) -> None:
+    def __init__(self, directory: str | Path, model_dir: str | Path | None = None, *, rows: int | None = None) -> None:
         """Reads `directory`; raises UserError where it has no vocabulary or a damaged one.
 
         `model_dir` is the whole model's directory, where it is another one: an adapter has a tokenizer and no config.json, and that
-        and generation_config.json name end ids too.
+        and generation_config.json name end ids too. `rows`: what its config says of them; None: one for each id.
         """
         self.directory = Path(directory)
         model_dir = self.directory if model_dir is None else Path(model_dir)
@@ -58,14 +59,13 @@ class Tokenizer:
         self._model_type = models[1].get("model_type")
         inside = models[1].get("text_config")  # of a model of text and images
         models += [inside] if isinstance(inside, dict) else []
-        rows = [count for config in models[:0:-1] if isinstance(count := config.get("vocab_size"), int)]
         self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         ends = [i for config in models for i in _as_ids(config.get("eos_token_id")) if i < self.size]
         named_end = self._id_of_named("eos_token")
         self.eos_id = named_end if named_end is not None else next(iter(ends), None)
         self.eos_ids = frozenset([*ends, *([] if self.eos_id is None else [self.eos_id])])
         self.adds_bos = self._begins_plain_text()
-        self.rows = rows[0] if rows else self.size  # of the model's embedding
+        self.rows = self.size if rows is None else rows
         self._prepare_control()
 
     # ---- reading the directory ---------------------------------------------------------------------------------------
@@ -251,18 +251,14 @@ class Tokenizer:
             prepared.append(self._prefix + text if text and not text.startswith("\ufdd0") else text)
             found.append(controls)
         encodings = self._tokenizer.encode_batch_fast(prepared, add_special_tokens=False)
-        result = [self._exchange(encoding.ids, controls) for encoding, controls in zip(encodings, found, strict=True)]
-        if self.size > self.rows:  # Gemma 3 has a token for images beyond its rows, which no text should hold
-            self.refuse_beyond(max((max(ids, default=0) for ids in result), default=0))
-        return result
+        return [self._exchange(encoding.ids, controls) for encoding, controls in zip(encodings, found, strict=True)]
 
-    def refuse_beyond(self, number: int) -> None:
-        """UserError where the model has no row for an id: a token that was added to the tokenizer alone."""
-        if number >= self.rows:
+    def refuse_beyond(self, ids: Sequence[int]) -> None:
+        """UserError where the model has no row for one of the ids: a token that was added to the tokenizer alone."""
+        if self.size > self.rows and (number := max(ids, default=0)) >= self.rows:  # Gemma 3 has such a token, for images
             raise UserError(
                 f"the token {self.token_of(number)!r} has the id {number}, and the model's embedding {self.rows} rows: "
                 "it was added to the tokenizer alone",
-                where=self.directory,
                 hint="take the tokenizer that came with the model, or one whose tokens the model has rows for",
             )
 

@@ -123,5 +123,5 @@ def probe_ids(adapter: Checkpoint, merged: Checkpoint) -> list[list[int]]:
     from litlora.checkpoint.files import open_tokenizer
 
     tokenizer = open_tokenizer(adapter)
-    rows = [tokenizer.encode(text, special=False)[:context] for text in PROBES]
+    rows = [[i for i in tokenizer.encode(text, special=False) if i < config.vocab_size][:context] for text in PROBES]
     return [ids for ids in rows if ids]
