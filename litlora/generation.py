@@ -414,8 +414,8 @@ class Sampler:
 
     def draw(self, logits: Tensor) -> Tensor:  # (vocabulary,) -> ()
         """By inverting the cumulative distribution at one uniform number: neither order nor device changes what is drawn."""
-        options = self.options
-        logits = logits.float()
+        options, device = self.options, logits.device
+        logits = logits.float() if device.type != "mps" else logits.float().cpu()  # Apple's GPUs have no fp64
         probabilities = (logits / max(options.temperature, 1e-20)).softmax(0)  # fp32 has no room for less
         ids: Tensor | None = None  # None: probabilities[i] belongs to token i
         if options.top_k:
@@ -430,7 +430,7 @@ class Sampler:
         uniform = float(torch.rand((), dtype=torch.float64, generator=self.generator))  # [0, 1)
         place = torch.searchsorted(heights, uniform * heights[-1:], right=True)  # (1,): the first whose height is above it
         place = place.minimum(torch.searchsorted(heights, heights[-1:]))  # rounding must not lead past the last possible token
-        return (place if ids is None else ids.gather(0, place))[0]
+        return (place if ids is None else ids.gather(0, place))[0].to(device)
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:  # (n,) -> (m,), (m,)

@@ -95,6 +95,7 @@ class EvalOptions:
     data: str | None = option(None, "validate on this file instead of held-out rows")
 
 
+Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 RUN_OR_DEMO = "the run in out, else the demo base"
 TEMPLATE = "a .jinja file, or a name: one of the tokenizer's own templates, or alpaca"
 LAYERS = "0-based numbers, ranges (4-7), last:N or first:N"
@@ -212,6 +213,7 @@ class SamplingOptions:
 class ComputeOptions:
     """Shared by every command that computes with torch; inherited, so that they stand at the top level."""
 
+    accelerator: Accelerator = option("auto", "where to compute (auto: a GPU that torch's cuda finds, else the CPU)")
     precision: Literal["auto", "fp32", "bf16"] = option(
         "auto", "dtype of the frozen weights and the arithmetic (auto: fp32 on a CPU, bf16 on a GPU that has it)"
     )
@@ -240,7 +242,6 @@ class FitOptions(ComputeOptions):
     seed: int = option(1234, "of order, split, initialisation and dropout")
     devices: int = option(1, "processes on this machine", least=1)
     num_nodes: int = option(1, "machines", least=1)
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute")
     strategy: Literal["auto", "ddp"] = option("auto", "how several processes share the work: Fabric's strategy")
     dry_run: bool = option(False, "show what would be done, with rendered samples; write nothing")
     train: TrainOptions = group(TrainOptions, "training")
@@ -482,6 +483,7 @@ class Verify:
     checkpoint_dir: str | None = option(None, "a step, a run (all its steps), a merged model, an adapter or a base", unset=RUN_OR_DEMO)
     base_dir: str | None = option(None, "where a step's base is now, if it moved")
     level: Literal["quick", "full"] = option("full", "of a merged model: every number (quick), and logits on probe texts (full)")
+    accelerator: Accelerator = option("cpu", "where logits and losses are computed, in fp32")
     data: list[str] = option([], "also compare losses on these rows: demo, a file or a directory; repeatable")
     rows: RowsOptions = group(RowsOptions, "rows of your data")
     max_samples: int | None = option(None, "at most so many rows", least=1)

@@ -405,12 +405,29 @@ def test_every_group_and_command_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.mark.parametrize(
+    "command",
+    ["finetune lora", "pretrain --data demo", "estimate lora", "generate demo --prompt x", "chat demo", "evaluate demo", "verify demo"],
+)
 def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
-    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 2 is for what was refused before work began."""
+    """Exit code 2 is for what was refused before work began. Caught: commands that answer or measure had no such option, and where a GPU
+    was found no way around it."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    assert main(["finetune", "lora", "--accelerator", device, "--out_dir", str(tmp_path / "out")]) == 2
-    assert f"--accelerator {device}: " in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert main([*command.split(), "--accelerator", device]) == 2
+    out, err = capsys.readouterr()
+    assert f"--accelerator {device}: torch" in err and "--accelerator auto takes what is there" in err
+    assert not out and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command", ["generate demo --prompt x --max_new_tokens 3", "evaluate demo --max_samples 1", "verify demo --data demo"]
+)
+def test_a_gpu_that_is_there_can_be_left_alone(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A GPU without room, or one that another process has: --accelerator cpu answers and measures beside it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert main([*command.split(), "--accelerator", "cpu", *(["--max_samples", "1"] if "verify" in command else [])]) == 0
+    assert capsys.readouterr().out

@@ -11,8 +11,9 @@ from litlora.commands.finetune import planned
 from litlora.console import duration, print_table, put, say
 from litlora.errors import UserError
 from litlora.options import Finetune
+from litlora.precision import device_of
 from litlora.train.estimate import FABRIC, memory_of, seconds_of_step
-from litlora.train.run import device_of, free_bytes, gigabytes, load_of, plan_of
+from litlora.train.run import free_bytes, gigabytes, load_of, plan_of
 
 
 def estimate(options: Finetune) -> None:
@@ -23,7 +24,7 @@ def estimate(options: Finetune) -> None:
         work.base.shards()
     except UserError as error:
         say(f"estimated from {names.CONFIG} alone: {error}")
-    device = device_of(options)
+    device = device_of(options.accelerator)
     load = load_of(job, device)
     load = replace(load, program=load.program + FABRIC)
     steps = plan_of(job).steps

@@ -252,14 +252,14 @@ def open_model(
     import torch
 
     from litlora.checkpoint.weights import for_answers, load_model, quantize_meant
-    from litlora.precision import choose_dtype
+    from litlora.precision import choose_dtype, device_of
 
     meant = quantize_meant(quantize, [adapter for adapter, _ in on])
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(options.accelerator)
     dtype = choose_dtype(options.precision, device)
-    as_stored = answers and for_answers(quantize, dtype, device)
+    as_stored = answers and for_answers(quantize, dtype, device.type)
     model = load_model(checkpoint, dtype=dtype, adapters=added, device=device, quantize=meant, as_stored=as_stored)
     return Opened(checkpoint, on, model.eval(), prompts, chat_template, meant)
 

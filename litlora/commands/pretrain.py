@@ -25,6 +25,7 @@ from litlora.families import config_to_hf
 from litlora.methods import refuse_part, tuning_of
 from litlora.model import GPT, init_weights
 from litlora.options import FullOptions, ModelOptions, Pretrain
+from litlora.precision import device_of
 from litlora.prompts import Prompts, chosen_template
 from litlora.safetensors_file import write_safetensors
 from litlora.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ def pretrain(options: Pretrain) -> None:
             refuse_odd_shapes(options)
             options = replace(options, train=replace(options.train, lr=RATE if options.train.lr is None else options.train.lr))
         check_template(options)
+        device_of(options.accelerator)  # refused before a vocabulary is learnt
         check_run(options, [resolve(options.checkpoint_dir).path] if options.checkpoint_dir is not None else [])
         if options.dry_run:
             with TemporaryDirectory() as scratch:

@@ -37,6 +37,10 @@ class Finding:
 
 def verify(options: Verify) -> None:
     """Look at everything again, byte for byte, and print what was found. WorkError (exit code 1) where anything failed."""
+    if options.accelerator != "cpu":  # asked for, so that it is refused before anything is looked at
+        from litlora.precision import device_of
+
+        device_of(options.accelerator)
     path = Path(options.checkpoint_dir or run_or_demo())
     found = []
     for finding in findings(path, options):
@@ -114,7 +118,7 @@ def of_model(model: Checkpoint, options: Verify) -> Iterator[Finding]:
     if (model.path / names.EXTEND_REPORT).exists():
         yield from of_extended(model)
     if (model.path / names.EXPAND_REPORT).exists():
-        yield from of_expanded(model, options.level)
+        yield from of_expanded(model, options)
     elif model.config().llama_pro_layers:
         yield inserted_blocks(model)
     yield from of_loss([model], options)
@@ -130,7 +134,7 @@ def inserted_blocks(model: Checkpoint) -> Finding:
     return Finding(str(model.path), f"its {len(new)} inserted layers", figures={"inserted": list(new), "trained": heard}, told=(said,))
 
 
-def of_expanded(model: Checkpoint, level: str) -> Iterator[Finding]:
+def of_expanded(model: Checkpoint, options: Verify) -> Iterator[Finding]:
     """A deeper base as `expand` wrote it: it must still compute what the base does that it was made from."""
     from litlora.verify.files import reread
     from litlora.verify.logits import same_logits
@@ -145,8 +149,8 @@ def of_expanded(model: Checkpoint, level: str) -> Iterator[Finding]:
         return
     what = f"all but its new layers is its base's, byte for byte, and those are silent copies: {base.path}"
     yield checked(model, what, lambda one: compare_expanded(base, one, report["positions"]))
-    if level == "full":
-        yield checked(model, "logits equal to its base's, to the last bit", lambda one: same_logits(base, one))
+    if options.level == "full":
+        yield checked(model, "logits equal to its base's, to the last bit", lambda one: same_logits(base, one, options.accelerator))
 
 
 def base_of_report(record: dict[str, Any]) -> tuple[Checkpoint | None, str]:
@@ -225,7 +229,7 @@ def of_merged(merged: Checkpoint, options: Verify) -> Iterator[Finding]:
         return
     yield of_weights(adapter, merged)
     if options.level == "full":
-        yield of_logits(adapter, merged)
+        yield of_logits(adapter, merged, options.accelerator)
     yield from of_loss([adapter.base(), adapter, merged], options)
 
 
@@ -264,11 +268,11 @@ def of_weights(adapter: Checkpoint, merged: Checkpoint) -> Finding:
     return Finding(str(merged.path), f"{proof.tensors} tensors against base + adapter", faults, figures=figures, told=(*told, proof.size))
 
 
-def of_logits(adapter: Checkpoint, merged: Checkpoint) -> Finding:
+def of_logits(adapter: Checkpoint, merged: Checkpoint, accelerator: str) -> Finding:
     from litlora.verify.logits import compare_logits
 
     try:
-        proof = compare_logits(adapter, merged)
+        proof = compare_logits(adapter, merged, accelerator)
     except Refusal as error:
         return Finding(str(merged.path), "logits against the unmerged adapter", (str(error),))
     figures = "differ by at most {largest_difference:.2g} of {largest_logit:.3g} (bound {bound:.2g}), KL {kl:.1g} (bound {kl_bound:.0e})"
@@ -290,7 +294,7 @@ def of_loss(checkpoints: Sequence[Checkpoint], options: Verify) -> Iterator[Find
     if len(checkpoints) == 1 and not last.is_model:
         checkpoints = [last.base(), last]
     samples = samples_of(checkpoints[-2] if len(checkpoints) == 3 else last, options)
-    found = losses(checkpoints, samples)
+    found = losses(checkpoints, samples, options.accelerator)
     words = {1: ("",), 2: ("base ", "adapter "), 3: ("base ", "adapter ", "merged ")}[len(checkpoints)]
     told = ", ".join(f"{word}{loss:.5f}" for word, loss in zip(words, found, strict=True))
     figures: dict[str, Any] = {"samples": len(samples)} | {word.strip() or "loss": loss for word, loss in zip(words, found, strict=True)}

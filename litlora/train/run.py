@@ -33,7 +33,7 @@ from litlora.methods.tuning import Tuning
 from litlora.model import GPT
 from litlora.options import FitOptions
 from litlora.parsing import to_yaml
-from litlora.precision import choose_dtype
+from litlora.precision import choose_dtype, device_of
 from litlora.prompts import Prompts
 from litlora.train.allocator import keep_freed_memory
 from litlora.train.before import is_first_process, states_kept, steps_kept
@@ -241,7 +241,7 @@ def what_may_not_change(job: Job) -> dict[str, Any]:
         "training rows": rows_hash(job.data.train),
         "seed": options.seed,
         "train.global_batch_size": options.train.global_batch_size,
-        "train.micro_batch_tokens": micro_batch_tokens(options.train, device_of(options)),
+        "train.micro_batch_tokens": micro_batch_tokens(options.train, device_of(options.accelerator)),
         "train.packing": options.train.packing,
         "train.share_prefix": options.train.share_prefix,
         "precision": options.precision,
@@ -254,7 +254,7 @@ def may_change(options: FitOptions) -> dict[str, Any]:
     length, rate = ("max_steps", "epochs", "patience"), ("lr", "lr_schedule", "lr_warmup_steps")
     kept = (*length, *rate, "weight_decay", "beta1", "beta2", "max_norm", "save_interval")
     changeable = {f"train.{name}": getattr(options.train, name) for name in kept} | {"eval.interval": options.eval.interval}
-    if device_of(options).type == "cpu":  # where they decide on last digits
+    if device_of(options.accelerator).type == "cpu":  # where they decide on last digits
         changeable["threads"] = options.threads or torch.get_num_threads()
     return changeable
 
@@ -416,15 +416,6 @@ def gigabytes(size: int) -> str:
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 
-def device_of(options: FitOptions) -> torch.device:
-    """Where a run computes, before Fabric is there to be asked. UserError where this machine, or this torch, has no such device."""
-    there = torch.backends.mps.is_available() if options.accelerator == "mps" else torch.cuda.is_available()
-    if options.accelerator in ("cuda", "mps") and not there:
-        hint = "--accelerator auto takes what is there"
-        raise UserError(f"--accelerator {options.accelerator}: torch {torch.__version__} finds no such device here", hint=hint)
-    return torch.device("cuda" if torch.cuda.is_available() and options.accelerator in ("auto", "cuda") else "cpu")
-
-
 def launch(options: FitOptions) -> Any:
     """Fabric on the devices that were asked for, its processes started. Imported here: only training needs it."""
     import_whole("lightning_fabric")
@@ -434,7 +425,7 @@ def launch(options: FitOptions) -> Any:
     if options.threads:
         torch.set_num_threads(options.threads)
     fabric = Fabric(
-        accelerator=options.accelerator if options.accelerator != "auto" else device_of(options).type,  # Fabric's own auto is another
+        accelerator=device_of(options.accelerator).type,  # Fabric's own auto is another
         devices=options.devices,
         num_nodes=options.num_nodes,
         strategy=options.strategy,
@@ -467,7 +458,7 @@ def header(job: Job, plan: Plan, resumed: Checkpoint | None) -> list[tuple[str, 
 
 def compute_text(options: FitOptions, dtype: torch.dtype | None = None) -> str:
     """Where and in which dtype (None: what --precision means) it is computed."""
-    device = device_of(options).type
+    device = device_of(options.accelerator).type
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype or choose_dtype(options.precision, device)]
     threads = options.threads or torch.get_num_threads()
     return f"{device}, {name}, {threads} thread{'s' * (threads > 1)}" if device == "cpu" else f"{device}, {name}"

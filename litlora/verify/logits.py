@@ -31,29 +31,34 @@ PROBES = (  # texts of several kinds; the ids that come of them are cut to the m
 
 
 def logits_of(
-    checkpoint: Checkpoint, probes: Sequence[Sequence[int]], watched: "Callable[[GPT], AbstractContextManager[object]]" = nullcontext
+    checkpoint: Checkpoint,
+    probes: Sequence[Sequence[int]],
+    watched: "Callable[[GPT], AbstractContextManager[object]]" = nullcontext,
+    accelerator: str = "cpu",
 ) -> "torch.Tensor":  # (T, V), of all probes
     """What it computes, in fp32; it is in memory only meanwhile. `watched`: what its routers are asked under."""
     import torch
 
     from litlora.checkpoint.weights import load_model
+    from litlora.precision import device_of
 
+    device = device_of(accelerator)
     with torch.inference_mode():
-        model = load_model(checkpoint, dtype=torch.float32).eval()
+        model = load_model(checkpoint, dtype=torch.float32, device=device).eval()
         with watched(model):
-            return torch.cat([model(torch.tensor([ids]))[0].double() for ids in probes])
+            return torch.cat([model(torch.tensor([ids], device=device))[0].cpu().double() for ids in probes])
 
 
-def compare_logits(adapter: Checkpoint, merged: Checkpoint) -> dict[str, Any]:
+def compare_logits(adapter: Checkpoint, merged: Checkpoint, accelerator: str = "cpu") -> dict[str, Any]:
     """The merged model against the base with what was trained on it, both computed in fp32, through the same experts where it has some.
     WorkError where they differ beyond the dtype's bound."""
     from litlora.verify.routing import Routing
 
     probes, routing = probe_ids(adapter, merged), Routing()
     hint = "use the adapter unmerged, and report this"
-    expected = logits_of(adapter, probes, routing.recorded)
+    expected = logits_of(adapter, probes, routing.recorded, accelerator)
     try:
-        found = logits_of(merged, probes, routing.followed)
+        found = logits_of(merged, probes, routing.followed, accelerator)
     except WorkError as error:
         raise WorkError(f"the merged model computes something else: {error.what}", where=adapter.path, hint=hint) from error
     largest = float(expected.abs().max())
@@ -78,10 +83,11 @@ def compare_logits(adapter: Checkpoint, merged: Checkpoint) -> dict[str, Any]:
     }
 
 
-def same_logits(base: Checkpoint, expanded: Checkpoint) -> list[str]:
+def same_logits(base: Checkpoint, expanded: Checkpoint, accelerator: str) -> list[str]:
     """A line where a deeper model does not compute what its base does, to the last bit."""
     probes = probe_ids(base, expanded)
-    apart = float((logits_of(base, probes) - logits_of(expanded, probes)).abs().max())
+    found = [logits_of(model, probes, accelerator=accelerator) for model in (base, expanded)]
+    apart = float((found[0] - found[1]).abs().max())
     return [] if apart == 0 else [f"its logits are {apart:.3g} away from those of {base.path}"]
 
 
@@ -94,16 +100,17 @@ def rounded_to(model: Checkpoint) -> str:
         return file.tensors[head].dtype if file.tensors[head].dtype in BOUNDS else "BF16"
 
 
-def losses(checkpoints: Sequence[Checkpoint], samples: "Sequence[Sample]") -> list[float]:
+def losses(checkpoints: Sequence[Checkpoint], samples: "Sequence[Sample]", accelerator: str) -> list[float]:
     """The mean loss of each on the samples, in nats per graded token, computed in fp32; one model in memory at a time."""
     import torch
 
     from litlora.checkpoint.weights import load_model
+    from litlora.precision import device_of
     from litlora.train.loss import loss_of_samples
 
     found = []
     for checkpoint in checkpoints:
-        model = load_model(checkpoint, dtype=torch.float32)
+        model = load_model(checkpoint, dtype=torch.float32, device=device_of(accelerator))
         total, graded = loss_of_samples(model, samples)
         found.append(total / graded)
     return found
