@@ -155,10 +155,12 @@ def test_rows_as_for_training_are_prompts_up_to_their_last_answer(base: Path, ru
         ("columns.jsonl", '{"instruction": "x", "input": "", "output": "", "text": "whole"}'),
         ("table.csv", 'prompt,id\r\n"x",7\r\n'),
         ("table.tsv", "instruction\toutput\nx\t\n"),
+        ("messages.csv", 'messages,id\n"[{""role"": ""user"", ""content"": ""x""}]",7\n'),
+        ("both.csv", 'conversations\n"[{""from"": ""human"", ""value"": ""x""}, {""from"": ""gpt"", ""value"": """"}]"\n'),
     ],
 )
 def test_rows_that_only_ask_are_prompts_in_each_format(name: str, content: str, base: Path, run: Run, tmp_path: Path) -> None:
-    """Caught: a table's first line answered as a prompt; rows refused for the answer that they ask for."""
+    """Caught: a table's first line answered as a prompt; rows refused for the answer that they ask for, also as JSON in a column."""
     (tmp_path / name).write_text(content)
     code, out, notes = run("--prompts", tmp_path / name)
     assert (code, out) == (0, answer(base, "x") + "\n"), notes
@@ -205,6 +207,7 @@ def test_a_prompt_that_does_not_fit_is_named_before_anything_is_answered(run: Ru
         ("empty.jsonl", b"", "the file is empty"),
         ("bad.jsonl", b'{"prompt": \n', "bad.jsonl:1"),
         ("bad.txt", b"\xff", "not UTF-8"),
+        ("bad.csv", b'messages\n"[{""role"": }]"\n', "bad.csv:2:1: 'messages' is not valid JSON"),
         ("answer.jsonl", b'{"messages": [{"role": "assistant", "content": "x"}]}', "answer.jsonl:1"),
         (".", b"", "cannot be read"),
         ("missing.txt", None, "cannot be read"),

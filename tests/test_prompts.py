@@ -294,6 +294,30 @@ def test_what_was_thought_before_an_answer_is_learnt_with_it(models: Any) -> Non
         prompts.sample_ids([messages[0], answer("<think>Six</think> sevens.</think>42.")])
 
 
+CUTS = (
+    "{% for m in messages %}{% set said = m.content %}{% if m.role == 'assistant' %}{% set said = said.split('</think>')[-1] %}{% endif %}"
+    "<|{{ m.role }}|>{{ said }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)  # in the manner of R1's
+
+
+def test_what_is_said_of_a_thought_that_is_not_shown_can_be_done(models: Any, tmp_path: Path) -> None:
+    """Caught: `write it into the answer`, of a thought that stood there, and of a template that cuts it off."""
+    written, beside = answer("<think>\nSix sevens.\n</think>\n\n42."), answer("42.", reasoning_content="Six sevens.")
+    cuts = Prompts(Tokenizer(byte_level(tmp_path)), CUTS)
+    llama = models("llama-3")[1]
+    for prompts, said, hint in (
+        (cuts, written, "or take it out of the row"),
+        (cuts, beside, "or take it out of the row"),
+        (llama, beside, "or write it into the answer"),
+    ):
+        with pytest.raises(UserError, match="does not show the reasoning") as refused:
+            prompts.sample_ids([user("6 times 7?"), said])
+        assert hint in refused.value.hint and refused.value.hint.startswith("--chat_template takes")
+    assert graded_text(cuts, cuts.sample_ids([user("6 times 7?"), answer("42.")])) == "42.</s>"
+    assert "<think>\nSix sevens." in graded_text(llama, llama.sample_ids([user("6 times 7?"), written]))
+
+
 @pytest.mark.parametrize("said", ["a", "final", "end", "return", "Six sevens", "seven"])
 @pytest.mark.parametrize("thought", ["Six sevens, a final end.", ""])
 def test_an_answer_ends_at_its_own_end_whatever_its_words(said: str, thought: str, tmp_path: Path) -> None:

@@ -620,6 +620,12 @@ def test_what_stands_beside_a_question_is_asked_with_it(prompts: Prompts) -> Non
     assert to_messages(Row({**row, "context": ["ab", "out"]}, "rows.jsonl:1:1"))[1]["content"] == "q\n\nab\n\nout"
     with pytest.raises(UserError, match="'context' has a part that is no text"):
         to_messages(Row({**row, "context": [1]}, "rows.jsonl:1:1"))
+    passages = {"title": ["t"], "sentences": [["s"]]}  # HotpotQA's
+    for form in ({**row, "context": passages}, {"instruction": "q", "input": passages, "output": "a"}):
+        with pytest.raises(UserError, match="is an object, not text") as refused:  # caught: nothing said of what to do
+            to_messages(Row(form, "rows.jsonl:1:1"))
+        assert "make it a text or a list of texts; or give the field another name" in refused.value.hint
+    assert to_messages(Row({**row, "context": None, "passages": passages}, "rows.jsonl:1:1"))[1]["content"] == "q"
     own = [{"role": "system", "content": "own"}, *ASKED]
     assert to_messages(Row({"messages": own, "system_prompt": "S"}, "rows.jsonl:1:1")) == own, "a second system message"
     asks = {"prompt": ASKED[:1], "completion": ASKED[1:], "context": "about"}

@@ -6,6 +6,7 @@
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,12 +155,14 @@ def questions_of(path: Path, options: Generate) -> Iterator[Question]:
 
 def with_some_answer(row: Any) -> Any:
     """A row that asks without an answer, with one, so that it is read like those for training."""
-    from litlora.data.formats import ANSWERS, FORMATS, ROLES
+    from litlora.data.formats import ANSWERS, FORMATS, ROLES, parsed
 
     if not isinstance(row, dict):
         return row
     for key in (*FORMATS["messages"].needs["messages"], *FORMATS["sharegpt"].needs["conversations"]):
         listed = row.get(key)
+        with suppress(UserError):  # what is no JSON is refused by its place, later
+            listed = parsed(listed, key)  # in a table it is text
         if isinstance(listed, list) and listed and isinstance(last := listed[-1], dict):
             role, said = ("from", "value") if "from" in last and "role" not in last else ("role", "content")
             answers = ROLES.get(str(last.get(role))) == "assistant"

@@ -141,7 +141,7 @@ def _conversation(value: Mapping[str, Any], names: Mapping[str, str]) -> list[Me
 def _alpaca(value: Mapping[str, Any], names: Mapping[str, str]) -> list[Message]:
     asked = _asked(value, names["instruction"])
     messages = []
-    for pair in _parsed(value.get("history") or [], "'history'"):
+    for pair in parsed(value.get("history") or [], "'history'"):
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
             raise UserError("history is not a list of [question, answer]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -171,7 +171,13 @@ def _asked(value: Mapping[str, Any], key: str) -> str:
 def _about(value: Mapping[str, Any], name: str) -> str:
     """Text, or several passages of it."""
     found = value[name]
-    return "\n\n".join(found) if isinstance(found, list) and all(isinstance(part, str) for part in found) else _text(value, name)
+    if isinstance(found, list) and all(isinstance(part, str) for part in found):
+        return "\n\n".join(found)
+    try:
+        return _text(value, name)
+    except UserError as error:  # HotpotQA's, say, is an object of titles and sentences
+        hint = "make it a text or a list of texts; or give the field another name, and it is not read"
+        raise UserError(error.what, hint=hint) from error
 
 
 def _plain(value: Mapping[str, Any], names: Mapping[str, str]) -> Text:
@@ -264,7 +270,7 @@ def _names(value: Any, form: str) -> dict[str, str]:
 
 
 def _message_list(listed: Any, key: str) -> list[Message]:
-    listed = _parsed(listed, f"'{key}'")
+    listed = parsed(listed, f"'{key}'")
     if not isinstance(listed, list) or not listed:
         raise UserError(f"'{key}' is {'an empty list' if listed == [] else _kind(listed)}, not a list of messages")
     by_value = isinstance(listed[0], Mapping) and "from" in listed[0] and "role" not in listed[0]
@@ -280,7 +286,7 @@ def _message(entry: Any, place: str, role_key: str, content_key: str) -> Message
         raise UserError(f"{place} has {role_key} {entry[role_key]!r}; known are {', '.join(sorted(ROLES))}")
     content, calls = entry.get(content_key), entry.get("tool_calls")
     if entry[role_key] == "function_call":  # ShareGPT with tools: the call is the text
-        content, calls = None, [_parsed(content, f"'{content_key}' of {place}")]
+        content, calls = None, [parsed(content, f"'{content_key}' of {place}")]
     message: Message = {"role": role}
     if role == "assistant" and calls:
         message["content"] = None if content is None else _content(content, f"'{content_key}' of {place}")
@@ -306,7 +312,7 @@ def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise UserError(f"a tool call of {place} has no name", hint='{"function": {"name": "...", "arguments": {...}}}')
-        arguments = _parsed(function.get("arguments") or {}, f"the arguments of a tool call of {place}")
+        arguments = parsed(function.get("arguments") or {}, f"the arguments of a tool call of {place}")
         if not isinstance(arguments, Mapping):
             raise UserError(f"the arguments of a tool call of {place} are {_kind(arguments)}, not an object")
         named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
@@ -315,14 +321,14 @@ def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
 
 
 def _tools(tools: Any) -> list[Any]:
-    listed = _parsed(tools, "'tools'")
+    listed = parsed(tools, "'tools'")
     if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in listed):
         raise UserError(f"'tools' is {_kind(listed)}, not a list of objects")
     # As OpenAI and transformers write them; ShareGPT rows have the functions alone.
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in listed]
 
 
-def _parsed(value: Any, place: str) -> Any:
+def parsed(value: Any, place: str) -> Any:
     """The value; where it is the text of an object or a list (in a column of a table, say), what that text says."""
     if not (isinstance(value, str) and value.lstrip()[:1] in ("[", "{")):
         return value

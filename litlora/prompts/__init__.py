@@ -271,11 +271,14 @@ class Prompts:
         if calls and not all(call["function"]["name"] in full[len(prompt) :] for call in messages[-1]["tool_calls"]):
             raise UserError("the chat template does not show the tool call of an answer", hint="take a base whose template knows tools")
         thought = self.tokenizer.shield(next((messages[-1][key] for key in THOUGHT if key in messages[-1]), ""), mark, answer=True)
-        if not thought and THINK_END in content and content not in full[len(prompt) :]:  # Qwen 3's sets other line breaks between the two
+        written = not thought and THINK_END in content
+        if written and content not in full[len(prompt) :]:  # Qwen 3's sets other line breaks between the two
             thought, _, content = (part.strip() for part in content.rpartition(THINK_END))
             thought = thought.removeprefix(THINK_BEGIN)
         if thought.strip() not in full[len(prompt) :]:
             hint = "--chat_template takes another; or write it into the answer, as the base itself would"
+            if written or self._cuts_thoughts:
+                hint = "--chat_template takes one that shows it; or take it out of the row, and the answer alone is learnt"
             raise UserError("the chat template does not show the reasoning of an answer", hint=hint)
         endings = list(self.tokenizer.specials_in(full, len(prompt)))
         begins = [len(prompt), *(ending.end() for ending in endings)]
@@ -325,6 +328,15 @@ class Prompts:
         after = answered.partition("replied")[2]
         always = asked.endswith(after) and wanted.endswith(after)
         return after if always and not going_on.partition("replied")[2].startswith(after) else ""
+
+    @cached_property
+    def _cuts_thoughts(self) -> bool:
+        """Whether the template leaves out a thought that is written into an answer, as R1's does."""
+        answer = {"role": "assistant", "content": f"{THINK_BEGIN}\nthought\n{THINK_END}\n\nreplied"}
+        try:
+            return "thought" not in self._render([{"role": "user", "content": "question"}, answer], "", ask=False)
+        except UserError:  # it wants something else in a conversation
+            return True
 
     @cached_property
     def _frame(self) -> tuple[str | None, str]:
