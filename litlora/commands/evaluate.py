@@ -100,10 +100,14 @@ def figures(opened: Opened, samples: Sequence[Sample], options: Evaluate, what: 
     if characters:
         found |= {"characters": characters, "nats_per_character": total / characters}
     if options.exact_match:
+        from litlora.generation import channels_of, text_of
+
         asked = [(sample, split) for sample in samples if (split := last_answer(sample)) is not None]
         if asked:
             answers = answered(opened, [prompt for _, (prompt, _) in asked], options, what)
-            answers_of_rows = [opened.prompts.tokenizer.decode(wanted) for _, (_, wanted) in asked]
+            prompts = opened.prompts
+            how = prompts.tokenizer, prompts.stop_ids, channels_of(prompts)
+            answers_of_rows = [text_of(wanted, *how) for _, (_, wanted) in asked]
             right = sum(is_exact(answer, text) for answer, text in zip(answers, answers_of_rows, strict=True))
             found |= {"asked": len(asked), "exact_match": right / len(asked)}
     return found
@@ -111,11 +115,12 @@ def figures(opened: Opened, samples: Sequence[Sample], options: Evaluate, what: 
 
 def answered(opened: Opened, prompts: Sequence[list[int]], options: Evaluate, what: str) -> "list[Answer]":
     """Greedy answers to all prompts, as `litlora generate` gives them."""
-    from litlora.generation import generate_batch
+    from litlora.generation import channels_of, generate_batch
 
     sampling = SamplingOptions(max_new_tokens=options.max_new_tokens, temperature=0.0)
     with console.Progress(len(prompts), f"answers of the {what}") as progress:
-        return generate_batch(opened.model, opened.prompts.tokenizer, opened.prompts.stop_ids, prompts, sampling, done=progress.update)
+        how: dict[str, Any] = {"channels": channels_of(opened.prompts), "done": progress.update}
+        return generate_batch(opened.model, opened.prompts.tokenizer, opened.prompts.stop_ids, prompts, sampling, **how)
 
 
 def last_answer(sample: Sample) -> tuple[list[int], list[int]] | None:

@@ -23,7 +23,7 @@ from litlora.parsing import check_ranges
 from litlora.prompts import Prompts
 
 if TYPE_CHECKING:  # torch takes two seconds: what can be refused is refused first
-    from litlora.generation import Answer
+    from litlora.generation import Answer, Conversation
     from litlora.model import GPT
 
 AT_ONCE = 32  # prompts of a file that are answered before the first of them is printed
@@ -34,14 +34,12 @@ Message = dict[str, Any]
 def generate(options: Generate) -> None:
     questions = read_questions(options)
     opened = open_model(options, options.checkpoint_dir, options.base_dir, options.adapter, options.chat_template, options.quantize)
-    from litlora.generation import Conversation
-
     prompts = [question.prompt_ids(opened.prompts) for question in questions]
     check_room(questions, prompts, opened.model.config.max_position_embeddings)
     if options.prompt is None and options.prompts is not None:
         many(options, opened, questions, prompts)
         return
-    conversation = Conversation(opened.model, opened.prompts.tokenizer, opened.prompts.stop_ids)
+    conversation = opened.conversation()
     answer = conversation.ask(prompts[0], options, continues=questions[0].raw)
     for piece in answer:
         if not options.json:
@@ -57,12 +55,13 @@ def many(options: Generate, opened: "Opened", questions: "Sequence[Question]", p
     """Answers in the order of the questions, printed as they are ready."""
     import time
 
-    from litlora.generation import generate_batch
+    from litlora.generation import channels_of, generate_batch
 
     began, tokens, tokenizer, stop_ids = time.perf_counter(), 0, opened.prompts.tokenizer, opened.prompts.stop_ids
+    about: dict[str, Any] = {"continues": questions[0].raw, "channels": channels_of(opened.prompts)}
     for start in range(0, len(prompts), AT_ONCE):
         asked = questions[start : start + AT_ONCE]
-        answers = generate_batch(opened.model, tokenizer, stop_ids, prompts[start : start + AT_ONCE], options, continues=asked[0].raw)
+        answers = generate_batch(opened.model, tokenizer, stop_ids, prompts[start : start + AT_ONCE], options, **about)
         for question, answer in zip(asked, answers, strict=True):
             if options.json:
                 put_json(values(question, answer))
@@ -231,6 +230,16 @@ class Opened:
     def base(self) -> Checkpoint:
         return self.checkpoint.base()
 
+    def conversation(self) -> "Conversation":
+        """A new one, with the tokenizer and the template in use."""
+        return conversation_with(self.model, self.prompts)
+
+
+def conversation_with(model: "GPT", prompts: Prompts) -> "Conversation":
+    from litlora.generation import Conversation, channels_of
+
+    return Conversation(model, prompts.tokenizer, prompts.stop_ids, channels_of(prompts))
+
 
 def open_model(
     options: ComputeOptions,
@@ -334,7 +343,6 @@ def answer_once(
 ) -> str:
     """What `litlora.generate` does (see there)."""
     from litlora.checkpoint.weights import put_on as add
-    from litlora.generation import Conversation
     from litlora.methods.attach import restored
 
     check_ranges(sampling)
@@ -355,7 +363,7 @@ def answer_once(
         with restored(model):
             if added is not None and adapter is not None:
                 add(model, added, adapter[1])
-            conversation = Conversation(model.eval(), prompts.tokenizer, prompts.stop_ids)
+            conversation = conversation_with(model.eval(), prompts)
             return conversation.ask(question.prompt_ids(prompts), sampling, continues=raw).all()
     finally:
         model.train(training)

@@ -37,8 +37,7 @@ class Session:
         self.shows_stats = interactive
         self.compares = False
         self.prompt: list[int] = []  # of the newest reply
-        self.tuned = Conversation(opened.model, opened.prompts.tokenizer, opened.prompts.stop_ids)
-        self.base = Conversation(opened.model, opened.prompts.tokenizer, opened.prompts.stop_ids)
+        self.tuned, self.base = opened.conversation(), opened.conversation()
         if options.compare:
             self.do_compare("on")
 
@@ -86,7 +85,7 @@ class Session:
         if answer.finish_reason is None and not answer.text:
             say(style("nothing was said: the message is taken back", "dim"))
             return False
-        self.messages.append({"role": "assistant", "content": answer.text})
+        self.messages.append(answer.message())
         return True
 
     def fitting(self) -> tuple[int, list[int]]:
@@ -190,9 +189,7 @@ class Session:
     def do_adapter(self, rest: str) -> None:
         if rest:
             put_on(self.opened, [] if rest == "off" else [split_weight(word) for word in adapter_words(rest)])
-            tokenizer, stop_ids = self.opened.prompts.tokenizer, self.opened.prompts.stop_ids
-            self.tuned = Conversation(self.opened.model, tokenizer, stop_ids)
-            self.base = Conversation(self.opened.model, tokenizer, stop_ids)
+            self.tuned, self.base = self.opened.conversation(), self.opened.conversation()
             self.compares = self.compares and rest != "off"
         say(f"adapter: {', '.join(described(adapter, weight) for adapter, weight in self.opened.on) or 'none'}")
 
