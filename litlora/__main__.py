@@ -146,7 +146,12 @@ def parsed_options(kind: type, words: Sequence[str], command: str) -> Any:
 
             refuse_lost_options(given.out_dir)  # else it would be taken up with those of the demo
         words = [*words[:first], *again, *words[first:]]
-    return parsing.parse(kind, words, command=command)
+    parsed: Any = parsing.parse(kind, words, command=command)
+    if parsed.resume:
+        from litlora.train.paths import found_again
+
+        return found_again(parsed, parsed.out_dir)
+    return parsed
 
 
 def options_of_run(out_dir: str, command: str) -> list[str]:

@@ -12,10 +12,13 @@ from test_saving import weights_of, words
 
 from litlora.__main__ import main
 from litlora.checkpoint import names
+from litlora.checkpoint.history import options_of
 from litlora.checkpoint.manifest import read_manifest
 from litlora.checkpoint.resolve import list_steps
+from litlora.options import EvalOptions, FinetuneLoRA, Pretrain
 from litlora.train import loop
 from litlora.train.metrics import read
+from litlora.train.paths import absolute
 
 Talker = tuple[Path, Path]
 
@@ -74,6 +77,56 @@ def test_a_resuming_that_changes_nothing_is_recorded_as_that(talker: Talker, tmp
     assert resumed(out) == 0
     assert "until now" not in capsys.readouterr().err
     assert lineage_of(out / "step-12") == [{"event": "resumed", "from": str(out / "step-8"), "step": 8, "changed": {}}]
+
+
+# ---- where what it reads lies ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["", "moved"])
+def test_a_run_is_resumed_and_evaluated_from_any_directory(
+    moved: bool, talker: Talker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Begun with relative paths; and where it moved together with what it reads. Caught: looked for in the directory of the day."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for place in (home, elsewhere):
+        place.mkdir()
+    for path in talker:
+        path.rename(home / path.name)
+    shutil.copyfile(home / "rows.jsonl", home / "val.jsonl")
+    (home / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    monkeypatch.chdir(home)
+    more = "--train.max_steps 4 --eval.data val.jsonl --chat_template mine.jinja"
+    assert main(words((Path("base"), Path("rows.jsonl:2")), Path("out"), more=more)) == 0
+    if moved:
+        home = home.rename(tmp_path / "away")
+    monkeypatch.chdir(elsewhere)
+    capsys.readouterr()
+    assert resumed(home / "out", "--train.max_steps 8") == 0, capsys.readouterr().err
+    assert main(["evaluate", str(home / "out"), "--exact_match", "false", "--threads", "1"]) == 0
+    assert f"24 samples that the run {home / 'out'} held out of {home / 'val.jsonl'}" in capsys.readouterr().err
+    options = options_of(home / "out")
+    assert (options["data"], options["checkpoint_dir"]) == ([f"{home / 'rows.jsonl'}:2"], str(home / "base"))
+    assert main(["finetune", "lora", "--config", str(home / "out" / names.RUN_YAML), "--out_dir", "again", "--train.max_steps", "4"]) == 0
+    assert weights_of(elsewhere / "again" / "step-4") == weights_of(home / "out" / "step-4")
+
+
+def test_only_paths_are_written_as_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`demo` and its parts, a template's name and weights stay what they are; a link stays a link."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:2").write_text("")
+    data = ["demo", "demo:2", "demo:text", "rows.jsonl", "rows.jsonl:0.5", "a:2", "/x/rows.jsonl:3", "../up.jsonl"]
+    options = FinetuneLoRA(data=data, checkpoint_dir="demo", chat_template="alpaca", base_dir="b")
+    here = absolute(options, template_is_file=False)
+    assert here.data == [
+        *("demo", "demo:2", "demo:text", f"{tmp_path}/rows.jsonl", f"{tmp_path}/rows.jsonl:0.5"),
+        *(f"{tmp_path}/a:2", "/x/rows.jsonl:3", f"{tmp_path}/../up.jsonl"),
+    ]
+    assert (here.checkpoint_dir, here.chat_template, here.base_dir, here.eval.data) == ("demo", "alpaca", f"{tmp_path}/b", None)
+    assert here.out_dir == f"{tmp_path}/out"
+    (tmp_path / "demo").mkdir()  # which is then what is meant
+    assert absolute(options, template_is_file=True).checkpoint_dir == f"{tmp_path}/demo"
+    fresh = absolute(Pretrain(tokenizer_dir="t", eval=EvalOptions(data="v.jsonl:2")), template_is_file=False)
+    assert (fresh.tokenizer_dir, fresh.checkpoint_dir, fresh.eval.data) == (f"{tmp_path}/t", None, f"{tmp_path}/v.jsonl:2")
 
 
 # ---- what may not ----------------------------------------------------------------------------------------------------

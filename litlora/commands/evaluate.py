@@ -69,6 +69,7 @@ def rows_of_run(run: Path, prompts: Prompts, context: int) -> tuple[Sequence[Sam
     import litlora.options
     from litlora.commands import COMMANDS, Command
     from litlora.parsing import parse
+    from litlora.train.paths import found_again
     from litlora.train.run import load_rows
 
     file = run / names.RUN_YAML
@@ -78,7 +79,7 @@ def rows_of_run(run: Path, prompts: Prompts, context: int) -> tuple[Sequence[Sam
         command = command.get(word) if isinstance(command, dict) else None
     if words is None or not isinstance(command, Command):
         return [], []
-    options = parse(getattr(litlora.options, command.options), ["--config", str(file)], command=words[1])
+    options = found_again(parse(getattr(litlora.options, command.options), ["--config", str(file)], command=words[1]), run)
     return load_rows(options, prompts, context).validation, options.data if options.eval.data is None else [options.eval.data]
 
 

@@ -202,12 +202,26 @@ def files_of(data: Sequence[str]) -> list[DataFile]:
 
 
 def _source(entry: str) -> _Source:
-    """`demo`, what its base was made of (`demo:text`, `demo:chats`), a path, or PATH:WEIGHT. The last colon splits only where
-    the whole is no path."""
-    name, weight = entry, 1.0
-    if entry.startswith("demo:") and entry.partition(":")[2] in FILES:
+    """`demo`, what its base was made of (`demo:text`, `demo:chats`), a path, or PATH:WEIGHT."""
+    name, weight = split_entry(entry)
+    if is_part_of_demo(entry):
         return _Source([DataFile(entry, "lines", demo_file(entry.partition(":")[2]))], [], weight)
-    if entry != "demo" and not Path(entry).exists() and ":" in entry:
+    if name == "demo":
+        train, heldout = ([DataFile(f"demo:{part}", "lines", demo_file(part))] for part in ("train", "heldout"))
+        return _Source(train, heldout, weight)
+    train, heldout = ([data_file(p) for p in files] for files in data_files(Path(name)))
+    return _Source(train, heldout, weight)
+
+
+def is_part_of_demo(entry: str) -> bool:
+    """`demo:text`, `demo:chats`."""
+    return entry.startswith("demo:") and entry.partition(":")[2] in FILES
+
+
+def split_entry(entry: str) -> tuple[str, float]:
+    """What an entry of `--data` names, and how often an epoch sees it. The last colon splits only where the whole is no path."""
+    name, weight = entry, 1.0
+    if entry != "demo" and not is_part_of_demo(entry) and not Path(entry).exists() and ":" in entry:
         name, _, number = entry.rpartition(":")
         try:
             weight = float(number)
@@ -216,11 +230,7 @@ def _source(entry: str) -> _Source:
         if not 0 < weight < 1e6:
             hint = "a weight is passes per epoch: FILE:2 or FILE:0.5"
             raise UserError(f"the weight {number} is not above 0", where=f"--data {entry}", hint=hint)
-    if name == "demo":
-        train, heldout = ([DataFile(f"demo:{part}", "lines", demo_file(part))] for part in ("train", "heldout"))
-        return _Source(train, heldout, weight)
-    train, heldout = ([data_file(p) for p in files] for files in data_files(Path(name)))
-    return _Source(train, heldout, weight)
+    return name, weight
 
 
 # ---- rows to samples -------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from litlora.train.lanes import lanes_of
 from litlora.train.loop import Run, fit, micro_batch_tokens
 from litlora.train.metrics import Metrics, peak_memory_mb
 from litlora.train.optimizer import build_optimizer
+from litlora.train.paths import absolute
 from litlora.train.plan import Plan, Position
 from litlora.train.saving import Commit, Prepared, free_memory
 from litlora.train.signals import Signals
@@ -295,8 +296,9 @@ def words_for(name: str, value: Any, options: FitOptions) -> str:
 
 
 def run_yaml(job: Job) -> str:
-    options = replace(job.options, resume=False, overwrite=False, dry_run=False)
-    path = shlex.quote(str(Path(options.out_dir) / names.RUN_YAML))
+    path = shlex.quote(str(Path(job.options.out_dir) / names.RUN_YAML))
+    options = absolute(job.options, template_is_file=job.prompts.template_name == getattr(job.options, "chat_template", None))
+    options = replace(options, resume=False, overwrite=False, dry_run=False)
     return f"# Again, elsewhere: litlora {job.command} --config {path} --out_dir DIR\n{to_yaml(options)}"
 
 
