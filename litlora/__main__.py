@@ -3,6 +3,7 @@
 import atexit
 import os
 import re
+import shlex
 import sys
 import threading
 from collections.abc import Sequence
@@ -14,6 +15,12 @@ from litlora.errors import Interrupted, Refusal, UserError, did_you_mean
 from litlora.importing import import_whole
 
 BARE_CHECKPOINT = "A first bare word is the checkpoint: litlora chat out/step-200"
+
+EXAMPLES = {
+    "litlora finetune": "With a model and rows of yours:\n  litlora finetune lora MODEL_DIR --data rows.jsonl",
+    "litlora estimate": "They are those of finetune:\n  litlora estimate lora MODEL_DIR --data rows.jsonl",
+    "litlora data": "First bare words are the files:\n  litlora data inspect rows.jsonl",
+}
 
 # What peers call a command, and people look for. Else the nearest name would be guessed, which is another thing.
 PEER_COMMANDS = {
@@ -109,12 +116,7 @@ def run(words: list[str]) -> int:
             return 0
         word = words.pop(0)
         if word not in table:
-            inner = {
-                f"{outer}_{name}": f"{outer} {name}" for outer, inside in COMMANDS.items() if isinstance(inside, dict) for name in inside
-            }
-            meant = PEER_COMMANDS.get(" ".join([*taken, word])) or inner.get(word)
-            hint = f"here it is litlora {meant}" if meant else did_you_mean(word, table)
-            raise UserError(f"no command '{' '.join(['litlora', *taken, word])}'", hint=hint or "litlora --help lists the commands")
+            raise no_command(taken, word, words, table)
         taken.append(word)
         table = table[word]
     from litlora import options
@@ -126,6 +128,21 @@ def run(words: list[str]) -> int:
         getattr(before, table.first)(parsed)
     getattr(import_whole(table.module), table.function)(parsed)
     return 0
+
+
+def no_command(taken: Sequence[str], word: str, rest: Sequence[str], table: Commands) -> UserError:
+    """What to say of a word that is no command where one is needed."""
+    name, behind = " ".join(["litlora", *taken]), shlex.join([word, *rest])
+    inner = {f"{outer}_{name}": f"{outer} {name}" for outer, inside in COMMANDS.items() if isinstance(inside, dict) for name in inside}
+    meant = PEER_COMMANDS.get(" ".join([*taken, word])) or inner.get(word)
+    if meant or (close := did_you_mean(word.lower(), table)):
+        return UserError(f"no command '{name} {word}'", hint=f"here it is litlora {meant}" if meant else close)
+    is_option, is_path = word.startswith("-"), "/" in word or "." in word or os.path.exists(word)
+    if not is_path and not (is_option and taken):
+        return UserError(f"no command '{name} {word}'", hint=f"{name} --help lists the commands")
+    first, *_, last = table
+    which = f"{', '.join(list(table)[:-1])} or {last}" if taken else "a command"
+    return UserError(f"{name} needs {which} before {word}", hint=f"for example: {name} {first if taken else 'inspect'} {behind}")
 
 
 def parsed_options(kind: type, words: Sequence[str], command: str) -> Any:
@@ -180,9 +197,8 @@ def overview(taken: Sequence[str], table: Commands) -> str:
     name = " ".join(["litlora", *taken])
     lines = [f"usage: {name} COMMAND [--option value ...]", ""]
     lines += [f"  {word:<{width}}{help}" for word, help in rows]
-    bare = "First bare words are the files: litlora data inspect rows.jsonl" if taken == ["data"] else BARE_CHECKPOINT
-    lines += ["", f"{name} COMMAND --help lists a command's options. {bare}"]
-    if not taken:
+    lines += ["", f"{name} COMMAND --help lists a command's options. {EXAMPLES.get(name, BARE_CHECKPOINT)}"]
+    if name in ("litlora", "litlora finetune"):
         lines += ["Start here, offline, in about two minutes: litlora finetune lora"]
     return "\n".join(lines)
 

@@ -510,6 +510,13 @@ def test_a_word_that_means_nothing_is_refused_with_those_that_do(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_on_the_demos_rows_says_so(place: Place, tmp_path: Path) -> None:
+    """Caught: a base of one's own, --data forgotten, and nothing but a number of rows to tell it by."""
+    words = ["finetune", "lora", str(place.base), "--dry_run", "--train.max_steps", "1", "--out_dir", str(tmp_path / "out")]
+    assert "\ndata      the demo's rows (--data FILE takes yours) · 1,600 samples" in ran(words)[2]
+    assert "the demo's rows" not in ran([*words, "--data", str(place.rows)])[2]
+
+
 @pytest.mark.parametrize("label", TYPED)
 def test_a_dry_run_shows_the_plan_and_writes_nothing(place: Place, tmp_path: Path, label: str) -> None:
     code, printed, said = ran([*place.typed(label, tmp_path / "out", TWELVE), "--dry_run"])

@@ -219,6 +219,43 @@ def test_a_config_that_is_not_there_has_a_hint(tmp_path: Path) -> None:
     assert caught.value.hint == "--config takes a YAML file of options"
 
 
+@pytest.mark.parametrize(
+    ("words", "what", "hint"),
+    [
+        (
+            "finetune --data my.jsonl",
+            "litlora finetune needs lora, adapter, pro, freeze or full before",
+            "finetune lora --data my.jsonl",
+        ),
+        ("finetune models/Base", "full before models/Base", "finetune lora models/Base"),
+        ("data rows.jsonl", "litlora data needs inspect or validate before rows.jsonl", "litlora data inspect rows.jsonl"),
+        ("finetune LoRA", "no command 'litlora finetune LoRA'", "did you mean lora?"),
+        ("finetune nosuch", "no command 'litlora finetune nosuch'", "litlora finetune --help lists the commands"),
+        ("out/step-100", "litlora needs a command before out/step-100", "litlora inspect out/step-100"),
+        ("--out_dir x", "no command 'litlora --out_dir'", "litlora --help lists the commands"),
+    ],
+)
+def test_a_word_that_is_missing_is_asked_for(words: str, what: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Caught: `no command 'litlora finetune --data'` and where the commands are listed, but not that a method is needed."""
+    assert main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert what in said and hint in said
+
+
+@pytest.mark.parametrize("word", ["finetune", "estimate", "data"])
+def test_a_command_of_several_says_what_each_does_and_what_to_type(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it shows as an example is understood."""
+    assert main([word]) == 0
+    said = capsys.readouterr().out
+    for name, command in COMMANDS[word].items():  # type: ignore[union-attr]
+        assert f"  {name} " in said and command.help in said  # type: ignore[union-attr]
+    shown = [line.split()[1:] for line in said.splitlines() if line.startswith("  litlora ")]
+    assert shown
+    for words in shown:
+        table: Any = COMMANDS[words[0]]
+        parse(getattr(declared, table[words[1]].options), words[2:], command=word)
+
+
 def test_what_peers_call_a_command_leads_to_one_that_is_understood() -> None:
     """DESIGN section 7: what is refused says what to type."""
     for meant in PEER_COMMANDS.values():

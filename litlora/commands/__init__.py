@@ -30,11 +30,11 @@ Commands = dict[str, "Command | Commands"]
 
 COMMANDS: Commands = {
     "finetune": {
-        "lora": finetune("LoRA and DoRA: small matrices beside the frozen weights", "FinetuneLoRA"),
-        "adapter": finetune("bottlenecks, a learnt prompt, or scales and shifts", "FinetuneAdapter"),
-        "pro": finetune("LLaMA-Pro: new blocks between the frozen ones", "FinetunePro"),
-        "freeze": finetune("some layers and modules, the rest frozen", "FinetuneFreeze"),
-        "full": finetune("every parameter", "FinetuneFull"),
+        "lora": finetune("LoRA and DoRA: small matrices beside the frozen weights; where to start", "FinetuneLoRA"),
+        "adapter": finetune("bottlenecks, a learnt prompt, or scales and shifts; --adapter.kind says which", "FinetuneAdapter"),
+        "pro": finetune("LLaMA-Pro: new blocks between the frozen ones, for new knowledge", "FinetunePro"),
+        "freeze": finetune("some layers and modules of the model itself, the rest frozen", "FinetuneFreeze"),
+        "full": finetune("every parameter; needs the most memory, and each step is a whole model", "FinetuneFull"),
     },
     "estimate": {
         "lora": estimate("memory and time that finetune lora would take", "FinetuneLoRA"),

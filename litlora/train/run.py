@@ -448,7 +448,8 @@ def header(job: Job, plan: Plan, resumed: Checkpoint | None) -> list[tuple[str, 
     """A few lines before it begins: model, data, method, plan, where it writes."""
     options = job.options
     passes = f"{options.train.epochs:g} epochs" if options.train.max_steps is None else "max_steps"
-    lines = [*job.facts, ("data", job.data.summary())]
+    whose = "the demo's rows (--data FILE takes yours) · " if options.data == [names.DEMO] else ""
+    lines = [*job.facts, ("data", whose + job.data.summary())]
     rate = f"lr {options.train.lr:g} {options.train.lr_schedule}"
     lines.append(("plan", f"{plan.steps} steps ({passes}) of {options.train.global_batch_size} samples · {rate}"))
     begun = f", going on from {resumed.path.name}" if resumed else ""
