@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from litlora.cpu import one_thread
 from litlora.errors import UserError, WorkError
 from litlora.model import GPT, KVCache
 from litlora.options import SamplingOptions
@@ -514,6 +515,7 @@ class Sampler:
         self.seen: Tensor | None = None  # (vocabulary,) bool; only with a repetition penalty
 
     @torch.inference_mode()
+    @one_thread()
     def pick(self, logits: Tensor) -> Tensor:  # (V,) -> ()
         logits = logits[: self.vocabulary]
         if self.options.repetition_penalty != 1.0:

@@ -81,7 +81,8 @@ class ReplayedStep:
             logits, again = self.recorded(read)
             self.made[tokens.shape] = (read, logits, again)
         self.cache.advance(tokens.size(1))
-        return logits.clone()  # the next step writes over them
+        with cpu.one_thread():
+            return logits.clone()  # the next step writes over them
 
     def renew(self) -> None:
         """Before an answer. A tape holds what was computed of weights, and who writes these over may leave no trace (a fused optimizer,

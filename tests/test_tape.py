@@ -4,8 +4,10 @@ Mutations seen to fail stand in docstrings, after "Caught:".
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from litlora import cpu
 from litlora.cpu import native
 from litlora.cpu.tape import Tape
-from litlora.generation import Conversation, generate_batch, reserve
+from litlora.generation import Conversation, Sampler, generate_batch, reserve
 from litlora.kernels import linear, rms_norm
 from litlora.methods import tuning_of
 from litlora.methods.attach import attach
@@ -489,3 +491,43 @@ def test_a_conversation_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert said() == found
     assert [answer.ids for answer in generate_batch(gpt, tokenizer, (), [ids_of(6), ids_of(4)], GREEDY)] == [first.ids, second.ids]
     assert len(plays) == made
+
+
+@needs_native
+def test_torchs_other_threads_sleep_while_an_answer_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C3: they would look for work on the cores of our helpers, which took a third of the speed. Caught: picking a token, playing a step,
+    copying its logits with all of them; products that are recorded for one thread."""
+    gpt, tokenizer = tiny_gpt("llama3", **WHOLE, vocab_size=300), Tokenizer(byte_tokenizer(tmp_path))
+    run, draw, clone, product = native.run, Sampler.draw, Tensor.clone, native.FORMS["product"]
+    seen: dict[str, set[int]] = {"step": set(), "products": set(), "logits": set(), "pick": set()}
+
+    def spied(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(*args: Any) -> Any:
+            seen[name].add(torch.get_num_threads())
+            return function(*args)
+
+        return spy
+
+    def ran(calls: Sequence[bytes]) -> None:
+        fields = (product.unpack(call) for call in calls)
+        seen["products"].update(threads for number, *_, threads, _ in fields if number == native.NUMBERS["product"])
+        run(calls)
+
+    monkeypatch.setattr(native, "run", spied("step", ran))
+    monkeypatch.setattr(Sampler, "draw", spied("pick", draw))
+    monkeypatch.setattr(Tensor, "clone", spied("logits", clone))
+    monkeypatch.setattr(native, "PARALLEL", 0)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        conversation = Conversation(gpt, tokenizer, ())
+        answer = conversation.ask(ids_of(6), replace(GREEDY, temperature=1.0, max_new_tokens=8))
+        pieces = iter(answer)
+        next(pieces)
+        next(pieces)  # what is recorded copies its tokens with all of them
+        seen["logits"].clear()
+        for _ in pieces:
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == {"step": {1}, "products": {3}, "logits": {1}, "pick": {1}}

@@ -15,6 +15,8 @@ wherever a gradient is recorded, torch computes, and numpy where a model is merg
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from litlora.cpu import library
@@ -47,3 +49,17 @@ def working() -> Any:
     from litlora.cpu import native
 
     return native
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes inside on the thread that calls it. For what is small, around an answer's steps: torch's other threads, once they were
+    called, look for more to do for a while before they sleep, on the cores where our helpers read the weights of the next step."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litlora.cpu import native, native_for
+from litlora.cpu import native, native_for, one_thread
 
 
 class Tape(TorchDispatchMode):
@@ -98,11 +98,12 @@ class Tape(TorchDispatchMode):
         return made
 
     def play(self) -> None:
-        for step in self.steps:
-            if isinstance(step, list):
-                native.run(step)
-            else:
-                step()
+        with one_thread():  # our own calls have as many as when they were recorded
+            for step in self.steps:
+                if isinstance(step, list):
+                    native.run(step)
+                else:
+                    step()
 
 
 def again(made: Any, new: Sequence[int], remade: Any) -> None:
