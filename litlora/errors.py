@@ -8,7 +8,7 @@
 import contextlib
 import difflib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 JOINERS = "\u200c\u200d"  # invisible, and part of words and of emoji
@@ -44,6 +44,16 @@ class WorkError(Refusal, RuntimeError):
     """Work that began and failed. Exit code 1; what was committed before is untouched."""
 
     exit_code = 1
+
+
+@contextlib.contextmanager
+def located(where: str | Path) -> Iterator[None]:
+    """What is refused inside is refused of this file."""
+    try:
+        yield
+    except UserError as error:
+        place = f"{where}: {error.where}" if error.where else where
+        raise UserError(error.what, where=place, context=error.context, hint=error.hint) from error
 
 
 class Interrupted(Exception):

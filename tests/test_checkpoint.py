@@ -220,6 +220,26 @@ def test_every_fault_of_an_adapters_tensors_is_listed(tmp_path: Path) -> None:
         assert word in str(refused(lambda wrong=wrong: load_model(resolve(wrong))))
 
 
+@pytest.mark.parametrize(
+    ("changes", "key", "why", "hint"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules", "LoRA on model.embed_tokens, which is an embedding", "merge"),
+        ({"target_modules": r".*\.(q_proj|embed_tokens)"}, "target_modules", "LoRA on model.embed_tokens, which is an embedding", "merge"),
+        ({"target_modules": ["W_pack"]}, "target_modules", "no module of this model is a target named W_pack", "its modules: q_proj"),
+        ({"modules_to_save": ["score"]}, "modules_to_save", "the base has no module named score", "another base"),
+    ],
+)
+def test_what_an_adapter_has_elsewhere_is_refused_by_file_and_module(
+    changes: dict[str, Any], key: str, why: str, hint: str, tmp_path: Path
+) -> None:
+    """Caught: `target_modules: no module of this model is a target named embed_tokens`, of no file, with the base's modules for a hint."""
+    base = make_base(tmp_path / "base")
+    path = make_adapter(tmp_path / "adapter", str(base))
+    (path / names.ADAPTER_CONFIG).write_text(json.dumps({**ADAPTER, "base_model_name_or_path": str(base), **changes}))
+    error = refused(resolve(path).tuning)
+    assert error.where == f"{path / names.ADAPTER_CONFIG}: {key}" and why in error.what and hint in error.hint
+
+
 def test_adapters_add_up_and_only_those_of_the_same_base(tmp_path: Path) -> None:
     """A02 at run time: y + sum of w_i (adapter_i - y)."""
     base, other = make_base(tmp_path / "base"), make_base(tmp_path / "other", seed=1)

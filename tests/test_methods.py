@@ -200,6 +200,7 @@ def test_a_tied_head_saved_is_the_embedding_unless_it_is_separated() -> None:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "a target": (LoRAOptions(target_modules=["q_proj", "q_prj"]), "q_prj"),
+    "an embedding": (LoRAOptions(target_modules=["q_proj", "embed_tokens"]), "--lora.modules_to_save embed_tokens trains it whole"),
     "a module to save": (LoRAOptions(modules_to_save=["embed_token"]), "did you mean embed_tokens"),
     "saved and adapted": (LoRAOptions(modules_to_save=["up_proj"]), "trained whole"),
     "saved around the adapted": (LoRAOptions(modules_to_save=["mlp"]), "trained whole"),

@@ -16,7 +16,7 @@ from litlora.checkpoint.manifest import BaseRecord, Manifest, has_state, read_st
 from litlora.checkpoint.reading import file_in, read_json
 from litlora.checkpoint.shards import find_shards
 from litlora.config import Config
-from litlora.errors import UserError
+from litlora.errors import UserError, located
 from litlora.families import config_from_hf
 from litlora.methods import from_manifest, from_peft
 from litlora.methods.tuning import Tuning
@@ -95,7 +95,9 @@ class Checkpoint:
             if not tuning.in_peft:  # methods.peft_prompts says where
                 raise UserError(f"PEFT computes something else for such prompts on this {config.model_type} model", where=where)
             return tuning
-        return from_peft(self.adapter_config(), config, untied=bool(manifest.options.get("untie")) if manifest else None)
+        described = self.adapter_config()
+        with located(where):
+            return from_peft(described, config, untied=bool(manifest.options.get("untie")) if manifest else None)
 
     def adapter_config(self) -> AdapterConfig:
         """How PEFT describes its LoRA."""

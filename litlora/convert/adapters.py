@@ -17,7 +17,7 @@ from litlora.config import Config
 from litlora.convert.parts import parts_of, refuse_not_finite, write_parts
 from litlora.convert.report import compared, made_from, make_report, write_report
 from litlora.convert.sources import Adapter, names_in
-from litlora.errors import UserError
+from litlora.errors import UserError, located
 from litlora.methods import from_manifest, from_peft, lora_options
 from litlora.methods.tuning import Tuning, why_misread, why_unmergeable
 from litlora.peft import (
@@ -119,7 +119,8 @@ def meaning(adapter: Adapter, config: Config) -> tuple[str, dict[str, Any], Tuni
             raise UserError(f"PEFT computes something else for such prompts on this {config.model_type} model", where=where)
         return "adapter", options, tuning
     described = adapter_config_from_peft(adapter.values, where)
-    tuning = from_peft(described, config)
+    with located(where):
+        tuning = from_peft(described, config)
     return "lora", asdict(lora_options(tuning, config)), tuning
 
 

@@ -19,7 +19,7 @@ from litlora.convert.gguf_model import add_general, gguf_names, in_its_order, ma
 from litlora.convert.parts import Floats, Part
 from litlora.convert.report import make_report, write_report
 from litlora.convert.sources import Adapter
-from litlora.errors import UserError
+from litlora.errors import UserError, located
 from litlora.families import linear_shapes
 from litlora.methods import from_peft
 from litlora.methods.tuning import LoRASlot
@@ -45,7 +45,8 @@ def adapter_to_gguf(adapter: Adapter, out_dir: Path, *, dtype: str = "keep") -> 
     described = plain_lora(adapter)
     adapter.dropped.update({name: COPIED for name in adapter.tensors if copied_base_tensor(name) is not None})
     held = {name: part for name, part in adapter.tensors.items() if name not in adapter.dropped}
-    tuning = from_peft(described, config)
+    with located(adapter.path / names.ADAPTER_CONFIG):
+        tuning = from_peft(described, config)
     check_tensors({name: part.shape for name, part in held.items()}, tuning.file_shapes(config), adapter.read[0])
     if "lm_head.adapter" in tuning.slots and config.tie_word_embeddings:
         what = "LoRA on a head that is the embedding's own matrix has no place in GGUF"

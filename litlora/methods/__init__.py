@@ -29,6 +29,7 @@ from litlora.methods.tuning import (
 from litlora.options import AdapterOptions, FreezeOptions, FullOptions, LoRAOptions, ProOptions
 from litlora.peft import AdapterConfig, adapter_config, doubled, rank_and_alpha, targets
 from litlora.peft.targets import (
+    compiled,
     is_named,
     layer_number,
     layers_meant,
@@ -82,6 +83,10 @@ def described_lora(options: LoRAOptions, config: Config) -> AdapterConfig:
     """PEFT's description of what `options` mean for a base. UserError where a word of them means nothing there."""
     linears, modules = linear_names(config), module_names(config)
     embedding, head = (stored_name(name.removesuffix(".weight"), config) for name in (EMBEDDING, HEAD))
+    for word in options.target_modules:
+        if is_named(embedding, word):
+            hint = f"--lora.modules_to_save {word} trains it whole; leave it out of target_modules"
+            raise UserError(f"{word} is an embedding, no Linear, so it carries no LoRA", where="target_modules", hint=hint)
     tied = separated(config, options.untie).tie_word_embeddings
     described = adapter_config(options, linears, module_names=modules, shared=(embedding, head) if tied else ())
     if config.text_of:  # a word alone would mean modules of the vision tower too
@@ -103,7 +108,9 @@ def from_peft(described: AdapterConfig, config: Config, *, untied: bool | None =
     saved = [tensor_name(name, config) for name in modules_ending(described.modules_to_save, modules)]
     lost = [word for word in described.modules_to_save if not modules_ending([word], modules)]
     if lost:
-        raise UserError(f"the base has no module named {', '.join(lost)}", where="modules_to_save")
+        hint = "it belongs to another base, or to another kind of model than one that writes"
+        raise UserError(f"the base has no module named {', '.join(lost)}", where="modules_to_save", hint=hint)
+    refuse_embedding(described, config)
     meant = {tensor_name(name, config): name for name in targets(described, linear_names(config))}  # ours: as the file has it
     if untied is None:
         shared = any(is_named(name, word) for name in saved for word in ("embed_tokens", "lm_head"))
@@ -115,6 +122,18 @@ def from_peft(described: AdapterConfig, config: Config, *, untied: bool | None =
             r=r, alpha=alpha, dropout=described.dropout, use_dora=described.use_dora, use_rslora=described.use_rslora
         )
     return Tuning(slots=slots, whole=whole_parameters(saved, separated(config, untied)), untied=untied, in_peft=True)
+
+
+def refuse_embedding(described: AdapterConfig, config: Config) -> None:
+    """UserError where PEFT would put LoRA on the embedding, as it does on a target of that name."""
+    embedding, words = stored_name(EMBEDDING.removesuffix(".weight"), config), described.target_modules
+    named = compiled(words).fullmatch(embedding) if isinstance(words, str) else any(is_named(embedding, word) for word in words)
+    if named and embedding in targets(described, [*linear_names(config), embedding]):
+        raise UserError(
+            f"LoRA on {embedding}, which is an embedding, is not supported: only Linear layers carry it",
+            where="target_modules",
+            hint="merge the adapter into its base with PEFT, or train it anew with embed_tokens in modules_to_save",
+        )
 
 
 def lora_options(tuning: Tuning, config: Config) -> LoRAOptions:

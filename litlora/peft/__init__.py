@@ -78,7 +78,7 @@ READ = {
 WHY = {  # of what PEFT has and litlora refuses
     "bias": "trained biases of the base are not supported; only 'none' is",
     "lora_bias": "a bias on lora_B is not supported",
-    "trainable_token_indices": "trained embedding rows are not supported",
+    "trainable_token_indices": "embedding rows trained one by one are not supported (all of them are: modules_to_save)",
     "target_parameters": "LoRA on parameters that are no Linear is not supported",
     "layer_replication": "a base with repeated layers is not supported",
     "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
