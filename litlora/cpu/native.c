@@ -132,53 +132,81 @@ static void shared(work *work, const void *job, long parts, int threads) {
 
 /* ---- x W^T ---- */
 
-/* Eight numbers of a row of W from the i-th on, without their scale. NF4: its 16 values in two halves, two codes a byte, the first one high. */
-INLINE __m256 eight(enum kind kind, const char *row, long i, __m256 low, __m256 high) {
+/* Eight numbers of a row of W from the i-th on, without their scale; of NF4: `thirty_two`. */
+INLINE __m256 eight(enum kind kind, const char *row, long i) {
     if (kind == FP32)
         return _mm256_loadu_ps((const float *)row + i);
     if (kind == BF16)
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(row + 2 * i))), 16));
-    if (kind == INT8)
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(row + i))));
-    int four;
-    __builtin_memcpy(&four, row + i / 2, 4);
-    __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(four), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
-    __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));  /* the sign bit: which half; a permutation reads the three below */
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), upper);
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(row + i))));
 }
 
-/* y[t][r] for `rows` rows of W, so many rows `apart`, and `tokens` rows of x: TILE sums at most. `per_row`: scales. */
+/* NF4's 16 values in four registers: the first bytes of all, the second ones, and so on, the same in each half. */
+INLINE void split(const float *values, __m256i *bytes) {
+    char of[4][16];
+    for (int k = 0; k < 64; k++)
+        of[k % 4][k / 4] = ((const char *)values)[k];
+    for (int k = 0; k < 4; k++)
+        bytes[k] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)of[k]));
+}
+
+/* A row's NF4 numbers from the i-th on, eight by eight. Two codes a byte, the first one high; each byte of each number is looked up by itself, 32
+   at once, and the bytes are put together. In a half of the register are every other four, so that eight come to lie side by side. */
+INLINE void thirty_two(const char *row, long i, const __m256i *bytes, __m256 *numbers) {
+    const __m256i twice = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,
+                                           2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
+    __m256i both = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(row + i / 2))), twice);
+    __m256i codes = _mm256_blendv_epi8(both, _mm256_srli_epi16(both, 4), _mm256_set1_epi16(255));
+    codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));
+    __m256i first = _mm256_shuffle_epi8(bytes[0], codes), second = _mm256_shuffle_epi8(bytes[1], codes);
+    __m256i third = _mm256_shuffle_epi8(bytes[2], codes), fourth = _mm256_shuffle_epi8(bytes[3], codes);
+    __m256i low = _mm256_unpacklo_epi8(first, second), low_above = _mm256_unpacklo_epi8(third, fourth);
+    __m256i high = _mm256_unpackhi_epi8(first, second), high_above = _mm256_unpackhi_epi8(third, fourth);
+    numbers[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low_above));
+    numbers[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low_above));
+    numbers[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high_above));
+    numbers[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high_above));
+}
+
+/* y[t][r] for `rows` rows of W, so many rows `apart`, and `tokens` rows of x: TILE sums at most. `per_row`: scales; `bytes`: of NF4's values. */
 INLINE void tile(enum kind kind, int rows, int tokens, const char *W, long row_bytes, long apart, const float *scales, long per_row,
-                 const float *values, const float *x, float *y, long in, long out, float onto) {
-    __m256 even[TILE], odd[TILE], low = _mm256_setzero_ps(), high = low;
-    if (kind == NF4)
-        low = _mm256_loadu_ps(values), high = _mm256_loadu_ps(values + 8);
+                 const __m256i *bytes, const float *x, float *y, long in, long out, float onto) {
+    __m256 even[TILE], odd[TILE];
     for (int k = 0; k < rows * tokens; k++)
         even[k] = odd[k] = _mm256_setzero_ps();
-    for (long start = 0; start < in; start += BLOCK) {
-        long end = start + BLOCK < in ? start + BLOCK : in;
-        __m256 one[TILE], two[TILE];
+    for (long start = 0; kind == NF4 && start < in; start += BLOCK) {
+        __m256 one[TILE], two[TILE], numbers[4];
         for (int k = 0; k < rows * tokens; k++)
-            one[k] = kind == NF4 ? _mm256_setzero_ps() : even[k], two[k] = kind == NF4 ? _mm256_setzero_ps() : odd[k];
-        for (long i = start; i + 16 <= end; i += 16)
+            one[k] = two[k] = _mm256_setzero_ps();
+        for (long i = start; i < start + BLOCK; i += 32)
             for (int r = 0; r < rows; r++) {
-                const char *row = W + r * apart * row_bytes;
-                __m256 left = eight(kind, row, i, low, high), right = eight(kind, row, i + 8, low, high);
-                for (int t = 0, k = r * tokens; t < tokens; t++, k++) {
-                    one[k] = _mm256_fmadd_ps(left, _mm256_loadu_ps(x + t * in + i), one[k]);
-                    two[k] = _mm256_fmadd_ps(right, _mm256_loadu_ps(x + t * in + i + 8), two[k]);
-                }
+                thirty_two(W + r * apart * row_bytes, i, bytes, numbers);
+                for (int t = 0, k = r * tokens; t < tokens; t++, k++)
+                    for (int part = 0; part < 4; part += 2) {
+                        const float *from = x + t * in + i + 8 * part;
+                        one[k] = _mm256_fmadd_ps(numbers[part], _mm256_loadu_ps(from), one[k]);
+                        two[k] = _mm256_fmadd_ps(numbers[part + 1], _mm256_loadu_ps(from + 8), two[k]);
+                    }
             }
         for (int k = 0; k < rows * tokens; k++) {
-            __m256 scale = kind == NF4 ? _mm256_set1_ps(scales[k / tokens * apart * per_row + start / BLOCK]) : low;
-            even[k] = kind == NF4 ? _mm256_fmadd_ps(one[k], scale, even[k]) : one[k];
-            odd[k] = kind == NF4 ? _mm256_fmadd_ps(two[k], scale, odd[k]) : two[k];
+            __m256 scale = _mm256_set1_ps(scales[k / tokens * apart * per_row + start / BLOCK]);
+            even[k] = _mm256_fmadd_ps(one[k], scale, even[k]);
+            odd[k] = _mm256_fmadd_ps(two[k], scale, odd[k]);
         }
     }
+    for (long i = 0; kind != NF4 && i + 16 <= in; i += 16)
+        for (int r = 0; r < rows; r++) {
+            const char *row = W + r * apart * row_bytes;
+            __m256 left = eight(kind, row, i), right = eight(kind, row, i + 8);
+            for (int t = 0, k = r * tokens; t < tokens; t++, k++) {
+                even[k] = _mm256_fmadd_ps(left, _mm256_loadu_ps(x + t * in + i), even[k]);
+                odd[k] = _mm256_fmadd_ps(right, _mm256_loadu_ps(x + t * in + i + 8), odd[k]);
+            }
+        }
     for (int r = 0, k = 0; r < rows; r++)
         for (int t = 0; t < tokens; t++, k++) {
             if (in % 16)  /* eight more; never of NF4 */
-                even[k] = _mm256_fmadd_ps(eight(kind, W + r * apart * row_bytes, in - 8, low, high), _mm256_loadu_ps(x + t * in + in - 8), even[k]);
+                even[k] = _mm256_fmadd_ps(eight(kind, W + r * apart * row_bytes, in - 8), _mm256_loadu_ps(x + t * in + in - 8), even[k]);
             float product = sum(_mm256_add_ps(even[k], odd[k])) * (kind == INT8 ? scales[r * apart] : 1), *to = y + t * out + r * apart;
             *to = onto == 0 ? product : *to + onto * product;
         }
@@ -190,20 +218,23 @@ INLINE void rows_of(enum kind kind, const char *W, const float *scales, const fl
                     long out, float onto, long first, long last) {
     long row_bytes = kind == FP32 ? 4 * in : kind == BF16 ? 2 * in : kind == INT8 ? in : in / 2;
     long per_row = kind == INT8 ? 1 : kind == NF4 ? in / BLOCK : 0, runs = n == 1 ? TILE : TILE / 2, run = (last - first) / runs;
+    __m256i bytes[4];
+    if (kind == NF4)
+        split(values, bytes);
     for (long end = first + run; first < end; first++) {
         const char *row = W + first * row_bytes;
         const float *own = scales + first * per_row;
         if (n == 1)
-            tile(kind, TILE, 1, row, row_bytes, run, own, per_row, values, x, y + first, in, out, onto);
+            tile(kind, TILE, 1, row, row_bytes, run, own, per_row, bytes, x, y + first, in, out, onto);
         long t = 0;
         for (; n > 1 && t + 2 <= n; t += 2)
-            tile(kind, TILE / 2, 2, row, row_bytes, run, own, per_row, values, x + t * in, y + t * out + first, in, out, onto);
+            tile(kind, TILE / 2, 2, row, row_bytes, run, own, per_row, bytes, x + t * in, y + t * out + first, in, out, onto);
         if (n > 1 && t < n)
-            tile(kind, TILE / 2, 1, row, row_bytes, run, own, per_row, values, x + t * in, y + t * out + first, in, out, onto);
+            tile(kind, TILE / 2, 1, row, row_bytes, run, own, per_row, bytes, x + t * in, y + t * out + first, in, out, onto);
     }
     for (first += (runs - 1) * run; first < last; first++)
         for (long t = 0; t < n; t++)
-            tile(kind, 1, 1, W + first * row_bytes, row_bytes, 0, scales + first * per_row, per_row, values, x + t * in,
+            tile(kind, 1, 1, W + first * row_bytes, row_bytes, 0, scales + first * per_row, per_row, bytes, x + t * in,
                  y + t * out + first, in, out, onto);
 }
 
@@ -480,7 +511,7 @@ INLINE void panel_put_on(enum kind kind, int rows, const char *W, char *out, lon
     for (int r = 0; r < rows; r++, W += row_bytes, out += row_bytes) {
         __m256i kept[2];
         for (int k = 0; k < 2; k++) {
-            __m256 weight = eight(kind, W, 8 * k, sums[0], sums[0]), update = sums[2 * r + k], merged = _mm256_add_ps(weight, update);
+            __m256 weight = eight(kind, W, 8 * k), update = sums[2 * r + k], merged = _mm256_add_ps(weight, update);
             kept[k] = kind == BF16 ? to_bf16(merged) : _mm256_castps_si256(merged);
             __m256 rounding = _mm256_sub_ps(_mm256_castsi256_ps(kept[k]), merged);
             tally->weight = _mm256_fmadd_ps(weight, weight, tally->weight);
