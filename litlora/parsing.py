@@ -60,7 +60,12 @@ PEER_NAMES = {
     "resume_from_checkpoint": "resume",
     "top_n": "top_k",
     "max_tokens": "max_new_tokens",
+    "load_in_4bit": "quantize",
+    "load_in_8bit": "quantize",
+    "quantization_bit": "quantize",
+    "device": "accelerator",
 }
+QUANTIZE_ELSEWHERE = "finetune, estimate, generate, chat and evaluate have it; what others write is made of the weights as they are stored"
 
 
 class Given(NamedTuple):
@@ -191,7 +196,7 @@ def unknown_option(name: str, known: Mapping[str, Leaf], command: str, shown: st
         close = did_you_mean(name.replace("-", "_"), meant_by)
         for word, whole in meant_by.items():
             close = close.replace(f"mean {word}?", f"mean {dashes}{whole}?")
-        hint = close or all_options(command)
+        hint = QUANTIZE_ELSEWHERE if name == "quantize" else close or all_options(command)
     return UserError(f"no option {shown}", where=where, hint=hint)
 
 
@@ -207,15 +212,16 @@ def understood(given: Mapping[str, Given], known: Mapping[str, Leaf], command: s
         if texts or (leaf.is_text and isinstance(value, str)) or (leaf.is_optional and value is None):
             values[name] = value
         elif leaf.is_list or leaf.is_text or value is None:
-            raise UserError(wrong_value(leaf, "null" if value is None else str(value)), where=file, hint=all_options(command))
+            raise wrong_value(leaf, "null" if value is None else str(value), command, file)
         else:
             words.append(f"--{name}={value}")
     try:
         parsed = build_parser([known[name] for name in given]).parse_args(words)
     except (ArgumentError, TypeError, ValueError) as error:
         name = next((name for name in given if f'"{name}"' in str(error)), "")
-        message = wrong_value(known[name], str(error).rpartition("value: ")[2].strip()) if name else " ".join(str(error).split())
-        raise UserError(message, where=given[name].file if name else "", hint=all_options(command)) from error
+        if not name:
+            raise UserError(" ".join(str(error).split()), hint=all_options(command)) from error
+        raise wrong_value(known[name], str(error).rpartition("value: ")[2].strip(), command, given[name].file) from error
     return values | {name: parsed[name] for name in given if not (known[name].is_text or known[name].is_list or given[name].value is None)}
 
 
@@ -272,11 +278,12 @@ def values_of(kind: Any) -> str:
     return {int: "N", float: "X", str: "TEXT"}[kind]
 
 
-def wrong_value(leaf: Leaf, value: str) -> str:
-    """What is said of a value that the option cannot have."""
+def wrong_value(leaf: Leaf, value: str, command: str, file: str) -> UserError:
+    """What is said of a value that the option cannot have: which it can, and what they are."""
     values = values_of(leaf.type)
     wanted = {"N": "a whole number", "X": "a number", "": "true or false", "TEXT": "a text", "TEXT ...": "texts"}.get(values, values)
-    return f"--{leaf.name} must be {wanted}, not {value}"
+    what, hint = f"--{leaf.name} must be {wanted}, not {value}", f"{leaf.field.metadata['help']} ({all_options(command)})"
+    return UserError(what, where=file, hint=hint)
 
 
 def read_yaml(path: Path, known: Mapping[str, Leaf], command: str) -> dict[str, Value]:

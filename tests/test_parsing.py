@@ -67,6 +67,8 @@ def test_switches_need_no_value_and_take_one() -> None:
         (["--strategy", "fsdp"], "--strategy must be {auto,ddp}", "--help"),
         (["--accelerator", "gpu"], "--accelerator must be {auto,cpu,cuda,mps}", "--help"),
         (["--lora.r", "0"], "--lora.r must be at least 1", ""),
+        (["--quantize", "int4"], "--quantize must be {auto,none,bf16,int8,nf4,nf4-dq}, not int4", "nf4 (4 bits, QLoRA's)"),
+        (["--load_in_4bit", "true"], "no option --load_in_4bit", "here it is --quantize"),
         (["--train.lr_schedule", "step"], "{cosine,linear,constant}", "--help"),
         (["--data"], "--data needs a value", ""),
         (["--train.lr"], "--train.lr needs a value", ""),
@@ -80,6 +82,13 @@ def test_what_is_not_understood_is_refused_with_a_hint(words: list[str], message
         finetune(*words)
     assert message in str(refusal.value)
     assert hint in refusal.value.hint
+
+
+@pytest.mark.parametrize("kind", [MergeLoRA, Pretrain, declared.Verify, declared.Convert])
+def test_a_command_that_holds_no_weights_in_few_bits_says_which_do(kind: type) -> None:
+    with pytest.raises(UserError, match="no option --quantize") as refusal:
+        parse(kind, ["--quantize", "nf4"], command="x")
+    assert "finetune, estimate, generate, chat and evaluate have it" in refusal.value.hint
 
 
 def test_options_win_over_files_and_later_files_over_earlier(tmp_path: Path) -> None:
