@@ -134,7 +134,13 @@ def amount(size: int) -> str:
     for unit, word in ((10**9, "GB"), (MB, "MB"), (10**3, "kB")):
         if size >= unit:
             return f"{size / unit:.1f} {word}"
-    return f"{size} bytes"
+    return counted(size, "byte")
+
+
+def counted(number: float, one: str, many: str = "") -> str:
+    """`1 row`, `1,600 rows`, `0.5 epochs`; `many` where it is not `one` with an s."""
+    shown = f"{int(number):,}" if number == int(number) else f"{number:g}"
+    return f"{shown} {one if number == 1 else many or f'{one}s'}"
 
 
 class Progress:

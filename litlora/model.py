@@ -721,7 +721,7 @@ class KVCache:
         assert len(self.lengths) == B, f"{B} rows for a cache of {len(self.lengths)}"
         if max(self.lengths) + T > self.size:
             raise UserError(
-                f"{T} more tokens do not fit after {max(self.lengths)}: there is room for {self.size} in all",
+                f"there is no room for {T} more after {max(self.lengths)}: it holds {self.size} tokens in all",
                 hint="shorten the prompt or ask for fewer new tokens",
             )
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from litlora.console import counted
 from litlora.errors import UserError
 
 Raw = bytes | bytearray | memoryview | npt.NDArray[Any]  # a tensor's bytes, little-endian, row-major
@@ -147,10 +148,10 @@ def _read_header(path: Path, fd: int, size: int) -> bytes:
     """The JSON's bytes."""
     first = os.pread(fd, 8, 0)
     if len(first) < 8:
-        raise _not_sound(path, f"{size} bytes are too few for a safetensors file")
+        raise _not_sound(path, f"{counted(size, 'byte is', 'bytes are')} too few for a safetensors file")
     (length,) = struct.unpack("<Q", first)
     if length > size - 8:
-        raise _not_sound(path, f"its header claims {length} bytes, but the file has {size}")
+        raise _not_sound(path, f"its header claims {counted(length, 'byte')}, but the file has {size}")
     if length > HEADER_LIMIT:
         raise UserError(f"its header has {length} bytes; at most {HEADER_LIMIT} are read", where=path)
     header = os.pread(fd, length, 8)
@@ -187,10 +188,14 @@ def _parse_header(path: Path, header: bytes, size: int) -> tuple[dict[str, Tenso
         position, before = info.end, name
     if position > size:
         raise UserError(
-            f"the file is cut short: it has {size} bytes, its header needs {position}", where=path, hint="copy or download this file again"
+            f"the file is cut short: it has {counted(size, 'byte')}, its header needs {position}",
+            where=path,
+            hint="copy or download this file again",
         )
     if position < size:
-        raise _not_sound(path, f"{size - position} bytes after the last tensor belong to none")
+        raise _not_sound(
+            path, f"{counted(size - position, 'byte after the last tensor belongs', 'bytes after the last tensor belong')} to none"
+        )
     return tensors, metadata
 
 
@@ -206,7 +211,8 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
         raise _not_sound(path, f"tensor {name!r} has data_offsets that are no range")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
-        raise _not_sound(path, f"tensor {name!r} of {dtype} {shape} needs {-(-bits // 8)} bytes, its range has {offsets[1] - offsets[0]}")
+        needed = counted(-(-bits // 8), "byte")
+        raise _not_sound(path, f"tensor {name!r} of {dtype} {shape} needs {needed}, its range has {offsets[1] - offsets[0]}")
     return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 

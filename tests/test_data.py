@@ -110,7 +110,7 @@ def test_an_end_token_without_a_row_in_the_embedding_is_refused(tmp_path: Path) 
         with pytest.raises(UserError, match="the token '<end>' has the id") as refused:
             load(file, plain)
         assert refused.value.where == f"{file}:1:1"
-    with pytest.raises(UserError, match="nothing to train on: all 1 row") as refused:
+    with pytest.raises(UserError, match="nothing to train on: the only row was skipped") as refused:
         load(path, plain, on_error="skip")
     assert "the token '<end>'" in refused.value.context[0]
 
@@ -147,7 +147,7 @@ def test_long_samples_are_cut_and_counted(tmp_path: Path, prompts: Prompts) -> N
 def test_rows_with_nothing_to_train_are_refused_with_the_count(tmp_path: Path, prompts: Prompts) -> None:
     """F14."""
     path = jsonl(tmp_path / "rows.jsonl", [{"prompt": "q" * 90, "completion": "a"}] * 3 + [{"prompt": 1, "completion": "a"}])
-    with pytest.raises(UserError, match="of 4 rows, 3 have no graded token within 40 tokens and 1 were skipped"):
+    with pytest.raises(UserError, match="of 4 rows, 3 have no graded token within 40 tokens and 1 was skipped"):
         load(path, prompts, 40, on_error="skip")
     with pytest.raises(UserError, match="no rows") as caught:
         load(write(tmp_path / "rows.csv", "prompt,completion\n"), prompts)

@@ -32,7 +32,7 @@ def test_rows_are_shown_with_what_is_graded(tmp_path: Path, capsys: pytest.Captu
     path = jsonl(tmp_path / "rows.jsonl", [GOOD, GOOD, {"prompt": "Say two.", "completion": "Two!"}])
     code, out, err = run("inspect", path, "--number", 1, capsys=capsys)
     assert code == 0
-    assert f"file     {path} · completion\n" in out and "rows     3 · 1 doubles of another\n" in out
+    assert f"file     {path} · completion\n" in out and "rows     3 · 1 double of another\n" in out
     assert f"--- {path}:1:1: " in out and "Say one.<|end|><|assistant|>«One!<|end|>»\n" in out and "Two" not in out
     assert "template  the model's own" in err
     figures = json.loads(run("inspect", path, "--json", capsys=capsys)[1])
@@ -103,7 +103,7 @@ def test_validate_lists_every_row_that_cannot_be_used(tmp_path: Path, capsys: py
     code, out, err = run("validate", path, other, capsys=capsys)
     places = [line.partition(": ")[0] for line in out.splitlines()[:4]]
     assert code == 1 and places == [f"{path}:{place}" for place in ("2:1", "3:1", "4:1", "6:16")]
-    assert out.splitlines()[4:] == [f"{path} · completion · 6 rows, 4 refused", f"{other} · completion · 1 rows, 0 refused"]
+    assert out.splitlines()[4:] == [f"{path} · completion · 6 rows, 4 refused", f"{other} · completion · 1 row, 0 refused"]
     assert "4 of 7 rows cannot be used" in err and "--rows.on_error skip" in err
     reports = json.loads(run("validate", path, "--json", capsys=capsys)[1])
     assert [(report["rows"], len(report["refused"])) for report in reports] == [(6, 4)]

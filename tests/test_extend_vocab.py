@@ -295,7 +295,7 @@ def test_what_the_merges_cannot_reach_is_left_out_and_counted(tmp_path: Path, ca
     run(base, "--tokenizer_dir", other, "--out_dir", tmp_path / "again")
     assert "山水" in Vocabulary(tmp_path / "again").ids
     assert "山林人" not in Vocabulary(tmp_path / "again").ids
-    assert "1 tokens were left out" in capsys.readouterr().err
+    assert "1 token was left out" in capsys.readouterr().err
 
 
 def test_tokens_that_the_base_would_cut_into_words_are_left_out(tmp_path: Path) -> None:

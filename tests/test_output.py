@@ -74,6 +74,14 @@ def leaves(table: Commands, before: str = "") -> dict[str, Command]:
     return found
 
 
+def test_one_of_a_thing_is_said_as_one() -> None:
+    """Caught: `1 rows`, `1 steps (1 epochs)`."""
+    said = [console.counted(number, "row") for number in (0, 1, 2, 1600, 1.0, 0.5, 1234567.0)]
+    assert said == ["0 rows", "1 row", "2 rows", "1,600 rows", "1 row", "0.5 rows", "1,234,567 rows"]
+    assert [console.counted(number, "row was", "rows were") for number in (1, 3)] == ["1 row was", "3 rows were"]
+    assert (console.amount(1), console.amount(12)) == ("1 byte", "12 bytes")
+
+
 def test_every_command_that_writes_json_is_tried_here() -> None:
     with_json = {
         name

@@ -70,7 +70,7 @@ def test_a_bad_row_is_named_by_file_line_and_column(tmp_path: Path, prompts: Pro
     data = load(path, prompts, on_error="skip")
     assert (data.counts.rows, data.counts.skipped, len(data.train)) == (3, 1, 2)
     assert data.skipped[0].startswith(f"{path}:2:{column}: ")
-    assert "1 rows skipped" in data.summary()
+    assert "1 row skipped" in data.summary()
 
 
 def test_the_place_in_a_line_is_shown(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_csv_rows_are_objects_with_places(tmp_path: Path, delimiter: str, ending
     ("text", "place", "reason", "after"),
     [
         ("q,a\n1,2,3\n4,5", "2:5", "the row has 3 fields, the header 2", 1),
-        ("q,a\n1\n4,5", "2:1", "the row has 1 fields, the header 2", 1),
+        ("q,a\n1\n4,5", "2:1", "the row has 1 field, the header 2", 1),
         ('q,a\n1,"x" y\n4,5', "2:6", "more text follows a closing quote", 1),
         ('q,a\n1,2\n4,"5\n6,7\n', "3:3", "a quote is never closed", None),
         ("q,a\n1,2\r3,4\n5,6", "2:4", "a carriage return alone", 1),

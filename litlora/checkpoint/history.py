@@ -14,6 +14,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.commit import is_alive
 from litlora.checkpoint.foreign import Foreign, recognise
 from litlora.checkpoint.reading import read_bytes
+from litlora.console import counted
 from litlora.errors import UserError
 from litlora.parsing import yaml_texts
 
@@ -71,12 +72,12 @@ def how_it_ended(run: Path, step: int, epoch: float) -> tuple[str, str]:
     planned = train if isinstance(train, Mapping) else {}
     steps, epochs, patience = (_number(planned.get(name)) for name in ("max_steps", "epochs", "patience"))
     if patience and validations_waited(rows) >= patience:
-        return "finished", f"after {step} steps: {patience:.0f} validations brought no new lowest loss"
+        return "finished", f"after {counted(step, 'step')}: {counted(patience, 'validation')} brought no new lowest loss"
     if steps is not None:
-        return ("finished", f"all {steps:.0f} steps") if step >= steps else ("stopped", f"after {step} of {steps:.0f} steps")
+        return ("finished", f"all {counted(steps, 'step')}") if step >= steps else ("stopped", f"after {step} of {counted(steps, 'step')}")
     if epochs is not None:
         done = epoch >= epochs - 1e-6  # rounded when it was written down
-        return ("finished", f"all {epochs:g} epochs") if done else ("stopped", f"after {epoch:.2f} of {epochs:g} epochs")
+        return ("finished", f"all {counted(epochs, 'epoch')}") if done else ("stopped", f"after {epoch:.2f} of {counted(epochs, 'epoch')}")
     return "unknown", f"it does not say how far it was to go ({names.RUN_YAML})"
 
 

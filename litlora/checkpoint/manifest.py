@@ -14,6 +14,7 @@ from typing import Any
 
 from litlora.checkpoint import names
 from litlora.checkpoint.reading import is_plain_name, parse_json, read_bytes, sha256
+from litlora.console import counted
 from litlora.errors import UserError
 from litlora.safetensors_file import Raw
 
@@ -211,7 +212,7 @@ def _file_fault(path: Path, record: FileRecord, *, hashed: bool = True) -> str:
     try:
         size = path.stat().st_size
         if size != record.size:
-            return f"{path.name} has {size:,} bytes instead of {record.size:,}"
+            return f"{path.name} has {counted(size, 'byte')} instead of {record.size:,}"
         return "" if not hashed or sha256(path) == record.sha256 else f"{path.name} was altered (its sha256 differs)"
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"

@@ -185,7 +185,8 @@ def of_run(run: Path, base_dir: Path | None = None, *, only: str = "") -> Checkp
             continue
         why = why_taken(step, run, losses.values(), newest=only == names.LAST)
         return Checkpoint(path, "step", why=why, manifest=step.manifest, base_dir=base_dir)
-    what = f"none of its {len(paths)} checkpoints is whole" if paths else "is a run without a checkpoint yet"
+    what = "its only checkpoint is not whole" if len(paths) == 1 else f"none of its {len(paths)} checkpoints is whole"
+    what = what if paths else "is a run without a checkpoint yet"
     raise UserError(what, where=run, hint="train again, or name another directory")
 
 

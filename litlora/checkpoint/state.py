@@ -14,6 +14,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.manifest import TrainingState
 from litlora.checkpoint.weights import raw_tensors, safe_open_checked
+from litlora.console import counted
 from litlora.errors import UserError
 
 OPTIMIZER, VALUES = "optimizer", "values"  # the two parts of what is stored
@@ -60,7 +61,7 @@ def load_state(
     path = step.path / names.TRAINING_STATE
     if own["class"] != type(optimizer).__name__ or own["parameters"] != sorted(parameters):
         here = f"{type(optimizer).__name__} for these {len(parameters)}"
-        what = f"was saved by {own['class']} for {len(own['parameters'])} parameters, not by {here}"
+        what = f"was saved by {own['class']} for {counted(len(own['parameters']), 'parameter')}, not by {here}"
         raise UserError(what, where=path, hint="resume with the options of the run")
     with safe_open_checked(path) as file:
         found: dict[str, Any] = {**own["scalars"], **{name: file.get_tensor(name).clone() for name in file.keys()}}  # noqa: SIM118

@@ -23,6 +23,7 @@ from litlora.checkpoint.base import check_fingerprint
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.commit import Tensors
 from litlora.config import Config
+from litlora.console import counted
 from litlora.errors import UserError
 from litlora.families import expected_tensors, is_beyond, is_derived, learns, stored_name, tensor_name
 from litlora.methods.attach import add, widen
@@ -157,7 +158,7 @@ def base_tensors(base: Checkpoint) -> dict[str, Tensor]:
         f"of dtype {tensor.dtype}: {name}" for name, tensor in tensors.items() if not tensor.is_floating_point() or tensor.itemsize < 2
     ]
     if faults:
-        what = "\n".join([f"{len(faults)} tensors at fault; nothing was loaded", *(f"  {fault}" for fault in faults)])
+        what = "\n".join([f"{counted(len(faults), 'tensor')} at fault; nothing was loaded", *(f"  {fault}" for fault in faults)])
         hint = f"the weights and {names.CONFIG} must belong together; download the model again"
         if any(is_beyond(name, config) for name in tensors):
             hint = "layers that predict further tokens are not read: litlora convert DIR --to hf --out_dir NEW leaves them out"

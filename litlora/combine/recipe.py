@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from litlora.combine.arithmetic import Array, Pick, dropping, elected, trimming, weighted
+from litlora.console import counted
 from litlora.errors import UserError
 from litlora.options import Combine
 
@@ -104,7 +105,9 @@ def weights_of(how: str, given: list[float], places: Sequence[str], values: dict
         raise UserError(f"in {how} a weight is a share, so it is above 0", where=below, hint="--how weighted_sum subtracts, too")
     if how == "interpolate":
         if len(places) != 2:
-            raise UserError(f"interpolate lies between two checkpoints, and {len(places)} are given", where=", ".join(places[:4]))
+            raise UserError(
+                f"interpolate lies between two checkpoints, and {counted(len(places), 'is', 'are')} given", where=", ".join(places[:4])
+            )
         return 1 - values["t"], values["t"]
     if how == "ema":
         decay, last = values["decay"], len(places) - 1

@@ -14,7 +14,7 @@ from litlora.combine import Parent, Plan, Recipe, prepare, recipe_of
 from litlora.combine import combine as write
 from litlora.combine.soup import greedy
 from litlora.commands.generate import open_model, split_weight
-from litlora.console import Progress, header, put, say, warn
+from litlora.console import Progress, counted, header, put, say, warn
 from litlora.errors import UserError
 from litlora.options import Combine
 
@@ -52,7 +52,7 @@ def open_parents(options: Combine) -> tuple[list[Parent], list[float]]:
             paths = [step.path for step in whole_steps(Path(path))]
             if not paths:
                 raise UserError("is a run without a whole checkpoint", where=path)
-            say(f"{path} is a run: its {len(paths)} whole steps, {', '.join(step.name for step in paths)}")
+            say(f"{path} is a run: its {counted(len(paths), 'whole step')}, {', '.join(step.name for step in paths)}")
         parents += [Parent(resolve(one if one.is_dir() else path, base_dir=options.base_dir)) for one in paths]
         weights += [weight] * len(paths)
     return parents, weights
@@ -108,7 +108,8 @@ def soup(options: Combine, parents: Sequence[Parent], recipe: Recipe) -> None:
     last = next(attempt for attempt in reversed(attempts) if attempt.kept)
     weights = tuple(1 / len(last.members) if number in last.members else 0.0 for number in range(len(parents)))
     plan = planned(options, parents, replace(recipe, weights=weights))
-    header([*heading(plan), ("loss", f"{last.loss:.4f} on {len(samples)} rows; the best candidate alone {attempts[0].loss:.4f}")])
+    on = counted(len(samples), "row")
+    header([*heading(plan), ("loss", f"{last.loss:.4f} on {on}; the best candidate alone {attempts[0].loss:.4f}")])
     told = {
         "losses": [round(loss, 6) for loss in losses],
         "attempts": [{"with": attempt.candidate, "loss": round(attempt.loss, 6), "kept": attempt.kept} for attempt in attempts],
@@ -148,7 +149,7 @@ def held_out(parents: Sequence[Parent], prompts: Any, context: int) -> "Sequence
     samples, _ = rows_of_run(run, prompts, context)
     if not samples:
         raise UserError("its run held out no rows", where=run / names.RUN_YAML, hint="--data FILE with rows to measure on")
-    say(f"measured on the {len(samples)} validation rows of {run}")
+    say(f"measured on the {counted(len(samples), 'validation row')} of {run}")
     return samples
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from litlora.console import Progress, header, put, say
+from litlora.console import Progress, counted, header, put, say
 from litlora.errors import UserError
 from litlora.options import Convert
 
@@ -34,7 +34,7 @@ def convert(options: Convert) -> None:
     chosen = f" ({source.checkpoint.why})" if source.checkpoint is not None and source.checkpoint.why else ""
     work = OnTheWay(
         [
-            ("source", f"{source.path}{chosen}, {source.kind}: {len(source.tensors)} tensors, {size / MB:,.1f} MB"),
+            ("source", f"{source.path}{chosen}, {source.kind}: {counted(len(source.tensors), 'tensor')}, {size / MB:,.1f} MB"),
             ("result", f"{out_dir}, {ASKED[to]}"),
         ],
         size,
@@ -74,9 +74,9 @@ def tell(report: dict[str, Any]) -> None:
     """The proof, and what was left out, in a few lines."""
     proof, renamed, dropped = report["proof"], report["renamed"], report["dropped"]
     rounded = f", {proof['rounded_once']} rounded once" if proof["rounded_once"] else ""
-    say(f"read again from the disk: {proof['tensors']} tensors, {proof['equal']} equal to the source's{rounded}")
+    say(f"read again from the disk: {counted(proof['tensors'], 'tensor')}, {proof['equal']} equal to the source's{rounded}")
     if renamed:
-        say(f"{len(renamed)} tensors have another name than there")
+        say(f"{counted(len(renamed), 'tensor has', 'tensors have')} another name than there")
     for why in dict.fromkeys(dropped.values()):
         left = [name for name, reason in dropped.items() if reason == why]
         say(f"left out: {', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''} ({why})")

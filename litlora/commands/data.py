@@ -9,7 +9,7 @@ import numpy as np
 
 from litlora.checkpoint.files import open_prompts
 from litlora.checkpoint.resolve import demo_base, resolve
-from litlora.console import header, put, put_json, show
+from litlora.console import counted, header, put, put_json, show
 from litlora.data.formats import NOT_LEARNT, Message, Pair, Text, Verdict, format_of, parse_mapping, read_row, unread
 from litlora.data.places import Row
 from litlora.data.rows import DataFile, rows_of
@@ -55,7 +55,7 @@ def inspect(options: InspectData) -> None:
     for name, value in [*lines(found), *([("unread", ", ".join(left))] if left else [])]:
         show(f"{name:<9}{printable(value)}")
     for sample in samples[: options.number]:
-        show(f"--- {sample.where}: {len(sample.tokens)} tokens, {sample.graded} graded\n{marked(sample, prompts)}")
+        show(f"--- {sample.where}: {counted(len(sample.tokens), 'token')}, {sample.graded} graded\n{marked(sample, prompts)}")
 
 
 def kind_of(file: DataFile, options: InspectData) -> str:
@@ -108,12 +108,12 @@ def lines(found: DataSet) -> list[tuple[str, str]]:
     """The same for people."""
     values = figures(found)
     left_out = {
-        "rows skipped": found.counts.skipped,
-        "cut to length": found.counts.truncated,
-        "without a graded token": found.counts.nothing_graded,
-        "doubles of another": values["doubles"],
+        ("row skipped", "rows skipped"): found.counts.skipped,
+        ("cut to length",) * 2: found.counts.truncated,
+        ("without a graded token",) * 2: found.counts.nothing_graded,
+        ("double of another", "doubles of another"): values["doubles"],
     }
-    said = [f"{count:,} {what}" for what, count in left_out.items() if count]
+    said = [counted(count, *words) for words, count in left_out.items() if count]
     return [
         *(("file", f"{name} · {form}") for name, form in found.formats.items()),
         ("rows", " · ".join([f"{found.counts.rows:,}", *said])),
@@ -163,11 +163,11 @@ def validate(options: ValidateData) -> None:
         for report in reports:
             note = " (not learnt by fine-tuning)" if report.format in NOT_LEARNT else ""
             kind = report.format or "no known format"
-            show(f"{printable(report.file)} · {kind}{note} · {report.rows:,} rows, {len(report.refused):,} refused")
+            show(f"{printable(report.file)} · {kind}{note} · {counted(report.rows, 'row')}, {len(report.refused):,} refused")
     if refused:
         rows = sum(report.rows for report in reports)
         hint = "--rows.on_error skip trains without them" if len(refused) < rows else ""
-        raise WorkError(f"{len(refused):,} of {rows:,} rows cannot be used", where=", ".join(options.data), hint=hint)
+        raise WorkError(f"{len(refused):,} of {counted(rows, 'row')} cannot be used", where=", ".join(options.data), hint=hint)
 
 
 def validated(file: DataFile, options: ValidateData, prompts: Prompts | None) -> Report:

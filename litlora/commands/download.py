@@ -12,7 +12,7 @@ import shlex
 import signal
 import tempfile
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from litlora.checkpoint.foreign import convert_hint
 from litlora.checkpoint.reading import is_plain_name, read_json, sha256
 from litlora.checkpoint.resolve import looked_at
 from litlora.checkpoint.shards import files_of_index
-from litlora.console import MB, Progress, amount, header, put, say
+from litlora.console import MB, Progress, amount, counted, header, put, say
 from litlora.errors import Interrupted, UserError, WorkError
 from litlora.families import config_from_hf, quantised_by, unquantised
 from litlora.options import Download
@@ -78,11 +78,11 @@ def download(options: Download) -> None:
     check_writable(directory)
     size = sum(files[name].size for name in missing)
     check_free_space(directory, size + MARGIN)
-    there = f"; {len(files) - len(missing)} are there already" if len(missing) < len(files) else ""
+    there = f"; {counted(len(files) - len(missing), 'is', 'are')} there already" if len(missing) < len(files) else ""
     header(
         [
             ("model", f"{repo_id}, {options.revision}, commit {record.commit[:12]}, from {api.endpoint}"),
-            ("result", f"{directory}: {counted(missing)}, {amount(size)}{there}"),
+            ("result", f"{directory}: {counted(len(missing), 'file')}, {amount(size)}{there}"),
         ]
     )
     try:
@@ -93,13 +93,9 @@ def download(options: Download) -> None:
     except KeyboardInterrupt:
         raise Interrupted(signal.SIGINT, interrupted(record, directory)) from None
     more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-    say(f"fetched {counted(missing)}, {amount(size)}: {', '.join(missing[:4])}{more}")
-    say(f"read again from the disk: {counted(files)}, each as the hub says")
+    say(f"fetched {counted(len(missing), 'file')}, {amount(size)}: {', '.join(missing[:4])}{more}")
+    say(f"read again from the disk: {counted(len(files), 'file')}, each as the hub says")
     what_next(directory)
-
-
-def counted(files: Collection[str]) -> str:
-    return f"{len(files)} file{'s' if len(files) != 1 else ''}"
 
 
 def what_next(directory: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from litlora.checkpoint import names
 from litlora.checkpoint.resolve import demo_base, resolve_shapes
 from litlora.commands.finetune import planned
-from litlora.console import duration, print_table, put, say
+from litlora.console import counted, duration, print_table, put, say
 from litlora.errors import UserError
 from litlora.options import Finetune
 from litlora.precision import device_of
@@ -43,6 +43,6 @@ def estimate(options: Finetune) -> None:
         )
     ]
     rows.append(["a step", *(duration(step) for step in seconds.values())])
-    rows.append([f"{steps:,} steps, without validation", *(duration(step * steps) for step in seconds.values())])
+    rows.append([f"{counted(steps, 'step')}, without validation", *(duration(step * steps) for step in seconds.values())])
     print_table(["", *(f"--train.checkpoint_activations {way}" for way in ways)], rows, right={1, 2}, bold={5})
     put(f"free on {device.type}: {gigabytes(free_bytes(device))}")

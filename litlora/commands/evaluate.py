@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from litlora import console
 from litlora.checkpoint import names
 from litlora.commands.generate import Opened, open_model
-from litlora.console import put, put_json
+from litlora.console import counted, put, put_json
 from litlora.data.samples import IGNORE, DataSet, Sample, load_data
 from litlora.errors import UserError
 from litlora.options import Evaluate, SamplingOptions
@@ -56,7 +56,7 @@ def rows_of(opened: Opened, options: Evaluate) -> tuple[Sequence[Sample], str]:
         held_out, data = rows_of_run(step.parent, opened.prompts, context)
         if held_out:
             samples = held_out[: options.max_samples]
-            return samples, f"{len(samples):,} samples that the run {opened.checkpoint.path.parent} held out of {', '.join(data)}"
+            return samples, f"{counted(len(samples), 'sample')} that the run {opened.checkpoint.path.parent} held out of {', '.join(data)}"
     if not options.data and not opened.base.is_demo:
         console.warn("these are the demo's rows, which say little of another model: --data FILE names yours")
     found = load_data(options.data or ["demo"], opened.prompts, rows=options.rows, max_seq_length=context, heldout=True)
@@ -142,7 +142,7 @@ def is_exact(answer: "Answer", wanted: str) -> bool:
 
 def summary(data: DataSet, samples: Sequence[Sample]) -> str:
     kinds = ", ".join(dict.fromkeys(data.formats.values()))
-    return f"{len(samples):,} samples ({kinds}) from {', '.join(data.formats)}"
+    return f"{counted(len(samples), 'sample')} ({kinds}) from {', '.join(data.formats)}"
 
 
 def line(name: str, values: dict[str, float | int]) -> str:

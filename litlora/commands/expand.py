@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from litlora.console import Progress, header, put, say
+from litlora.console import Progress, counted, header, put, say
 from litlora.errors import UserError
 from litlora.options import Expand
 
@@ -25,7 +25,7 @@ def expand(options: Expand) -> None:
     before, after, new = model.base_config.num_hidden_layers, model.config.num_hidden_layers, model.new_layers
     header(
         [
-            ("base", f"{base.typed}, {before} layers, {model.base_bytes / MB:,.0f} MB"),
+            ("base", f"{base.typed}, {counted(before, 'layer')}, {model.base_bytes / MB:,.0f} MB"),
             ("result", f"{plan.out_dir}, {after} layers, {model.bytes / MB:,.0f} MB; it computes what the base does"),
             ("new", f"layers {', '.join(map(str, new))} (from 0), each a copy of the one before it whose output projections are zero"),
         ]
@@ -33,6 +33,6 @@ def expand(options: Expand) -> None:
     bar = Progress(model.bytes // MB, "MB", quiet=model.bytes < BIG)
     write(plan, progress=lambda done: bar.update(done // MB))
     bar.close()
-    say(f"read again from the disk: {sum(1 for _ in model)} tensors as written")
-    say(f"next: litlora finetune pro {shlex.quote(str(plan.out_dir))} --data FILE   (trains exactly the {len(new)} new layers)")
+    say(f"read again from the disk: {counted(sum(1 for _ in model), 'tensor')} as written")
+    say(f"next: litlora finetune pro {shlex.quote(str(plan.out_dir))} --data FILE   (trains exactly the {counted(len(new), 'new layer')})")
     put(plan.out_dir)

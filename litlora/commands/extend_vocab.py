@@ -9,7 +9,7 @@ from typing import Any
 from litlora.checkpoint import names
 from litlora.checkpoint.reading import sha256
 from litlora.checkpoint.resolve import resolve
-from litlora.console import Progress, header, put, say, warn
+from litlora.console import Progress, counted, header, put, say, warn
 from litlora.data.samples import texts_of
 from litlora.errors import UserError
 from litlora.options import ExtendVocab
@@ -100,12 +100,14 @@ def tell(options: ExtendVocab, plan: Plan, report: dict[str, Any], room: int | N
     added = tokens["after"] - tokens["before"]
     if room is not None and added < room:
         why = "there are no others" if options.tokenizer_dir else "no other character or pair is in the text twice"
-        warn(f"{added:,} tokens were added, not {room:,}: {why}")
+        warn(f"{counted(added, 'token was', 'tokens were')} added, not {room:,}: {why}")
     if tokens["left_out"]:
-        say(f"{tokens['left_out']:,} tokens were left out: the base cuts text in such a way that they would never be used")
-    say(f"{tokens['before']:,} tokens became {tokens['after']:,}: {tokens['characters']:,} characters, {tokens['merged']:,} made by merges")
+        say(f"{counted(tokens['left_out'], 'token was', 'tokens were')} left out: as the base cuts text, none would ever be used")
+    learnt = f"{counted(tokens['characters'], 'character')}, {tokens['merged']:,} made by merges"
+    say(f"{tokens['before']:,} tokens became {tokens['after']:,}: {learnt}")
     spare = f", of which {rows['spare_used']:,} were spare" if rows["spare_used"] else ""
-    say(f"{added:,} rows of {' and '.join(rows['tensors'])} are means of the pieces' rows{spare}; every other tensor is the base's")
+    are = "is the mean" if added == 1 else "are means"
+    say(f"{counted(added, 'row')} of {' and '.join(rows['tensors'])} {are} of the pieces' rows{spare}; every other tensor is the base's")
     if measured:
         say(f"tokens per character: {measured['before']:.3f} before, {measured['after']:.3f} now, on {measured['measured_on']}")
     modules = "embed_tokens" if plan.base.config().tie_word_embeddings else "embed_tokens lm_head"

@@ -282,10 +282,12 @@ def method_text(work: Work) -> str:
         text = f"{kind} r={wanted.r} alpha={wanted.alpha:g} on {' '.join(wanted.target_modules)}"
         text += f" of layers {' '.join(wanted.layers)}" if wanted.layers else ""
     elif isinstance(wanted, AdapterOptions):
-        text = f"{wanted.kind} adapters: {len(tuning.slots)} in {layers} layers"
+        text = f"{wanted.kind} adapters: {len(tuning.slots)} in {console.counted(layers, 'layer')}"
     elif work.method == "pro":
         new = [label.removeprefix("layer_") for label in new_layers(tuning, work.config)]
-        text = f"LLaMA-Pro: layers {', '.join(new)} of {layers + len(tuning.inserted)} are new and learn, the others stand still"
+        which = f"layer {new[0]}" if len(new) == 1 else f"layers {', '.join(new)}"
+        learn = "is new and learns" if len(new) == 1 else "are new and learn"
+        text = f"LLaMA-Pro: {which} of {layers + len(tuning.inserted)} {learn}, the others stand still"
     elif isinstance(wanted, FreezeOptions):
         text = f"{' '.join(wanted.modules)} of layers {' '.join(wanted.layers)} of {layers}"
         text += f", and {' '.join(wanted.extra_modules)}" if wanted.extra_modules else ""
@@ -316,7 +318,8 @@ def few_bits_text(model: GPT, quantize: str) -> str:
     held = [host for host in linears(model).values() if host.quantized is not None]
     few = sum(host.quantized.nbytes for host in held if host.quantized is not None)
     wide = sum(host.in_features * host.out_features for host in held) * model.lm_head.weight.element_size()
-    return f"{len(held)} weights in {quantize}: {console.amount(few)} instead of {console.amount(wide)}; all others stay wide"
+    weights = console.counted(len(held), "weight")
+    return f"{weights} in {quantize}: {console.amount(few)} instead of {console.amount(wide)}; all others stay wide"
 
 
 def say_what_next(last: Path, options: Finetune, work: Work) -> None:

@@ -15,7 +15,7 @@ from litlora.checkpoint.card import typed
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.files import open_prompts
 from litlora.checkpoint.resolve import resolve
-from litlora.console import put, put_json, put_words, say, style
+from litlora.console import counted, put, put_json, put_words, say, style
 from litlora.errors import UserError
 from litlora.importing import import_whole
 from litlora.options import ComputeOptions, Generate, SamplingOptions
@@ -69,7 +69,7 @@ def many(options: Generate, opened: "Opened", questions: "Sequence[Question]", p
                 put_words(answer.text)
             tokens += len(answer.ids)
     seconds = time.perf_counter() - began
-    say(style(f"{len(prompts)} answers · {tokens} tokens · {tokens / seconds:.0f} tok/s", "dim"))
+    say(style(f"{counted(len(prompts), 'answer')} · {counted(tokens, 'token')} · {tokens / seconds:.0f} tok/s", "dim"))
 
 
 def values(question: "Question", answer: "Answer") -> dict[str, Any]:
@@ -79,7 +79,7 @@ def values(question: "Question", answer: "Answer") -> dict[str, Any]:
 
 def stats(answer: "Answer", context: int) -> str:
     """`84 tokens · 30 looked up · 41 tok/s · first token 0.21 s · context 312/2048`"""
-    parts = [f"{len(answer.ids)} tokens", *([f"{answer.looked_up} looked up"] if answer.sampling.prompt_lookup else [])]
+    parts = [counted(len(answer.ids), "token"), *([f"{answer.looked_up} looked up"] if answer.sampling.prompt_lookup else [])]
     parts += [f"{answer.tokens_per_second:.0f} tok/s", f"first token {answer.first_token_seconds:.2f} s"]
     parts.append(f"context {answer.prompt_tokens + len(answer.ids)}/{context}")
     return " · ".join(parts)

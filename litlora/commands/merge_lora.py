@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from litlora.console import Progress, header, put, say, warn
+from litlora.console import Progress, counted, header, put, say, warn
 from litlora.errors import UserError
 from litlora.options import MergeLoRA
 
@@ -56,16 +56,17 @@ def full_proof(options: MergeLoRA, plan: Any) -> Any:
 def tell(report: dict[str, Any]) -> None:
     """The proof in a few lines."""
     tensors, changed, moved = report["tensors"], len(report["modules"]), report["update_relative_norm"]
-    told = [f"{changed} modules changed" + (f" by {moved:.3%} of their norm" if moved is not None else "")] if changed else []
-    told += [f"{tensors['new']} tensors are new"] if tensors["new"] else []
-    told += [f"{tensors['copied']} tensors untouched"]
+    told = [f"{counted(changed, 'module')} changed" + (f" by {moved:.3%} of their norm" if moved is not None else "")] if changed else []
+    told += [counted(tensors["new"], "tensor is new", "tensors are new")] if tensors["new"] else []
+    told += [counted(tensors["copied"], "tensor untouched", "tensors untouched")]
     told += [f"{tensors['converted']} stored in another dtype"] if tensors["converted"] else []
     say(", ".join(told))
     if report["new_layers"]:
         say(f"new layers, counted from 0: {', '.join(map(str, report['new_layers']))}")
     say(f"{report['size']}")
     if report["modules_unchanged"]:
-        warn(f"{len(report['modules_unchanged'])} adapted modules did not change at all: their update is zero")
+        same = counted(len(report["modules_unchanged"]), "adapted module")
+        warn(f"{same} did not change at all: the update is zero")
     if report["trained_on"] != "none":
         kind = report["trained_on"]
         say(f"training saw the base in {kind}; this went into the original weights, which are near to that and not the same")
@@ -75,4 +76,5 @@ def tell(report: dict[str, Any]) -> None:
         warn(f"rounding took {lost:.0%} of the update away: it is small beside the weights, and their dtype is coarse", hint)
     if "proof" in report:
         proof = report["proof"]
-        say(f"read again from the disk: {proof['tensors']} tensors as written; logits differ by at most {proof['largest_difference']:.2g}")
+        written = counted(proof["tensors"], "tensor")
+        say(f"read again from the disk: {written} as written; logits differ by at most {proof['largest_difference']:.2g}")

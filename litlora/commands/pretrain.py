@@ -138,7 +138,7 @@ def model_job(options: Pretrain, prompts: Prompts, data: DataSet) -> Job:
     def card(manifest: Manifest) -> str:
         return model_card(manifest, str(Path(options.out_dir) / names.step_name(manifest.step)))
 
-    where = compute_text(options, torch.float32)
+    where, blocks = compute_text(options, torch.float32), console.counted(config.num_hidden_layers, "block")
     return Job(
         command="pretrain",
         config=config,
@@ -150,7 +150,7 @@ def model_job(options: Pretrain, prompts: Prompts, data: DataSet) -> Job:
         data=data,
         base=None,
         parent=None,
-        facts=[("model", f"a new {config.model_type}, {config.num_hidden_layers} blocks of width {config.hidden_size} · {where}")],
+        facts=[("model", f"a new {config.model_type}, {blocks} of width {config.hidden_size} · {where}")],
         build=build,
         restore=restore,
         contents=contents,

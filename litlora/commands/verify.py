@@ -10,7 +10,7 @@ from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.fingerprint import combine, tensor_digests
 from litlora.checkpoint.reading import read_json, sha256
 from litlora.checkpoint.resolve import kind_of, list_step_paths, names_step_of_run, read_step, resolve
-from litlora.console import put_json, say, show
+from litlora.console import counted, put_json, say, show
 from litlora.errors import Refusal, UserError, WorkError, printable, told
 from litlora.options import Verify
 
@@ -52,7 +52,7 @@ def verify(options: Verify) -> None:
     failed = [finding for finding in found if finding.faults]
     if failed:
         hint = next((finding.hint for finding in failed if finding.hint), "")
-        raise WorkError(f"{len(failed)} of {len(found)} checks failed", where=path, context=[failed[0].faults[0]], hint=hint)
+        raise WorkError(f"{len(failed)} of {counted(len(found), 'check')} failed", where=path, context=[failed[0].faults[0]], hint=hint)
 
 
 def run_or_demo() -> str:
@@ -83,7 +83,8 @@ def findings(path: Path, options: Verify) -> Iterator[Finding]:
         return
     if kind == "step":
         step = read_step(path)
-        yield Finding(str(path), f"{len(step.manifest.files) if step.manifest else 0} files against their hashes", step.faults)
+        files = counted(len(step.manifest.files) if step.manifest else 0, "file against its hash", "files against their hashes")
+        yield Finding(str(path), files, step.faults)
         if step.has_state:
             yield Finding(str(path), "training state against its hashes", step.state_faults)
         if step.faults:
@@ -131,7 +132,8 @@ def inserted_blocks(model: Checkpoint) -> Finding:
     new, heard = model.config().llama_pro_layers, audible_layers(model)
     numbers = ", ".join(map(str, heard))
     said = f"layers {numbers} were trained: it computes something else than it did without them" if heard else "all of them add nothing yet"
-    return Finding(str(model.path), f"its {len(new)} inserted layers", figures={"inserted": list(new), "trained": heard}, told=(said,))
+    inserted = counted(len(new), "inserted layer")
+    return Finding(str(model.path), f"its {inserted}", figures={"inserted": list(new), "trained": heard}, told=(said,))
 
 
 def of_expanded(model: Checkpoint, options: Verify) -> Iterator[Finding]:
@@ -257,15 +259,25 @@ def of_weights(adapter: Checkpoint, merged: Checkpoint) -> Finding:
         proof = compare_weights(adapter, merged)
     except Refusal as error:
         return Finding(str(merged.path), "every tensor against base + adapter", (str(error), *error.context))
-    told = [f"all {proof.adapter_tensors} tensors of the adapter are in it; {proof.changed} tensors are changed or new"]
-    told += [f"{proof.identical} that were not trained are the base's, byte for byte"] if proof.identical else []
-    told += [f"{proof.converted} that were not trained are stored in another dtype, rounded once"] if proof.converted else []
+    whole = counted(proof.adapter_tensors, "tensor of the adapter is", "tensors of the adapter are")
+    told = [f"{'all ' * (proof.adapter_tensors > 1)}{whole} in it; {counted(proof.changed, 'tensor is', 'tensors are')} changed or new"]
+    told += (
+        [f"{counted(proof.identical, 'that was not trained is', 'that were not trained are')} the base's, byte for byte"]
+        if proof.identical
+        else []
+    )
+    told += (
+        [f"{counted(proof.converted, 'that was not trained is', 'that were not trained are')} stored in another dtype, rounded once"]
+        if proof.converted
+        else []
+    )
     away = f"{proof.farthest:.1%} as far from the exact result as one rounding explains"
-    told += [f"{proof.numbers:,} numbers computed again in fp64: the farthest, in {proof.where}, is {away}"] if proof.numbers else []
+    numbers, tensors = counted(proof.numbers, "number"), counted(proof.tensors, "tensor")
+    told += [f"{numbers} computed again in fp64: the farthest, in {proof.where}, is {away}"] if proof.numbers else []
     told += [f"the update is {proof.relative:.3%} of the weights, of which rounding took {proof.lost:.1%}"] if proof.relative else []
     figures = asdict(proof)
     faults = tuple(figures.pop("faults"))
-    return Finding(str(merged.path), f"{proof.tensors} tensors against base + adapter", faults, figures=figures, told=(*told, proof.size))
+    return Finding(str(merged.path), f"{tensors} against base + adapter", faults, figures=figures, told=(*told, proof.size))
 
 
 def of_logits(adapter: Checkpoint, merged: Checkpoint, accelerator: str) -> Finding:
@@ -276,7 +288,7 @@ def of_logits(adapter: Checkpoint, merged: Checkpoint, accelerator: str) -> Find
     except Refusal as error:
         return Finding(str(merged.path), "logits against the unmerged adapter", (str(error),))
     figures = "differ by at most {largest_difference:.2g} of {largest_logit:.3g} (bound {bound:.2g}), KL {kl:.1g} (bound {kl_bound:.0e})"
-    what = f"logits against the unmerged adapter on {proof['positions']} tokens"
+    what = f"logits against the unmerged adapter on {counted(proof['positions'], 'token')}"
     told = [figures.format(**proof)]
     if "choices_of_experts" in proof:
         ties = "through the same experts; at {decided_by_rounding:,} of {choices_of_experts:,} choices rounding would have taken another"
@@ -305,7 +317,7 @@ def of_loss(checkpoints: Sequence[Checkpoint], options: Verify) -> Iterator[Find
         figures |= {"apart": away, "bound": bound}
         told = f"{told} (apart {away:.1g}, bound {bound:.1g})"
         faults = () if away <= bound else (f"merged, the loss is {away:.3g} away from base + adapter (at most {bound:.3g})",)
-    yield Finding(str(last.path), f"loss on {len(samples)} samples", faults, figures=figures, told=(told,))
+    yield Finding(str(last.path), f"loss on {counted(len(samples), 'sample')}", faults, figures=figures, told=(told,))
 
 
 def samples_of(checkpoint: Checkpoint, options: Verify) -> "Sequence[Sample]":

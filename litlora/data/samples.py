@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from litlora import __version__
-from litlora.console import warn
+from litlora.console import counted, warn
 from litlora.data.demo import FILES, demo_file
 from litlora.data.formats import Message, Text, format_of, parse_mapping, texts, to_messages
 from litlora.data.places import Row
@@ -76,10 +76,11 @@ class DataSet:
         """`1,600 rows (alpaca) + 80 validation · 210,334 tokens, 61% graded · longest 181`, and what was left out."""
         kinds = ", ".join(dict.fromkeys(self.formats.values()))
         share = self.graded / max(self.tokens, 1)
-        parts = [f"{len(self.train):,} samples ({kinds}) + {len(self.validation):,} validation"]
-        parts += [f"{self.tokens:,} tokens, {share:.0%} graded", f"longest {self.longest:,}"]
+        parts = [f"{counted(len(self.train), 'sample')} ({kinds}) + {len(self.validation):,} validation"]
+        parts += [f"{counted(self.tokens, 'token')}, {share:.0%} graded", f"longest {self.longest:,}"]
         counts = self.counts
-        left_out = {"rows skipped": counts.skipped, "cut to length": counts.truncated, "without a graded token": counts.nothing_graded}
+        parts += [counted(counts.skipped, "row skipped", "rows skipped")] if counts.skipped else []
+        left_out = {"cut to length": counts.truncated, "without a graded token": counts.nothing_graded}
         return " · ".join([*parts, *(f"{count:,} {what}" for what, count in left_out.items() if count)])
 
     def split(self, fraction: float, seed: int, max_samples: int | None = None) -> "DataSet":
@@ -182,7 +183,7 @@ def texts_of(data: Sequence[str], rows: RowsOptions) -> Iterator[str]:
                     continue
                 yield from [value.text] if isinstance(value, Text) else texts(value)
     if left_out:
-        warn(f"{len(left_out):,} rows were left out, the first of them: {left_out[0]}")
+        warn(f"{counted(len(left_out), 'row was', 'rows were')} left out, the first of them: {left_out[0]}")
 
 
 # ---- what is named on the command line -------------------------------------------------------------------------------
@@ -259,14 +260,15 @@ class _Maker:
         counts = self.counts
         if counts.nothing_graded:
             return UserError(
-                f"nothing to train on: of {counts.rows:,} rows, {counts.nothing_graded:,} have no graded token "
-                f"within {self.max_seq_length:,} tokens and {counts.skipped:,} were skipped",
+                f"nothing to train on: of {counted(counts.rows, 'row')}, {counted(counts.nothing_graded, 'has', 'have')} no graded token "
+                f"within {counted(self.max_seq_length, 'token')} and {counted(counts.skipped, 'was', 'were')} skipped",
                 where=", ".join(data),
                 hint="raise --train.max_seq_length",
             )
         if not counts.rows:
             return UserError("nothing to train on: no rows", where=", ".join(data), hint="a table has a row below its columns' names")
-        return UserError(f"nothing to train on: all {counts.skipped:,} rows were skipped", where=", ".join(data), context=self.skipped[:3])
+        all_of_them = "the only row was" if counts.skipped == 1 else f"all {counts.skipped:,} rows were"
+        return UserError(f"nothing to train on: {all_of_them} skipped", where=", ".join(data), context=self.skipped[:3])
 
     def _bad(self, error: UserError) -> None:
         if not self.skip:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from litlora.console import counted
 from litlora.data.places import OnBad, Row, decode, refuse
 from litlora.errors import UserError
 
@@ -35,7 +36,7 @@ def csv_rows(lines: Iterable[bytes], name: str, on_bad: OnBad | None) -> Iterato
             if not "".join(text.record).strip():
                 fields = []
             if fields and len(fields) != len(header):
-                what = f"the row has {len(fields)} fields, the header {len(header)}"
+                what = f"the row has {counted(len(fields), 'field')}, the header {len(header)}"
                 at = _starts(text.record[0], delimiter)[len(header)] if len(text.record) == 1 and len(fields) > len(header) else 0
                 refuse(what, "".join(text.record), at, name, begin, f"a field with {delimiter!r} in it stands in double quotes")
             if fields:

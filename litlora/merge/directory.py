@@ -14,6 +14,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.fingerprint import combine
 from litlora.checkpoint.reading import file_in, parse_json, read_bytes, sha256
 from litlora.checkpoint.tokenizers import template_files, tokenizer_files
+from litlora.console import counted
 from litlora.families import changed_keys, expected_tensors, with_changes
 from litlora.merge.outputs import NewModel
 from litlora.merge.plan import Plan
@@ -105,7 +106,7 @@ def chat_template(plan: Plan) -> Any:
 def model_card(plan: Plan) -> str:
     """README.md: where this model comes from, and commands that work with it."""
     base, manifest = plan.model.base, plan.checkpoint.manifest
-    trained = f" after {manifest.step} steps of training" if manifest and manifest.step else ""
+    trained = f" after {counted(manifest.step, 'step')} of training" if manifest and manifest.step else ""
     return f"""{front_matter(plan.model, [method_word(plan), "merged"])}
 # {base.path.name} with {what_was_trained(plan.tuning)} merged in
 
@@ -144,10 +145,6 @@ def what_was_trained(tuning: Tuning) -> str:
     parts += [f"{counted(len(tuning.inserted), 'new block')} (LLaMA-Pro)"] if tuning.inserted else []
     parts += [f"{counted(len(tuning.whole), 'tensor')} trained whole"] if tuning.whole else []
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
-
-
-def counted(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
 def base_licence(base: Path) -> str:

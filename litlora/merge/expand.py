@@ -21,6 +21,7 @@ from litlora.checkpoint.manifest import seal
 from litlora.checkpoint.reading import sha256
 from litlora.checkpoint.shards import find_shards
 from litlora.checkpoint.tokenizers import tokenizer_files
+from litlora.console import counted
 from litlora.errors import UserError, WorkError
 from litlora.families import LLAMA_PRO_LAYERS
 from litlora.merge.directory import fingerprint_after, fingerprint_before, front_matter, how_to_use, version, write_model_files
@@ -90,7 +91,7 @@ def model_card(model: NewModel, fingerprint: str) -> str:
     """README.md: what was added, and how to train it."""
     before, after = model.base_config.num_hidden_layers, model.config.num_hidden_layers
     return f"""{front_matter(model, ["llama-pro"])}
-# {model.base.path.name}, {after - before} blocks deeper
+# {model.base.path.name}, {counted(after - before, "block")} deeper
 
 Written by `litlora expand` from the base `{model.base.recorded_path}` (fingerprint `{fingerprint}`).
 It has {after} layers instead of {before}. New are, counted from 0: {", ".join(map(str, model.new_layers))}.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from litlora.console import counted
 from litlora.errors import UserError
 from litlora.options import AdapterOptions, LoRAOptions
 from litlora.peft.targets import (
@@ -445,6 +446,6 @@ def check_tensors(found: Mapping[str, Sequence[int]], expected: Mapping[str, Seq
         if name in found and tuple(found[name]) != tuple(expected[name])
     ]
     if faults:
-        what = "\n  ".join([f"{len(faults)} of {len(expected)} tensors at fault, so none was loaded", *faults])
+        what = "\n  ".join([f"{len(faults)} of {counted(len(expected), 'tensor')} at fault, so none was loaded", *faults])
         hint = "the tensors, what is written about them (adapter_config.json or litlora.json) and the base must belong together"
         raise UserError(what, where=where, hint=hint)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from litlora.console import Progress, count
+from litlora.console import Progress, count, counted
 from litlora.data.batches import Batch, share_of_rank
 from litlora.data.lanes import in_lanes
 from litlora.data.samples import Sample
@@ -137,7 +137,7 @@ def fit(run: Run, start: Position) -> Position:
                 saver.finish()
                 raise Interrupted(run.signals.number or signal.SIGTERM)
         if position.is_enough(run.options.patience):
-            progress.line(f"stopped: {position.waited} validations brought no loss below {position.best_val_loss:.4f}")
+            progress.line(f"stopped: {counted(position.waited, 'validation')} brought no loss below {position.best_val_loss:.4f}")
     return position
 
 

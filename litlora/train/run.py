@@ -338,7 +338,8 @@ def show_samples(job: Job, number: int = 2) -> None:
     """`--dry_run`: what the plan is, and the first samples as the model sees them, the graded part between «»."""
     console.header(header(job, plan_of(job), None))
     for sample in job.data.train[:number]:
-        console.show(f"--- {sample.where}: {len(sample.tokens)} tokens, {sample.graded} graded\n{marked(sample, job.prompts)}")
+        tokens = console.counted(len(sample.tokens), "token")
+        console.show(f"--- {sample.where}: {tokens}, {sample.graded} graded\n{marked(sample, job.prompts)}")
 
 
 def rows_hash(samples: Sequence[Sample]) -> str:
@@ -447,11 +448,12 @@ def versions() -> dict[str, str]:
 def header(job: Job, plan: Plan, resumed: Checkpoint | None) -> list[tuple[str, str]]:
     """A few lines before it begins: model, data, method, plan, where it writes."""
     options = job.options
-    passes = f"{options.train.epochs:g} epochs" if options.train.max_steps is None else "max_steps"
+    passes = console.counted(options.train.epochs, "epoch") if options.train.max_steps is None else "max_steps"
     whose = "the demo's rows (--data FILE takes yours) · " if options.data == [names.DEMO] else ""
     lines = [*job.facts, ("data", whose + job.data.summary())]
     rate = f"lr {options.train.lr:g} {options.train.lr_schedule}"
-    lines.append(("plan", f"{plan.steps} steps ({passes}) of {options.train.global_batch_size} samples · {rate}"))
+    steps, samples = console.counted(plan.steps, "step"), console.counted(options.train.global_batch_size, "sample")
+    lines.append(("plan", f"{steps} ({passes}) of {samples} · {rate}"))
     begun = f", going on from {resumed.path.name}" if resumed else ""
     if resumed and (names.step_number(resumed.path) or 0) >= plan.steps:
         begun += ", its last step: nothing is left to do (a larger --train.max_steps trains longer)"
@@ -464,4 +466,4 @@ def compute_text(options: FitOptions, dtype: torch.dtype | None = None) -> str:
     device = device_of(options.accelerator).type
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype or choose_dtype(options.precision, device)]
     threads = options.threads or torch.get_num_threads()
-    return f"{device}, {name}, {threads} thread{'s' * (threads > 1)}" if device == "cpu" else f"{device}, {name}"
+    return f"{device}, {name}, {console.counted(threads, 'thread')}" if device == "cpu" else f"{device}, {name}"

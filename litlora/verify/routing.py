@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from litlora.console import counted
 from litlora.errors import WorkError
 from litlora.model import GPT, Router
 
@@ -39,7 +40,7 @@ class Routing:
         """`model` computes the same once more, with the experts that were recorded. WorkError where its rule chooses others by the
         very same scores, or it has another number of routers."""
         if (found := len(routers_of(model))) != self.layers:
-            raise WorkError(f"{found} layers with experts, where base and adapter make {self.layers}")
+            raise WorkError(f"{counted(found, 'layer')} with experts, where base and adapter make {self.layers}")
         said = iter(self.said)
         with asked(model, lambda router, rule, scores: self.follow(*next(said), router, rule, scores)):
             yield

@@ -19,6 +19,7 @@ import numpy as np
 from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.reading import read_json
+from litlora.console import counted
 from litlora.families import tensor_name
 from litlora.merge.directory import size_explained, summed
 from litlora.merge.effective import Effective, computed
@@ -176,9 +177,9 @@ def compare_numbers(output: Output, way: Making, file: SafetensorsFile, name: st
     found.numbers, found.farthest = math.prod(way.shape), worst
     if wrong:
         place = [int(index) for index in np.unravel_index(where, way.shape)]
-        many = f"{wrong:,} of {found.numbers:,} numbers"
+        many = f"{wrong:,} of {counted(found.numbers, 'number')} {'is' if wrong == 1 else 'are'}"
         found.faults.append(
-            f"{output.parameter} in {file.path.name}: {many} are not base + adapter; the farthest, at {place}, is {told}: "
+            f"{output.parameter} in {file.path.name}: {many} not base + adapter; the farthest, at {place}, is {told}: "
             f"{worst:.3g} times as far as one rounding explains"
         )
     return found

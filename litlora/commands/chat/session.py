@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.commands.generate import Message, Opened, put_on, split_weight, stats, with_system
-from litlora.console import put, put_words, say, style
+from litlora.console import counted, put, put_words, say, style
 from litlora.data.formats import Text, to_messages
 from litlora.data.rows import read_rows
 from litlora.errors import UserError, did_you_mean
@@ -171,7 +171,7 @@ class Session:
         while self.messages and self.messages.pop()["role"] != "user":
             pass
         self.first = min(self.first, len(self.messages))
-        say(f"taken back; {turns_in(self.messages)} turns are left")
+        say(f"taken back; {counted(turns_in(self.messages), 'turn is', 'turns are')} left")
 
     def do_compare(self, rest: str) -> None:
         wanted = {"": not self.compares, "on": True, "off": False}.get(rest)
@@ -196,7 +196,7 @@ class Session:
     def do_tokens(self, rest: str) -> None:
         if not self.prompt:
             raise UserError("nothing has been asked yet")
-        put(f"{len(self.prompt)} tokens\n{self.prompt}\n{self.opened.prompts.tokenizer.decode(self.prompt, skip_special=False)}")
+        put(f"{counted(len(self.prompt), 'token')}\n{self.prompt}\n{self.opened.prompts.tokenizer.decode(self.prompt, skip_special=False)}")
 
     def do_save(self, rest: str) -> None:
         path = needed(rest, "/save")
@@ -223,7 +223,7 @@ class Session:
             raise UserError("is a text, not a conversation", where=row.where)
         self.system = next((str(message["content"]) for message in messages if message["role"] == "system"), None)
         self.messages, self.first = [message for message in messages if message["role"] != "system"], 0
-        say(f"{turns_in(self.messages)} turns from {row.where}")
+        say(f"{counted(turns_in(self.messages), 'turn')} from {row.where}")
 
     def do_stats(self, rest: str) -> None:
         if rest not in ("", "on", "off"):

@@ -13,7 +13,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.commands.diff.measure import Difference, Sums, compare
 from litlora.commands.diff.picture import check_plot, draw, heat_map, in_colours, modules_of, percent, short
-from litlora.console import Progress, put_json, show
+from litlora.console import Progress, counted, put_json, show
 from litlora.errors import UserError, WorkError, printable
 from litlora.options import Diff
 
@@ -83,7 +83,7 @@ def described(difference: Difference, a: Checkpoint, b: Checkpoint) -> Iterator[
 def alone_in_words(alone: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """Tensors by name; those of a new block together."""
     blocks = Counter(name.partition(".inserted.")[0] for name in alone if ".inserted." in name)
-    yield from (f"the new block after {block}: {count} tensors" for block, count in blocks.items())
+    yield from (f"the new block after {block}: {counted(count, 'tensor')}" for block, count in blocks.items())
     yield from (f"{name} {list(shape)}" for name, shape in alone.items() if ".inserted." not in name)
 
 
@@ -93,14 +93,15 @@ def in_words(difference: Difference) -> Iterator[str]:
     what = "of what was trained, which no plain model holds: " if difference.what == "trained" else ""
     if tensors:
         far = f": ||B - A|| is {percent(total)}% of ||A||" if apart and math.isfinite(total.relative) else ""
-        same = f"; the other {len(tensors) - apart} are the same bit for bit" if apart < len(tensors) else ""
-        yield f"{what}{apart} of {len(tensors)} tensors in both differ{far}{same}"
+        others = "is" if len(tensors) - apart == 1 else f"{len(tensors) - apart:,} are"
+        same = f"; the other {others} the same bit for bit" if apart < len(tensors) else ""
+        yield f"{what}{apart} of {counted(len(tensors), 'tensor')} in both {'differs' if apart == 1 else 'differ'}{far}{same}"
     for name, tensor in tensors.items():
         if tensor.rows is not None:
             yield f"{name}: one has more rows; of the {tensor.rows:,} in both, {distance(tensor.sums)}"
     for mine, theirs in sorted({tensor.dtypes for tensor in tensors.values() if tensor.dtypes}):
         count = sum(tensor.dtypes == (mine, theirs) for tensor in tensors.values())
-        yield f"{count} tensors are stored as {mine} in A and {theirs} in B"
+        yield f"{counted(count, 'tensor is', 'tensors are')} stored as {mine} in A and {theirs} in B"
     if total.cosine is not None and total.longer is not None:
         way = f"cosine {total.cosine:.4f} ({in_what_way(total.cosine)})"
         yield f"the two updates of their base: {way}, B's is {total.longer:.3g} times as long"

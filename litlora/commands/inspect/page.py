@@ -5,7 +5,7 @@ from typing import Any
 
 from litlora.checkpoint import names
 from litlora.commands.inspect.report import Report
-from litlora.console import amount, count
+from litlora.console import amount, count, counted
 from litlora.errors import printable
 
 WIDTH = 12  # of the names of lines
@@ -122,7 +122,8 @@ def base_text(base: Mapping[str, Any]) -> str:
 
 def model_lines(model: Mapping[str, Any], *, of_base: bool) -> Iterator[str]:
     new = f", of which {', '.join(map(str, model['new_layers']))} are new" if model["new_layers"] else ""
-    shape = f"{model['model_type']}, {model['layers']} layers{new}, width {model['hidden_size']}, {model['heads']} heads"
+    layers, heads = counted(model["layers"], "layer"), counted(model["heads"], "head")
+    shape = f"{model['model_type']}, {layers}{new}, width {model['hidden_size']}, {heads}"
     shape += f" ({model['key_value_heads']} for keys and values)" if model["key_value_heads"] != model["heads"] else ""
     yield line("base model" if of_base else "model", shape)
     tied = "embedding and head are one matrix" if model["tied"] else "the head is a matrix of its own"
@@ -131,11 +132,11 @@ def model_lines(model: Mapping[str, Any], *, of_base: bool) -> Iterator[str]:
     yield line("", f"fingerprint {model['fingerprint'] or 'not computed: --check reads the weights'}")
 
 
-def stored(counted: Mapping[str, Any]) -> str:
+def stored(tensors: Mapping[str, Any]) -> str:
     dtypes = ", ".join(
-        f"{NAMES_OF_DTYPES.get(name, name)}" + (f" ({n})" if len(counted["dtypes"]) > 1 else "") for name, n in counted["dtypes"].items()
+        f"{NAMES_OF_DTYPES.get(name, name)}" + (f" ({n})" if len(tensors["dtypes"]) > 1 else "") for name, n in tensors["dtypes"].items()
     )
-    return f"{counted['tensors']} tensors, {count(counted['parameters'])} parameters, {dtypes}"
+    return f"{counted(tensors['tensors'], 'tensor')}, {count(tensors['parameters'])} parameters, {dtypes}"
 
 
 def lineage_lines(found: Report) -> Iterator[str]:
@@ -179,7 +180,8 @@ def moved_lines(found: Report) -> Iterator[str]:
         return
     far = found.moved.values()
     still = sum(share == 0 for share in far)
-    yield line("changed", f"{len(found.moved) - still} of {len(found.moved)} modules and tensors, as a share of what was there")
+    all_of_it = counted(len(found.moved), "module or tensor", "modules and tensors")
+    yield line("changed", f"{len(found.moved) - still} of {all_of_it}, as a share of what was there")
     yield from rows(found.moved if len(found.moved) <= FEW else None, by_kind(found.moved), by_layer(found.moved))
     if found.lost_to_rounding:
         yield line("", f"{found.lost_to_rounding:.1%} of the change was lost to rounding when it was stored")
