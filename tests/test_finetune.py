@@ -558,7 +558,7 @@ def test_pro_on_an_expanded_base_trains_the_blocks_that_it_has(place: Place, tmp
     base, out = make_base(tmp_path / "expanded", expanded=True), tmp_path / "out"
     code, _, said = ran(place.typed("pro --train.max_steps 3", out, base=base))
     assert code == 0
-    assert "layers 2 of 4 are new" in said
+    assert "layer 2 of 4 is new" in said
     assert {name for name in read(out / names.METRICS)[0] if name.startswith("layer_")} == {"layer_2_grad_norm", "layer_2_update_norm"}
     before, after = load_file(base / names.WEIGHTS), files_of(out / "step-3")
     assert set(after) == {name for name in before if name.startswith("model.layers.2.")}
