@@ -31,6 +31,12 @@ INLINE float sum(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
 }
 
+INLINE float largest(__m256 v) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+
 /* ---- threads ----
 
    Helpers take parts of a job while there are some. Who has the job does what nobody has taken, and waits for nobody who has taken nothing: a
@@ -394,9 +400,48 @@ INLINE void weighted(const float *values, const float *weights, float *y, long s
    its head, the `sink`, which takes a share and gives no value (-inf: none). */
 struct query {
     const float *q;
-    float *y, *scores, most, sink;
+    float *y, *scores, sink;
+    __m256 most;  /* of every eighth score */
     long start, end;
 };
+
+/* The scores of some keys, each key's sum in the order of `sum`, eight keys at once while there are. */
+INLINE void scored(struct query *one, const float *keys, long from, long to, long D, float scale) {
+    for (; from + 8 <= to; from += 8) {
+        __m256 t[8];
+        for (int k = 0; k < 8; k++)
+            t[k] = _mm256_setzero_ps();
+        for (long i = 0; i < D; i += 8) {
+            __m256 q = _mm256_loadu_ps(one->q + i);
+            for (int k = 0; k < 8; k++)
+                t[k] = _mm256_fmadd_ps(q, _mm256_loadu_ps(keys + (from + k) * D + i), t[k]);
+        }
+        for (int k = 0; k < 4; k++)  /* two keys a register, four numbers each */
+            t[k] = _mm256_add_ps(_mm256_permute2f128_ps(t[2 * k], t[2 * k + 1], 0x20), _mm256_permute2f128_ps(t[2 * k], t[2 * k + 1], 0x31));
+        for (int k = 0; k < 2; k++) {  /* four keys, two numbers each */
+            __m256d left = _mm256_castps_pd(t[2 * k]), right = _mm256_castps_pd(t[2 * k + 1]);
+            t[k] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(left, right)), _mm256_castpd_ps(_mm256_unpackhi_pd(left, right)));
+        }
+        __m256 sums = _mm256_add_ps(_mm256_shuffle_ps(t[0], t[1], 0x88), _mm256_shuffle_ps(t[0], t[1], 0xdd));  /* keys 0, 2, 4, 6; 1, 3, 5, 7 */
+        sums = _mm256_mul_ps(_mm256_permutevar8x32_ps(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)), _mm256_set1_ps(scale));
+        _mm256_storeu_ps(one->scores + from, sums);
+        one->most = _mm256_max_ps(sums, one->most);  /* of what is no number the other */
+    }
+    for (; from < to; from++) {
+        __m256 total = _mm256_setzero_ps();
+        for (long i = 0; i < D; i += 8)
+            total = _mm256_fmadd_ps(_mm256_loadu_ps(one->q + i), _mm256_loadu_ps(keys + from * D + i), total);
+        one->scores[from] = sum(total) * scale;
+        one->most = _mm256_max_ps(_mm256_set1_ps(one->scores[from]), one->most);
+    }
+}
+
+/* The j-th of `count` asks for its share of the next keys: they come while all compute with those that are here. */
+INLINE void ahead(const float *side, long next, long last, long D, int j, int count) {
+    long end = next + KEYS < last ? next + KEYS : last, lines = (end - next) * D / 16;
+    for (long line = j * lines / count; line < (j + 1) * lines / count; line++)
+        _mm_prefetch((const char *)(side + next * D + 16 * line), _MM_HINT_T0);
+}
 
 /* Several queries over the same keys and values, which are read once: some at a time, by each of them. */
 static void attend(struct query *queries, int count, const float *keys, const float *values, long D, long Dv, float scale, float cap) {
@@ -404,7 +449,7 @@ static void attend(struct query *queries, int count, const float *keys, const fl
     for (int j = 0; j < count; j++) {
         first = queries[j].start < first ? queries[j].start : first;
         last = queries[j].end > last ? queries[j].end : last;
-        queries[j].most = -__builtin_inff();
+        queries[j].most = _mm256_set1_ps(-__builtin_inff());
         for (long i = 0; i < Dv; i++)
             queries[j].y[i] = 0;
     }
@@ -412,17 +457,12 @@ static void attend(struct query *queries, int count, const float *keys, const fl
         for (int j = 0; j < count; j++) {
             struct query *one = queries + j;
             long from = some > one->start ? some : one->start, to = some + KEYS < one->end ? some + KEYS : one->end;
-            for (long s = from; s < to; s++) {
-                __m256 total = _mm256_setzero_ps();
-                for (long i = 0; i < D; i += 8)
-                    total = _mm256_fmadd_ps(_mm256_loadu_ps(one->q + i), _mm256_loadu_ps(keys + s * D + i), total);
-                one->scores[s] = sum(total) * scale;
-                one->most = one->scores[s] > one->most ? one->scores[s] : one->most;
-            }
+            ahead(keys, some + KEYS, last, D, j, count);
+            scored(one, keys, from, to, D, scale);
         }
     for (int j = 0; j < count; j++) {
         struct query *one = queries + j;
-        __m256 most = capped(_mm256_set1_ps(one->most), cap);  /* a cap keeps their order */
+        __m256 most = capped(_mm256_set1_ps(largest(one->most)), cap);  /* a cap keeps their order */
         double weights = _mm256_cvtss_f32(exponential(_mm256_sub_ps(_mm256_set1_ps(one->sink), most)));  /* none: e^-87, lost beside 1 */
         for (long s = one->start; s < one->end; s += 8)  /* beyond the end: what is there is no weight */
             _mm256_storeu_ps(one->scores + s, exponential(_mm256_sub_ps(capped(_mm256_loadu_ps(one->scores + s), cap), most)));
@@ -435,6 +475,7 @@ static void attend(struct query *queries, int count, const float *keys, const fl
         for (int j = 0; j < count; j++) {
             struct query *one = queries + j;
             long from = some > one->start ? some : one->start, to = some + KEYS < one->end ? some + KEYS : one->end, i = 0;
+            ahead(values, some + KEYS, last, Dv, j, count);
             for (; from < to && i + 64 <= Dv; i += 64)
                 weighted(values + i, one->scores, one->y + i, from, to, Dv, 8);
             for (; from < to && i < Dv; i += 8)
