@@ -220,7 +220,8 @@ def exit_code_of(error: BaseException) -> int:
         return int(getattr(error, "exit_code", 1))
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        say(f"error: {place}{error.strerror or error}\nhint: --debug shows where")
+        hint = "see who may read and write it" if isinstance(error, PermissionError) else "--debug shows where"
+        say(f"error: {place}{error.strerror or error}\nhint: {hint}")
         return 1
     first_line = next(iter(str(error).splitlines()), "")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in first_line:

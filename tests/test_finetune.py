@@ -510,6 +510,15 @@ def test_a_word_that_means_nothing_is_refused_with_those_that_do(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["finetune lora", "finetune full", "pretrain"])
+def test_a_run_inside_its_base_is_refused_before_it_begins(command: str, place: Place, tmp_path: Path) -> None:
+    """Caught: trained there, and then no step of it could be merged where it is: no command writes into a base."""
+    out = place.base / "run"
+    code, _, said = ran([*command.split(), str(place.base), "--data", str(place.rows), "--out_dir", str(out), *SMALL.split()])
+    assert code == 2 and "no command writes into a base" in said and "--out_dir another directory" in said
+    assert not out.exists()
+
+
 def test_a_run_on_the_demos_rows_says_so(place: Place, tmp_path: Path) -> None:
     """Caught: a base of one's own, --data forgotten, and nothing but a number of rows to tell it by."""
     words = ["finetune", "lora", str(place.base), "--dry_run", "--train.max_steps", "1", "--out_dir", str(tmp_path / "out")]
@@ -558,7 +567,7 @@ def test_pro_on_an_expanded_base_trains_the_blocks_that_it_has(place: Place, tmp
     base, out = make_base(tmp_path / "expanded", expanded=True), tmp_path / "out"
     code, _, said = ran(place.typed("pro --train.max_steps 3", out, base=base))
     assert code == 0
-    assert "layers 2 of 4 are new" in said
+    assert "layer 2 of 4 is new" in said
     assert {name for name in read(out / names.METRICS)[0] if name.startswith("layer_")} == {"layer_2_grad_norm", "layer_2_update_norm"}
     before, after = load_file(base / names.WEIGHTS), files_of(out / "step-3")
     assert set(after) == {name for name in before if name.startswith("model.layers.2.")}

@@ -74,6 +74,14 @@ def test_nothing_on_standard_input_is_no_prompt(nothing: bytes, run: Run) -> Non
     assert "there is no prompt" in notes and "--prompts FILE" in notes
 
 
+def test_an_empty_prompt_is_none_but_where_a_text_is_gone_on_with(run: Run) -> None:
+    """`--prompt "$UNSET"`. Caught: the model's answer to an empty message, exit code 0."""
+    for empty in ("", " \n"):
+        code, out, notes = run("--prompt", empty)
+        assert (code, out) == (2, "") and "error: --prompt: is empty" in notes
+    assert run("--prompt", "", "--raw")[0] == 0
+
+
 def test_help_says_where_a_prompt_comes_from_else(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["generate", "--help"])

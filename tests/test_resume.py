@@ -111,15 +111,16 @@ def test_a_run_is_resumed_and_evaluated_from_any_directory(
 
 
 def test_only_paths_are_written_as_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`demo` and its parts, a template's name and weights stay what they are; a link stays a link."""
+    """`demo` and its parts, a template's name and weights stay what they are; a link stays a link. Caught: a way up through a directory
+    that may be gone."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a:2").write_text("")
+    (tmp_path / "a:2").symlink_to(__file__)
     data = ["demo", "demo:2", "demo:text", "rows.jsonl", "rows.jsonl:0.5", "a:2", "/x/rows.jsonl:3", "../up.jsonl"]
     options = FinetuneLoRA(data=data, checkpoint_dir="demo", chat_template="alpaca", base_dir="b")
     here = absolute(options, template_is_file=False)
     assert here.data == [
         *("demo", "demo:2", "demo:text", f"{tmp_path}/rows.jsonl", f"{tmp_path}/rows.jsonl:0.5"),
-        *(f"{tmp_path}/a:2", "/x/rows.jsonl:3", f"{tmp_path}/../up.jsonl"),
+        *(f"{tmp_path}/a:2", "/x/rows.jsonl:3", f"{tmp_path.parent}/up.jsonl"),
     ]
     assert (here.checkpoint_dir, here.chat_template, here.base_dir, here.eval.data) == ("demo", "alpaca", f"{tmp_path}/b", None)
     assert here.out_dir == f"{tmp_path}/out"

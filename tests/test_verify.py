@@ -343,6 +343,19 @@ def test_a_larger_vocabulary_is_compared_with_its_base(place: Path, capsys: pyte
     assert "model.embed_tokens.weight is not the base's in its first" in faults(place / "larger", capsys)
 
 
+def test_what_may_not_be_looked_at_is_refused_as_by_other_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Caught: `Permission denied`, with a hint that --debug shows where, and exit code 1 as if a check had failed."""
+
+    def closed(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path / names.MANIFEST))
+
+    monkeypatch.setattr("litlora.commands.verify.kind_of", closed)
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "cannot be looked at: Permission denied\nhint: check the path and who may read it" in capsys.readouterr().err
+
+
 def flip(path: Path, at: int = -3) -> None:
     raw = bytearray(path.read_bytes())
     raw[at] ^= 0x04

@@ -121,6 +121,8 @@ def read_questions(options: Generate) -> list[Question]:
             raise UserError("there is no prompt in this file", where=options.prompts, hint="one prompt per line, or rows as for training")
         return questions
     if options.prompt is not None:
+        if not options.prompt.strip() and not options.raw:  # a variable that was never set
+            raise UserError("is empty", where="--prompt", hint="say something; with --raw the model begins a text of its own")
         return [asked("--prompt", options.prompt, options)]
     try:
         text = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
@@ -296,7 +298,7 @@ def open_adapter(path: str | Path, base: Checkpoint) -> Checkpoint:
     """The adapter at `path`, once it is known to belong to `base` (by fingerprint, where it recorded one)."""
     adapter = resolve(path, base_dir=base.path)
     if adapter.is_model:
-        raise UserError("is a whole model, not an adapter", where=adapter.path, hint=f"litlora chat {typed(str(adapter.path))} talks to it")
+        raise UserError("is a whole model, not an adapter", where=adapter.typed, hint=f"litlora chat {typed(adapter.typed)} talks to it")
     adapter.base()
     return adapter
 

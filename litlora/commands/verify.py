@@ -9,7 +9,7 @@ from litlora.checkpoint import names
 from litlora.checkpoint.checkpoint import Checkpoint
 from litlora.checkpoint.fingerprint import combine, tensor_digests
 from litlora.checkpoint.reading import read_json, sha256
-from litlora.checkpoint.resolve import kind_of, list_step_paths, names_step_of_run, read_step, resolve
+from litlora.checkpoint.resolve import kind_of, list_step_paths, looked_at, names_step_of_run, read_step, resolve
 from litlora.console import counted, put_json, say, show
 from litlora.errors import Refusal, UserError, WorkError, printable, told
 from litlora.options import Verify
@@ -73,7 +73,8 @@ def findings(path: Path, options: Verify) -> Iterator[Finding]:
     """What can be checked of a run, a step, a merged model, an adapter or a base."""
     if names_step_of_run(path):
         path = resolve(path, base_dir=options.base_dir).path
-    kind = kind_of(path)
+    with looked_at(path):
+        kind = kind_of(path)
     if kind == "run":
         steps = list_step_paths(path)
         if not steps:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from litlora.checkpoint import names
+from litlora.checkpoint.commit import check_outside
 from litlora.checkpoint.run import kept_number, prepare_run_directory
 from litlora.data.samples import files_of
 from litlora.errors import UserError
@@ -29,7 +30,7 @@ def check_files(options: FitOptions) -> None:
 def check_run(options: FitOptions, reads: Sequence[Path] = ()) -> None:
     """What can be refused about the directory and what stays in it, before rows are read. Writes nothing.
 
-    `reads`: what training begins with.
+    `reads`: what training begins with, the base last.
     """
     steps_kept(options)
     states_kept(options, of_models=False)
@@ -40,6 +41,8 @@ def check_run(options: FitOptions, reads: Sequence[Path] = ()) -> None:
     if options.overwrite and inside:
         hint = "--out_dir another directory"
         raise UserError(f"--overwrite would delete {inside[0]}, from which training begins", where=options.out_dir, hint=hint)
+    if reads and not options.resume:  # its steps could not be merged where they are
+        check_outside(Path(options.out_dir), reads[-1])
     if is_first_process():
         prepare_run_directory(options.out_dir, resume=options.resume, overwrite=options.overwrite, dry_run=True)
 

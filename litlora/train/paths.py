@@ -19,10 +19,15 @@ def absolute(options: FitOptions, *, template_is_file: bool) -> FitOptions:
     """The options for a file that is read anywhere: what they name and where they write, by whole paths."""
 
     def at(path: str) -> str:
-        return path if path == names.DEMO and not Path(path).exists() else str(Path(path).absolute())
+        return path if path == names.DEMO and not Path(path).exists() else whole(path)
 
     here = with_paths(options, [*DIRECTORIES, TEMPLATE] if template_is_file else DIRECTORIES, at)
-    return replace(here, out_dir=str(Path(options.out_dir).absolute()))
+    return replace(here, out_dir=whole(options.out_dir))
+
+
+def whole(path: str) -> str:
+    """A link stays one; but a way up is followed: from a directory that may be gone it would lead nowhere."""
+    return str(Path(path).resolve() if ".." in Path(path).parts else Path(path).absolute())
 
 
 def found_again(options: FitOptions, run: str | Path) -> FitOptions:
