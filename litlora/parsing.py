@@ -279,11 +279,11 @@ def values_of(kind: Any) -> str:
 
 
 def wrong_value(leaf: Leaf, value: str, command: str, file: str) -> UserError:
-    """What is said of a value that the option cannot have: which it can, and what they are."""
+    """What is said of a value that the option cannot have: which it can, and what the words mean."""
     values = values_of(leaf.type)
     wanted = {"N": "a whole number", "X": "a number", "": "true or false", "TEXT": "a text", "TEXT ...": "texts"}.get(values, values)
-    what, hint = f"--{leaf.name} must be {wanted}, not {value}", f"{leaf.field.metadata['help']} ({all_options(command)})"
-    return UserError(what, where=file, hint=hint)
+    about = f"{leaf.field.metadata['help']} ({all_options(command)})" if values.startswith("{") else all_options(command)
+    return UserError(f"--{leaf.name} must be {wanted}, not {value}", where=file, hint=about)
 
 
 def read_yaml(path: Path, known: Mapping[str, Leaf], command: str) -> dict[str, Value]:

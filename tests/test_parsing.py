@@ -59,7 +59,7 @@ def test_switches_need_no_value_and_take_one() -> None:
         (["--lora_r", "8"], "no option --lora_r", "here it is --lora.r"),
         (["--train.lrr", "1"], "no option --train.lrr", "did you mean --train.lr?"),
         (["--train.epo", "1"], "no option --train.epo", "epochs"),
-        (["--train.lr", "fast"], "--train.lr must be a number, not fast", "--help"),
+        (["--train.lr", "fast"], "--train.lr must be a number, not fast", "litlora finetune lora --help lists the options"),
         (["--train.max_steps", "3.5"], "--train.max_steps must be a whole number", "--help"),
         (["--train.lr", "nan"], "--train.lr must be", ""),
         (["--train.lr", "-1"], "--train.lr must be at least 0", ""),

@@ -19,9 +19,10 @@ from litlora.__main__ import main
 from litlora.checkpoint import names
 from litlora.checkpoint.fingerprint import tensor_digests
 from litlora.checkpoint.manifest import SEAL, seal
-from litlora.checkpoint.reading import sha256
+from litlora.checkpoint.reading import file_in, sha256
 from litlora.checkpoint.resolve import resolve
 from litlora.checkpoint.shards import find_shards
+from litlora.errors import UserError
 from litlora.safetensors_file import SafetensorsFile, from_float32, write_safetensors
 from litlora.verify.weights import compare_weights
 
@@ -341,6 +342,21 @@ def test_a_larger_vocabulary_is_compared_with_its_base(place: Path, capsys: pyte
     report["weights"] = tensor_digests(find_shards(place / "larger"), use_cache=False)
     (place / "larger" / names.EXTEND_REPORT).write_text(json.dumps(report))
     assert "model.embed_tokens.weight is not the base's in its first" in faults(place / "larger", capsys)
+
+
+def test_a_step_that_its_run_takes_away_meanwhile_is_no_fault(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that trains with --train.keep. Caught: `there is no such directory`, exit code 2, and the steps behind it not looked at."""
+    run = next(path for path in place.rglob("step-*") if path.is_dir() and (path / names.MANIFEST).exists()).parent
+    steps = sorted(path for path in run.iterdir() if path.name.startswith("step-"))
+    monkeypatch.setattr("litlora.commands.verify.list_step_paths", lambda path: [run / "step-999", *steps])
+    code, found = verified(run, capsys)
+    assert code == 0 and found[0]["what"] == "it is gone" and "--train.keep" in found[0]["warnings"][0]
+    assert len(found) > len(steps)
+    with pytest.raises(UserError, match="is gone since it was looked up") as gone:
+        file_in(run / "step-999", names.ADAPTER_CONFIG)
+    assert gone.value.where == str(run / "step-999") and "once more" in gone.value.hint
 
 
 def test_what_may_not_be_looked_at_is_refused_as_by_other_commands(

@@ -30,9 +30,7 @@ def file_in(directory: Path, name: str) -> Path:
         status = path.stat()
         target = path.resolve(strict=True)
     except OSError as error:
-        raise UserError(
-            "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}", where=path
-        ) from error
+        raise unreadable(error, path) from error
     except RuntimeError as error:  # Python 3.10 to 3.12 on a loop of links
         raise UserError("is a link that leads to itself", where=path) from error
     if not stat.S_ISREG(status.st_mode):
@@ -42,6 +40,16 @@ def file_in(directory: Path, name: str) -> Path:
             f"is a link out of its directory, to {target}", where=path, hint="put the file itself here, or name the directory it is in"
         )
     return path
+
+
+def unreadable(error: OSError, path: Path) -> UserError:
+    """What to say of a file that cannot be opened. A step that was chosen may be gone when it is read."""
+    if not isinstance(error, FileNotFoundError):
+        return UserError(f"cannot be read: {error.strerror}", where=path)
+    if path.parent.exists():
+        return UserError("is missing", where=path)
+    hint = "a run that trains takes older steps away (--train.keep): the same once more finds one that is there"
+    return UserError("is gone since it was looked up", where=path.parent, hint=hint)
 
 
 def is_plain_name(name: object) -> bool:
@@ -61,9 +69,7 @@ def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise UserError(
-            "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}", where=path
-        ) from error
+        raise unreadable(error, path) from error
     with open(fd, "rb") as file:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):

@@ -80,7 +80,12 @@ def findings(path: Path, options: Verify) -> Iterator[Finding]:
         if not steps:
             raise UserError("is a run without a checkpoint yet", where=path, hint="there is nothing to verify")
         for inside in steps:
-            yield from findings(inside, options)
+            try:
+                yield from findings(inside, options)
+            except UserError:
+                if inside.is_dir():
+                    raise
+                yield Finding(str(inside), "it is gone", warnings=("the run took it away meanwhile, as --train.keep says",))
         return
     if kind == "step":
         step = read_step(path)
