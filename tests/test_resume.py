@@ -82,6 +82,17 @@ def test_a_resuming_that_changes_nothing_is_recorded_as_that(talker: Talker, tmp
 # ---- where what it reads lies ----------------------------------------------------------------------------------------
 
 
+def test_a_run_is_resumed_where_its_base_moved(talker: Talker, tmp_path: Path) -> None:
+    """--base_dir says where it is now, once: it is written down. Caught: looked for at its old place, whatever --base_dir said."""
+    out = tmp_path / "out"
+    assert main(words(talker, out, more="--train.max_steps 4")) == 0
+    there = talker[0].rename(tmp_path / "there")
+    assert resumed(out, "--train.max_steps 5") == 2
+    assert resumed(out, f"--train.max_steps 5 --base_dir {there}") == 0
+    assert resumed(out, "--train.max_steps 6") == 0
+    assert (out / "step-6").is_dir()
+
+
 @pytest.mark.parametrize("moved", [False, True], ids=["", "moved"])
 def test_a_run_is_resumed_and_evaluated_from_any_directory(
     moved: bool, talker: Talker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

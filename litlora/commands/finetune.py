@@ -40,7 +40,7 @@ from litlora.train.signals import Signals
 def finetune(options: Finetune) -> None:
     """Fine-tune, committing a step now and then; print the last one's path."""
     with Signals() as signals:
-        work, job = planned(options, resolve(options.checkpoint_dir, base_dir=options.base_dir) if options.checkpoint_dir else demo_base())
+        work, job = planned(options, start_of(options))
         if options.dry_run:
             show_samples(job)
             return
@@ -51,6 +51,14 @@ def finetune(options: Finetune) -> None:
         if is_first_process():
             say_what_moved(resolve(last, base_dir=work.base.path), work.base)
             say_what_next(last, options, work)
+
+
+def start_of(options: Finetune) -> Checkpoint:
+    """What training begins with; where a run is resumed whose base moved, that is where --base_dir says."""
+    path = options.checkpoint_dir
+    if path and options.resume and options.base_dir and not Path(path).exists():
+        path = options.base_dir
+    return resolve(path, base_dir=options.base_dir) if path else demo_base()
 
 
 def planned(options: Finetune, start: Checkpoint) -> tuple["Work", Job]:
