@@ -224,6 +224,8 @@ def product_rate(load: Load, seconds: float = 0.15) -> float:
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def largest(lengths: np.ndarray, micro_batch_tokens: int) -> int:
