@@ -139,7 +139,7 @@ def amount(size: int) -> str:
 
 def counted(number: float, one: str, many: str = "") -> str:
     """`1 row`, `1,600 rows`, `0.5 epochs`; `many` where it is not `one` with an s."""
-    shown = f"{int(number):,}" if number == int(number) else f"{number:g}"
+    shown = f"{int(number):,}" if float(number).is_integer() else f"{number:g}"
     return f"{shown} {one if number == 1 else many or f'{one}s'}"
 
 

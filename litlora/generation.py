@@ -335,8 +335,8 @@ def room(prompt_tokens: int, context: int) -> int:
     if prompt_tokens == 0:
         raise UserError("the prompt has no tokens", hint="say something; this tokenizer puts no token in front of the text")
     if prompt_tokens >= context:
-        what = f"the prompt has {prompt_tokens} tokens and the model's context {context}: there is no room for an answer"
-        raise UserError(what, hint=f"shorten it to fewer than {context} tokens")
+        what = f"the prompt has {prompt_tokens:,} tokens and the model's context {context:,}: there is no room for an answer"
+        raise UserError(what, hint=f"shorten it to fewer than {context:,} tokens")
     return context - prompt_tokens
 
 

@@ -151,9 +151,9 @@ def _read_header(path: Path, fd: int, size: int) -> bytes:
         raise _not_sound(path, f"{counted(size, 'byte is', 'bytes are')} too few for a safetensors file")
     (length,) = struct.unpack("<Q", first)
     if length > size - 8:
-        raise _not_sound(path, f"its header claims {counted(length, 'byte')}, but the file has {size}")
+        raise _not_sound(path, f"its header claims {counted(length, 'byte')}, but the file has {size:,}")
     if length > HEADER_LIMIT:
-        raise UserError(f"its header has {length} bytes; at most {HEADER_LIMIT} are read", where=path)
+        raise UserError(f"its header has {length:,} bytes; at most {HEADER_LIMIT:,} are read", where=path)
     header = os.pread(fd, length, 8)
     if len(header) < length or not header.startswith(b"{"):
         raise _not_sound(path, "its header is no JSON object")
@@ -188,7 +188,7 @@ def _parse_header(path: Path, header: bytes, size: int) -> tuple[dict[str, Tenso
         position, before = info.end, name
     if position > size:
         raise UserError(
-            f"the file is cut short: it has {counted(size, 'byte')}, its header needs {position}",
+            f"the file is cut short: it has {counted(size, 'byte')}, its header needs {position:,}",
             where=path,
             hint="copy or download this file again",
         )
@@ -212,7 +212,7 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         needed = counted(-(-bits // 8), "byte")
-        raise _not_sound(path, f"tensor {name!r} of {dtype} {shape} needs {needed}, its range has {offsets[1] - offsets[0]}")
+        raise _not_sound(path, f"tensor {name!r} of {dtype} {shape} needs {needed}, its range has {offsets[1] - offsets[0]:,}")
     return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 

@@ -5,6 +5,7 @@ import errno
 import gc
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from talkers import make_step, make_talker
 from litlora import console, options
 from litlora.__main__ import main, share_cores
 from litlora.commands import COMMANDS, Command, Commands
-from litlora.errors import printable
+from litlora.errors import UserError, printable
+from litlora.generation import room
 from litlora.importing import import_whole
 
 NASTY = "r\x9b31m\x7f\u202e\U000e0041é好\u2028"  # a terminal's command, delete, right to left, a tag, letters, a line's end
@@ -79,7 +81,15 @@ def test_one_of_a_thing_is_said_as_one() -> None:
     said = [console.counted(number, "row") for number in (0, 1, 2, 1600, 1.0, 0.5, 1234567.0)]
     assert said == ["0 rows", "1 row", "2 rows", "1,600 rows", "1 row", "0.5 rows", "1,234,567 rows"]
     assert [console.counted(number, "row was", "rows were") for number in (1, 3)] == ["1 row was", "3 rows were"]
+    assert [console.counted(number, "epoch") for number in (math.inf, math.nan)] == ["inf epochs", "nan epochs"]  # of a run.yaml
     assert (console.amount(1), console.amount(12)) == ("1 byte", "12 bytes")
+
+
+def test_a_large_count_has_its_commas() -> None:
+    """Caught: `the prompt has 140000 tokens and the model's context 131072`."""
+    with pytest.raises(UserError, match="has 140,000 tokens and the model's context 131,072") as refused:
+        room(140_000, 131_072)
+    assert refused.value.hint == "shorten it to fewer than 131,072 tokens"
 
 
 def test_every_command_that_writes_json_is_tried_here() -> None:

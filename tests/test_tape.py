@@ -531,3 +531,22 @@ def test_torchs_other_threads_sleep_while_an_answer_comes(tmp_path: Path, monkey
     finally:
         torch.set_num_threads(threads)
     assert seen == {"step": {1}, "products": {3}, "logits": {1}, "pick": {1}}
+
+
+def test_an_answer_that_is_broken_off_leaves_torch_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a chat, which goes on afterwards. Caught: one that came as they were sent to sleep, and later answers on one thread."""
+    threads, set_to = torch.get_num_threads(), torch.set_num_threads
+
+    def interrupted(number: int) -> None:
+        set_to(number)
+        if number == 1:
+            raise KeyboardInterrupt
+
+    try:
+        set_to(3)
+        monkeypatch.setattr(torch, "set_num_threads", interrupted)
+        with pytest.raises(KeyboardInterrupt), cpu.one_thread():
+            pass
+        assert torch.get_num_threads() == 3
+    finally:
+        set_to(threads)

@@ -357,6 +357,8 @@ def test_a_step_that_its_run_takes_away_meanwhile_is_no_fault(
     with pytest.raises(UserError, match="is gone since it was looked up") as gone:
         file_in(run / "step-999", names.ADAPTER_CONFIG)
     assert gone.value.where == str(run / "step-999") and "once more" in gone.value.hint
+    with pytest.raises(UserError, match="is missing"):  # caught: a directory that never was, gone with a run that trains
+        file_in(run / "nowhere", names.TOKENIZER)
 
 
 def test_what_may_not_be_looked_at_is_refused_as_by_other_commands(

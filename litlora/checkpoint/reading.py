@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from litlora.checkpoint import names
 from litlora.errors import UserError
 
 JSON_LIMIT = 64 * 2**20  # bytes; an index of a thousand shards has about one million
@@ -46,7 +47,7 @@ def unreadable(error: OSError, path: Path) -> UserError:
     """What to say of a file that cannot be opened. A step that was chosen may be gone when it is read."""
     if not isinstance(error, FileNotFoundError):
         return UserError(f"cannot be read: {error.strerror}", where=path)
-    if path.parent.exists():
+    if path.parent.exists() or names.step_number(path.parent) is None:
         return UserError("is missing", where=path)
     hint = "a run that trains takes older steps away (--train.keep): the same once more finds one that is there"
     return UserError("is gone since it was looked up", where=path.parent, hint=hint)

@@ -64,7 +64,7 @@ def token_table(directory: Path, rows: int) -> TokenTable:
     if model.get("type", "BPE") != "BPE":
         raise UserError(f"its model is {model.get('type')}; only BPE is supported", where=path)
     if tokenizer.size > rows:
-        raise UserError(f"has {tokenizer.size} tokens, and the model {rows} rows", where=path, hint="the tokenizer is another model's")
+        raise UserError(f"has {tokenizer.size:,} tokens, and the model {rows:,} rows", where=path, hint="the tokenizer is another model's")
     merges = [tuple(merge) if isinstance(merge, list) else split_merge(merge, model["vocab"]) for merge in model["merges"]]
     added = added_tokens(raw, directory)
     is_pieces = bool(model.get("byte_fallback"))

@@ -54,12 +54,13 @@ def working() -> Any:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Torch computes inside on the thread that calls it. For what is small, around an answer's steps: torch's other threads, once they were
-    called, look for more to do for a while before they sleep, on the cores where our helpers read the weights of the next step."""
+    called, look for more to do for a while before they sleep, on the cores where our helpers read the weights of the next step. Who first
+    computes while another thread is in here begins with one for good: torch gives a new thread what was set last, whoever set it."""
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    try:  # also around the first of them: Ctrl-C, which a chat outlives, comes at any moment
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(threads)

@@ -257,7 +257,7 @@ class Tokenizer:
         """UserError where the model has no row for one of the ids: a token that was added to the tokenizer alone."""
         if self.size > self.rows and (number := max(ids, default=0)) >= self.rows:  # Gemma 3 has such a token, for images
             raise UserError(
-                f"the token {self.token_of(number)!r} has the id {number}, and the model's embedding {self.rows} rows: "
+                f"the token {self.token_of(number)!r} has the id {number}, and the model's embedding {self.rows:,} rows: "
                 "it was added to the tokenizer alone",
                 hint="take the tokenizer that came with the model, or one whose tokens the model has rows for",
             )

@@ -44,7 +44,7 @@ def banner(opened: Opened, interactive: bool) -> None:
         rows.append(("weights", f"held in {opened.quantize}"))
     rows += [("adapter", described(adapter, weight)) for adapter, weight in opened.on if adapter is not checkpoint]
     rows.append(("template", opened.prompts.template_name))
-    rows.append(("context", f"{opened.model.config.max_position_embeddings} tokens"))
+    rows.append(("context", f"{opened.model.config.max_position_embeddings:,} tokens"))
     if opened.base.is_demo:
         rows.append(("note", "the demo base is a toy: it knows only what the demo data teaches"))
     header(rows)

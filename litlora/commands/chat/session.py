@@ -76,7 +76,7 @@ class Session:
         if first > self.first:
             gone = turns_in(self.messages[self.first : first])
             turns = "oldest turn no longer fits" if gone == 1 else f"{gone} oldest turns no longer fit"
-            say(style(f"the {turns} in the context of {self.tuned.context} tokens: the model does not see them any more", "dim"))
+            say(style(f"the {turns} in the context of {self.tuned.context:,} tokens: the model does not see them any more", "dim"))
         self.first, self.prompt = first, prompt
         if self.compares:
             self.stream(self.base, "base")
@@ -117,7 +117,7 @@ class Session:
                     raise
         put()
         if answer.finish_reason == "length" and answer.prompt_tokens + len(answer.ids) == conversation.context:
-            say(style(f"cut off: the context of {conversation.context} tokens is full", "dim"))
+            say(style(f"cut off: the context of {conversation.context:,} tokens is full", "dim"))
         if self.shows_stats and answer.ids:
             say(style(stats(answer, conversation.context), "dim"))
         return answer

@@ -127,7 +127,7 @@ def model_lines(model: Mapping[str, Any], *, of_base: bool) -> Iterator[str]:
     shape += f" ({model['key_value_heads']} for keys and values)" if model["key_value_heads"] != model["heads"] else ""
     yield line("base model" if of_base else "model", shape)
     tied = "embedding and head are one matrix" if model["tied"] else "the head is a matrix of its own"
-    yield line("", f"context {model['context']} tokens, vocabulary {model['vocabulary']}, {tied}")
+    yield line("", f"context {model['context']:,} tokens, vocabulary {model['vocabulary']:,}, {tied}")
     yield line("", stored(model))
     yield line("", f"fingerprint {model['fingerprint'] or 'not computed: --check reads the weights'}")
 
