@@ -19,6 +19,7 @@ from talkers import in_two_files, make_talker
 from litlora.__main__ import main
 from litlora.checkpoint import names
 from litlora.checkpoint.commit import commit_step
+from litlora.checkpoint.history import how_it_ended
 from litlora.checkpoint.manifest import seal, unseal
 from litlora.checkpoint.movement import movement
 from litlora.checkpoint.resolve import resolve
@@ -509,3 +510,9 @@ def test_no_adapter_config_makes_inspect_fail(
         assert main([*words, "--debug"]) == 0
     capsys.readouterr()
     shutil.rmtree(place)
+
+
+def test_steps_of_a_long_run_have_their_commas_on_both_sides(tmp_path: Path) -> None:
+    """Caught: `after 1200 of 3,000 steps`."""
+    (tmp_path / names.RUN_YAML).write_text("train: {max_steps: 3000}\n")
+    assert how_it_ended(tmp_path, 1200, 0.5) == ("stopped", "after 1,200 of 3,000 steps")

@@ -74,7 +74,8 @@ def how_it_ended(run: Path, step: int, epoch: float) -> tuple[str, str]:
     if patience and validations_waited(rows) >= patience:
         return "finished", f"after {counted(step, 'step')}: {counted(patience, 'validation')} brought no new lowest loss"
     if steps is not None:
-        return ("finished", f"all {counted(steps, 'step')}") if step >= steps else ("stopped", f"after {step} of {counted(steps, 'step')}")
+        all_of_them = counted(steps, "step")
+        return ("finished", f"all {all_of_them}") if step >= steps else ("stopped", f"after {step:,} of {all_of_them}")
     if epochs is not None:
         done = epoch >= epochs - 1e-6  # rounded when it was written down
         return ("finished", f"all {counted(epochs, 'epoch')}") if done else ("stopped", f"after {epoch:.2f} of {counted(epochs, 'epoch')}")

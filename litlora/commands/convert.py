@@ -73,8 +73,8 @@ class OnTheWay:
 def tell(report: dict[str, Any]) -> None:
     """The proof, and what was left out, in a few lines."""
     proof, renamed, dropped = report["proof"], report["renamed"], report["dropped"]
-    rounded = f", {proof['rounded_once']} rounded once" if proof["rounded_once"] else ""
-    say(f"read again from the disk: {counted(proof['tensors'], 'tensor')}, {proof['equal']} equal to the source's{rounded}")
+    rounded = f", {proof['rounded_once']:,} rounded once" if proof["rounded_once"] else ""
+    say(f"read again from the disk: {counted(proof['tensors'], 'tensor')}, {proof['equal']:,} equal to the source's{rounded}")
     if renamed:
         say(f"{counted(len(renamed), 'tensor has', 'tensors have')} another name than there")
     for why in dict.fromkeys(dropped.values()):

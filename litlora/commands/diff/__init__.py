@@ -95,7 +95,7 @@ def in_words(difference: Difference) -> Iterator[str]:
         far = f": ||B - A|| is {percent(total)}% of ||A||" if apart and math.isfinite(total.relative) else ""
         others = "is" if len(tensors) - apart == 1 else f"{len(tensors) - apart:,} are"
         same = f"; the other {others} the same bit for bit" if apart < len(tensors) else ""
-        yield f"{what}{apart} of {counted(len(tensors), 'tensor')} in both {'differs' if apart == 1 else 'differ'}{far}{same}"
+        yield f"{what}{apart:,} of {counted(len(tensors), 'tensor')} in both {'differs' if apart == 1 else 'differ'}{far}{same}"
     for name, tensor in tensors.items():
         if tensor.rows is not None:
             yield f"{name}: one has more rows; of the {tensor.rows:,} in both, {distance(tensor.sums)}"

@@ -181,7 +181,7 @@ def moved_lines(found: Report) -> Iterator[str]:
     far = found.moved.values()
     still = sum(share == 0 for share in far)
     all_of_it = counted(len(found.moved), "module or tensor", "modules and tensors")
-    yield line("changed", f"{len(found.moved) - still} of {all_of_it}, as a share of what was there")
+    yield line("changed", f"{len(found.moved) - still:,} of {all_of_it}, as a share of what was there")
     yield from rows(found.moved if len(found.moved) <= FEW else None, by_kind(found.moved), by_layer(found.moved))
     if found.lost_to_rounding:
         yield line("", f"{found.lost_to_rounding:.1%} of the change was lost to rounding when it was stored")
