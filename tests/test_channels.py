@@ -15,9 +15,10 @@ from test_tokenizer import byte_level
 from litlora.__main__ import main
 from litlora.checkpoint import names
 from litlora.commands.evaluate import is_exact
-from litlora.generation import Answer, Conversation, channels_of, text_of
+from litlora.generation import Answer, Conversation
 from litlora.options import SamplingOptions
 from litlora.prompts import Prompts
+from litlora.prompts.channels import channels_of, text_of
 from litlora.tokenizer import Tokenizer
 
 CONTROL = ("<|start|>", "<|end|>", "<|channel|>", "<|message|>", "<|return|>", "<|call|>", "<|constrain|>")
@@ -102,6 +103,16 @@ def test_templates_that_write_nothing_before_an_answer_have_no_channels(models: 
     unthinking = CHANNELS.replace("m.thinking", "m.other")
     found = channels_of(Prompts(prompts.tokenizer, unthinking))
     assert found is not None and found.thought == () and found.answer == channels_of(prompts).answer  # type: ignore[union-attr]
+
+
+def test_an_empty_thought_before_an_answer_is_no_header(tmp_path: Path) -> None:
+    """As Qwen 3 writes it, where the marks are special tokens. Caught: nothing shown until a thought ended, and the thought kept."""
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+        "<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    tokenizer = Tokenizer(byte_level(tmp_path / "t", "<|start|>", "<|end|>", "<think>", "</think>"))
+    assert channels_of(Prompts(tokenizer, template)) is None
 
 
 @pytest.fixture

@@ -495,11 +495,12 @@ def test_a_conversation_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @needs_native
 def test_torchs_other_threads_sleep_while_an_answer_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C3: they would look for work on the cores of our helpers, which took a third of the speed. Caught: picking a token, playing a step,
-    copying its logits with all of them; products that are recorded for one thread."""
+    """C3: they would look for work on the cores of our helpers, which took a third of the speed. Caught: picking a token, copying its
+    logits with all of them; products that are recorded for one thread."""
+    monkeypatch.setattr(threading, "active_count", lambda: 1)  # who runs the tests has threads of its own
     gpt, tokenizer = tiny_gpt("llama3", **WHOLE, vocab_size=300), Tokenizer(byte_tokenizer(tmp_path))
     run, draw, clone, product = native.run, Sampler.draw, Tensor.clone, native.FORMS["product"]
-    seen: dict[str, set[int]] = {"step": set(), "products": set(), "logits": set(), "pick": set()}
+    seen: dict[str, set[int]] = {"products": set(), "logits": set(), "pick": set()}
 
     def spied(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def spy(*args: Any) -> Any:
@@ -513,7 +514,7 @@ def test_torchs_other_threads_sleep_while_an_answer_comes(tmp_path: Path, monkey
         seen["products"].update(threads for number, *_, threads, _ in fields if number == native.NUMBERS["product"])
         run(calls)
 
-    monkeypatch.setattr(native, "run", spied("step", ran))
+    monkeypatch.setattr(native, "run", ran)
     monkeypatch.setattr(Sampler, "draw", spied("pick", draw))
     monkeypatch.setattr(Tensor, "clone", spied("logits", clone))
     monkeypatch.setattr(native, "PARALLEL", 0)
@@ -530,12 +531,29 @@ def test_torchs_other_threads_sleep_while_an_answer_comes(tmp_path: Path, monkey
             assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
-    assert seen == {"step": {1}, "products": {3}, "logits": {1}, "pick": {1}}
+    assert seen == {"products": {3}, "logits": {1}, "pick": {1}}
+
+
+def test_a_thread_that_begins_while_another_answers_has_torchs_threads() -> None:
+    """Torch gives a new thread what was set last. Caught: one thread for good, in a server that answers several at once."""
+    threads, found = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(3)
+        begin = threading.Event()
+        other = threading.Thread(target=lambda: (begin.wait(), torch.ones(8) + 1, found.append(torch.get_num_threads())))
+        other.start()
+        with cpu.one_thread():
+            begin.set()
+            other.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert found == [3]
 
 
 def test_an_answer_that_is_broken_off_leaves_torch_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in a chat, which goes on afterwards. Caught: one that came as they were sent to sleep, and later answers on one thread."""
     threads, set_to = torch.get_num_threads(), torch.set_num_threads
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
 
     def interrupted(number: int) -> None:
         set_to(number)

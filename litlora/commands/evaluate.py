@@ -101,7 +101,7 @@ def figures(opened: Opened, samples: Sequence[Sample], options: Evaluate, what: 
     if characters:
         found |= {"characters": characters, "nats_per_character": total / characters}
     if options.exact_match:
-        from litlora.generation import channels_of, text_of
+        from litlora.prompts.channels import channels_of, text_of
 
         asked = [(sample, split) for sample in samples if (split := last_answer(sample)) is not None]
         if asked:
@@ -116,7 +116,8 @@ def figures(opened: Opened, samples: Sequence[Sample], options: Evaluate, what: 
 
 def answered(opened: Opened, prompts: Sequence[list[int]], options: Evaluate, what: str) -> "list[Answer]":
     """Greedy answers to all prompts, as `litlora generate` gives them."""
-    from litlora.generation import channels_of, generate_batch
+    from litlora.generation import generate_batch
+    from litlora.prompts.channels import channels_of
 
     sampling = SamplingOptions(max_new_tokens=options.max_new_tokens, temperature=0.0)
     with console.Progress(len(prompts), f"answers of the {what}") as progress:

@@ -55,7 +55,8 @@ def many(options: Generate, opened: "Opened", questions: "Sequence[Question]", p
     """Answers in the order of the questions, printed as they are ready."""
     import time
 
-    from litlora.generation import channels_of, generate_batch
+    from litlora.generation import generate_batch
+    from litlora.prompts.channels import channels_of
 
     began, tokens, tokenizer, stop_ids = time.perf_counter(), 0, opened.prompts.tokenizer, opened.prompts.stop_ids
     about: dict[str, Any] = {"continues": questions[0].raw, "channels": channels_of(opened.prompts)}
@@ -238,7 +239,8 @@ class Opened:
 
 
 def conversation_with(model: "GPT", prompts: Prompts) -> "Conversation":
-    from litlora.generation import Conversation, channels_of
+    from litlora.generation import Conversation
+    from litlora.prompts.channels import channels_of
 
     return Conversation(model, prompts.tokenizer, prompts.stop_ids, channels_of(prompts))
 

@@ -15,6 +15,7 @@ wherever a gradient is recorded, torch computes, and numpy where a model is merg
 """
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -53,11 +54,17 @@ def working() -> Any:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch computes inside on the thread that calls it. For what is small, around an answer's steps: torch's other threads, once they were
-    called, look for more to do for a while before they sleep, on the cores where our helpers read the weights of the next step. Who first
-    computes while another thread is in here begins with one for good: torch gives a new thread what was set last, whoever set it."""
+    """Torch computes inside on the thread that calls it, where no other thread of Python's is alive: one that began to compute meanwhile
+    would have one for good, for torch gives a new thread what was set last, whoever set it.
+
+    For what is small, between an answer's steps: torch's other threads, once they were called, look for more to do for a while before they
+    sleep, on the cores where our helpers read the weights of the next step.
+    """
     import torch
 
+    if threading.active_count() > 1:
+        yield
+        return
     threads = torch.get_num_threads()
     try:  # also around the first of them: Ctrl-C, which a chat outlives, comes at any moment
         torch.set_num_threads(1)

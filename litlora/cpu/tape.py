@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litlora.cpu import native, native_for, one_thread
+from litlora.cpu import native, native_for
 
 
 class Tape(TorchDispatchMode):
@@ -98,12 +98,11 @@ class Tape(TorchDispatchMode):
         return made
 
     def play(self) -> None:
-        with one_thread():  # our own calls have as many as when they were recorded
-            for step in self.steps:
-                if isinstance(step, list):
-                    native.run(step)
-                else:
-                    step()
+        for step in self.steps:
+            if isinstance(step, list):
+                native.run(step)
+            else:
+                step()
 
 
 def again(made: Any, new: Sequence[int], remade: Any) -> None:

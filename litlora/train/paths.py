@@ -35,7 +35,7 @@ def found_again(options: FitOptions, run: str | Path) -> FitOptions:
     was = options_of(Path(run)).get("out_dir")
 
     def at(path: str) -> str:
-        if not isinstance(was, str) or not os.path.isabs(path) or os.path.lexists(path):
+        if not isinstance(was, str) or not (os.path.isabs(was) and os.path.isabs(path)) or os.path.lexists(path):
             return path
         moved = os.path.abspath(os.path.join(run, os.path.relpath(path, was)))
         return moved if os.path.exists(moved) else path
