@@ -535,6 +535,18 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(place: Place, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_where_a_run_is_shows_the_plan_and_says_what_would_be_refused(place: Place, tmp_path: Path) -> None:
+    """Caught: refused itself, though it writes nothing; and a run's files touched."""
+    out = tmp_path / "out"
+    words = place.typed("lora", out, "--train.max_steps 1 --train.save_interval 1")
+    assert ran(words)[0] == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, printed, said = ran([*words, "--dry_run"])
+    assert code == 0 and printed.count("---") == 2
+    assert f"warning: the run itself would be refused: {out}: holds a run already; --resume goes on with it" in said
+    assert before and {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 # ---- pro -------------------------------------------------------------------------------------------------------------
 
 

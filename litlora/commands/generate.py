@@ -48,7 +48,8 @@ def generate(options: Generate) -> None:
         put_json(values(questions[0], answer))
     else:
         put()
-    say(style(stats(answer, conversation.context), "dim"))
+    template = "" if questions[0].raw else f" · template {opened.prompts.template_name}"
+    say(style(stats(answer, conversation.context) + template, "dim"))
 
 
 def many(options: Generate, opened: "Opened", questions: "Sequence[Question]", prompts: Sequence[list[int]]) -> None:

@@ -277,7 +277,7 @@ def of_weights(adapter: Checkpoint, merged: Checkpoint) -> Finding:
         if proof.converted
         else []
     )
-    away = f"{proof.farthest:.1%} as far from the exact result as one rounding explains"
+    away = f"at {proof.farthest:.1%} of the error that one rounding explains"
     numbers, tensors = counted(proof.numbers, "number"), counted(proof.tensors, "tensor")
     told += [f"{numbers} computed again in fp64: the farthest, in {proof.where}, is {away}"] if proof.numbers else []
     told += [f"the update is {proof.relative:.3%} of the weights, of which rounding took {proof.lost:.1%}"] if proof.relative else []

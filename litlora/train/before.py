@@ -43,7 +43,7 @@ def check_run(options: FitOptions, reads: Sequence[Path] = ()) -> None:
         raise UserError(f"--overwrite would delete {inside[0]}, from which training begins", where=options.out_dir, hint=hint)
     if reads and not options.resume:  # its steps could not be merged where they are
         check_outside(Path(options.out_dir), reads[-1])
-    if is_first_process():
+    if is_first_process() and not options.dry_run:  # which says it beside what it shows
         prepare_run_directory(options.out_dir, resume=options.resume, overwrite=options.overwrite, dry_run=True)
 
 

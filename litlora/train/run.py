@@ -92,7 +92,9 @@ def train(job: Job, resumed: Checkpoint | None, signals: Signals) -> Path:
     if is_first_process():
         console.header(header(job, plan, resumed))
         if resumed is not None and (changed := lineage[-1]["changed"]):
-            console.header([("changed", f"{name}: {old} until now, {new} from here on") for name, (old, new) in changed.items()])
+            console.header(
+                [("changed", f"{name}: {shown(old)} until now, {shown(new)} from here on") for name, (old, new) in changed.items()]
+            )
     fabric = launch(options)
     load = load_of(job, fabric.device)
     memory = memory_of(load)
@@ -337,6 +339,11 @@ def load_rows(options: FitOptions, prompts: Prompts, context: int) -> DataSet:
 def show_samples(job: Job, number: int = 2) -> None:
     """`--dry_run`: what the plan is, and the first samples as the model sees them, the graded part between «»."""
     console.header(header(job, plan_of(job), None))
+    options = job.options
+    try:
+        prepare_run_directory(options.out_dir, resume=options.resume, overwrite=options.overwrite, dry_run=True)
+    except UserError as error:
+        console.warn(f"the run itself would be refused: {error.where}: {error.what}; {error.hint}")
     for sample in job.data.train[:number]:
         tokens = console.counted(len(sample.tokens), "token")
         console.show(f"--- {sample.where}: {tokens}, {sample.graded} graded\n{marked(sample, job.prompts)}")
@@ -410,6 +417,10 @@ def needs(load: Load, memory: Memory, recompute: bool, plan: Plan) -> list[tuple
         ("memory", f"about {gigabytes(memory.total)} at the peak: {parts}{again}"),
         ("time", f"about {console.duration(step)} a step, {console.duration(step * plan.steps)} in all without validation"),
     ]
+
+
+def shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
 
 
 def gigabytes(size: int) -> str:
