@@ -200,7 +200,7 @@ def test_one_token_too_many_is_refused_before_anything_is_done() -> None:
     held = [tensor for pair in full.held.values() for tensor in pair]
     before = [tensor.clone() for tensor in held]
     for cache, more in ((full, tokens[:, :1]), (empty, tokens)):
-        with pytest.raises(UserError, match="room for 8"), Shapes() as shapes:
+        with pytest.raises(UserError, match="holds 8 tokens in all"), Shapes() as shapes:
             gpt(more, cache=cache)
         assert not shapes.seen
     assert full.lengths == [8]
